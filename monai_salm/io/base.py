@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the file formats share: a case, its stored image, and a refusal with a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from monai_salm.stored import StoredCodec
+
+Window = str | tuple[float, float]
+"""``"auto"`` (see each format) or (low, high) in physical units."""
+
+
+class RefusedError(Exception):
+    """A file or case that cannot be protected and must therefore never reach the output.
+
+    Args:
+        reason: stable snake_case code, such as ``"unsupported_transfer_syntax"``.
+        detail: one sentence saying what was found and what to do. Never a patient's name, id, date, UID or path.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as its file holds it.
+
+    Args:
+        stored: (1, *spatial) array of the file's own type in native byte order. Axes are canonical, so that
+            formats mix in one cohort: volumes are RAS+ (x, y, z) where the file tells its orientation, 2D images
+            (rows, columns) as displayed.
+        codec: how to read the values.
+    """
+
+    stored: np.ndarray
+    codec: StoredCodec
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image or volume that is protected as a whole.
+
+    Args:
+        sample_id: stable pseudonym, ``"case-" + 16 hex digits`` (keyless digest of the UID or relative path).
+        format: ``"dicom"``, ``"nifti"`` or ``"npz"``.
+        files: absolute paths; the slices of a DICOM volume in spatial order.
+        names: the names a label table may use: relative POSIX path of file and series folder, UIDs, npz key.
+        group: pseudonym of the patient, for splits that keep patients together.
+        index: position in an npz archive, with ``split`` naming its array.
+        label: class index, -1 while unknown.
+        split: ``"train"``, ``"val"`` (both are released) or ``"test"`` (held out: never fitted on, never written).
+    """
+
+    sample_id: str
+    format: str
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    group: str
+    index: int | None = None
+    label: int = -1
+    split: str = "train"

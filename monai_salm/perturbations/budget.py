@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The L-infinity budget of a perturbation, and the lattice of changes it allows in a batch of images."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Unit = Literal["window", "physical", "stored"]
+_TEXT = re.compile(r"^\s*([-+.\deE]+)\s*(?:/\s*([-+.\deE]+))?\s*(\w+)?\s*$")
+_UNIT_NAMES: dict[str | None, Unit] = {None: "window", "window": "window", "stored": "stored", "physical": "physical"}
+_UNIT_NAMES |= {"HU": "physical", "hu": "physical"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Largest absolute change of a voxel.
+
+    Args:
+        epsilon: the bound, above 0. For ``unit="window"`` a fraction of the intensity window, at most 1.
+        unit: ``"window"`` (fraction of the image's intensity window), ``"physical"`` (HU and the like, after the
+            rescale slope) or ``"stored"`` (integers of the file).
+
+    Raises:
+        ValueError: When ``epsilon`` is not a finite number above 0, or a window fraction above 1.
+
+    Example:
+        >>> Budget.parse("8/255").epsilon == 8 / 255
+        True
+        >>> Budget.parse("5 HU")
+        Budget(epsilon=5.0, unit='physical')
+    """
+
+    epsilon: float
+    unit: Unit = "window"
+
+    def __post_init__(self) -> None:
+        if self.unit not in _UNIT_NAMES.values():
+            raise ValueError(f"budget unit is {self.unit!r}; use 'window', 'physical' or 'stored'")
+        if not math.isfinite(self.epsilon) or self.epsilon <= 0:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be above 0, for example '8/255' or '5 HU'")
+        if self.unit == "window" and self.epsilon > 1:
+            raise ValueError(
+                f"epsilon is {self.epsilon} of the window, which is more than the whole window; "
+                "write a fraction such as '8/255', or name the unit: '5 HU', '12 stored'"
+            )
+
+    @classmethod
+    def parse(cls, text: str | float | Budget) -> Budget:
+        """Read ``"8/255"``, ``"8/255 window"``, ``"5 HU"`` or ``"12 stored"``; a bare number is a window fraction."""
+        if isinstance(text, Budget):
+            return text
+        match = _TEXT.match(str(text))
+        if match is None or match[3] not in _UNIT_NAMES:
+            raise ValueError(f"cannot read budget {text!r}; write '8/255 window', '5 HU' or '12 stored'")
+        try:
+            epsilon = float(match[1]) / float(match[2] or 1)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"cannot read budget {text!r}: {error}") from error
+        return cls(epsilon, _UNIT_NAMES[match[3]])
+
+    def levels(self, *, lsb: float, window_width: float) -> int:
+        """Lattice steps the budget allows: ``floor(epsilon / lsb)``.
+
+        Args:
+            lsb: one lattice step in physical units, above 0.
+            window_width: width of the intensity window in physical units.
+
+        Raises:
+            ValueError: When the budget is below one step (a perturbation would vanish in rounding) or over the window.
+        """
+        physical = self.epsilon * {"window": window_width, "physical": 1.0, "stored": lsb}[self.unit]
+        if physical > window_width * (1 + 1e-9):
+            raise ValueError(f"epsilon {self} is {physical:g}, over the whole intensity window of {window_width:g}")
+        levels = math.floor(physical / lsb * (1 + 1e-9))
+        if levels < 1:
+            least = {"window": lsb / window_width, "physical": lsb, "stored": 1.0}[self.unit]
+            raise ValueError(
+                f"epsilon {self} is below one stored step ({lsb:g} physical units): nothing would change. "
+                f"The smallest epsilon that works here is {least:.6g} {self.unit}"
+            )
+        return levels
+
+    def __str__(self) -> str:
+        return f"{self.epsilon:.6g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The changes that a batch of images allows, in whole lattice steps (one step: the smallest a file can store).
+
+    Args:
+        lower: (B, C, *spatial) integers <= 0.
+        upper: (B, C, *spatial) integers >= 0.
+        unit_step: (B, 1, ...) change of unit intensity per step; negative for inverted images.
+
+    Example:
+        >>> box = Lattice(torch.tensor([[-2, 0]]), torch.tensor([[2, 0]]), torch.tensor([[0.5]]))
+        >>> box.snap(torch.tensor([[-3.7, 1.2]])).tolist()
+        [[-2, 0]]
+    """
+
+    lower: Tensor
+    upper: Tensor
+    unit_step: Tensor
+
+    @property
+    def levels(self) -> Tensor:
+        """(B, 1, ...) largest number of steps any voxel of each image may take."""
+        return torch.maximum(-self.lower, self.upper).flatten(1).amax(1).reshape(self.unit_step.shape)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """Nearest point of the box, still real-valued."""
+        return torch.maximum(torch.minimum(delta, self.upper), self.lower)
+
+    def snap(self, delta: Tensor) -> Tensor:
+        """Nearest point of the lattice inside the box; the bounds are integers, so rounding cannot leave them."""
+        return self.project(delta).round().to(self.lower.dtype)

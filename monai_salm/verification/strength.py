@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How strong a protection is: the closed gap with its interval, and the summary of all arms.
+
+A *row* is one victim training, a mapping ``{"arm", "victim", "seed", <metric>, ...}``. Every function takes the name of
+the headline metric, so that classification (``balanced_accuracy``) and segmentation (``dice``) share this code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "ARMS",
+    "Row",
+    "arms_of",
+    "closed_gap",
+    "floor_of",
+    "mean_of",
+    "pairs_of",
+    "summarize",
+    "values_of",
+    "victims_of",
+]
+
+ARMS = ("clean", "protected", "random_noise", "random_mask", "blind")
+
+Row = Mapping[str, Any]
+
+
+def value_of(row: Row, metric: str) -> float:
+    value = row.get(metric)
+    return float("nan") if value is None else float(value)
+
+
+def values_of(rows: Sequence[Row], metric: str, arm: str, victim: str | None = None) -> np.ndarray:
+    """Finite values of an arm (all victims, or one), shape (n,)."""
+    found = [value_of(r, metric) for r in rows if r["arm"] == arm and victim in (None, r["victim"])]
+    array = np.asarray(found, dtype=float)
+    return array[np.isfinite(array)]
+
+
+def mean_of(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _spread(values: np.ndarray) -> dict[str, float | None]:
+    return {"mean": mean_of(values), "std": float(values.std(ddof=1)) if values.size > 1 else None}
+
+
+def arms_of(rows: Sequence[Row]) -> list[str]:
+    """Arms that occur, in the canonical order, unknown ones last in order of appearance."""
+    present = dict.fromkeys(str(row["arm"]) for row in rows)
+    return [arm for arm in ARMS if arm in present] + [arm for arm in present if arm not in ARMS]
+
+
+def victims_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(str(row["victim"]) for row in rows))
+
+
+def floor_of(rows: Sequence[Row], metric: str, victim: str, chance: float | None) -> float | None:
+    """Blind floor of a victim: its own blind mean, else the blind mean of all victims, else chance."""
+    for blind in (values_of(rows, metric, "blind", victim), values_of(rows, metric, "blind")):
+        if blind.size:
+            return float(blind.mean())
+    return chance
+
+
+def pairs_of(rows: Sequence[Row], metric: str, arm: str, victim: str) -> np.ndarray:
+    """(clean, arm) metrics of the seeds that both arms have, shape (n, 2), finite."""
+    by_arm = {
+        name: {r["seed"]: value_of(r, metric) for r in rows if r["arm"] == name and r["victim"] == victim}
+        for name in ("clean", arm)
+    }
+    seeds = [seed for seed in by_arm["clean"] if seed in by_arm[arm]]
+    pairs = np.asarray([(by_arm["clean"][s], by_arm[arm][s]) for s in seeds], dtype=float).reshape(-1, 2)
+    return pairs[np.isfinite(pairs).all(axis=1)]
+
+
+def _interval(groups: Sequence[np.ndarray], confidence: float, n_bootstrap: int, seed: int) -> dict[str, float | None]:
+    """Mean of the group means and its two-level percentile bootstrap: groups are redrawn, then values inside them.
+
+    See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. A single value has no interval.
+    """
+    if not groups or any(group.size == 0 for group in groups):
+        return {"mean": None, "low": None, "high": None}
+    mean = float(np.mean([group.mean() for group in groups]))
+    if sum(group.size for group in groups) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    rng = np.random.default_rng(seed)
+    draws = np.stack([rng.choice(g, size=(n_bootstrap, len(groups), g.size)).mean(axis=2) for g in groups])
+    picked = rng.integers(len(groups), size=(n_bootstrap, len(groups)))
+    means = draws[picked, np.arange(n_bootstrap)[:, None], np.arange(len(groups))].mean(axis=1)
+    tail = 100.0 * (1.0 - confidence) / 2.0
+    low, high = np.percentile(means, [tail, 100.0 - tail])
+    return {"mean": mean, "low": min(float(low), mean), "high": max(float(high), mean)}
+
+
+def closed_gap(
+    rows: Sequence[Row],
+    metric: str,
+    arm: str = "protected",
+    *,
+    chance: float | None = None,
+    min_span: float = 0.05,
+    confidence: float = 0.95,
+    n_bootstrap: int = 4000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Share of what the anatomy teaches a victim that training on ``arm`` takes away.
+
+    Per (victim, seed) pair ``(clean - arm) / (clean - blind)``, with *blind* averaged per victim because it is noisy:
+    0 is no protection, 1 is a victim as good as one that never saw the anatomy; values beyond 1 occur. The mean weighs
+    victims equally. Pairs whose ``clean - blind`` is at most ``min_span`` say nothing; they are counted, not divided.
+
+    Args:
+        rows: Victim trainings.
+        metric: Name of the headline metric, higher is better, in [0, 1].
+        arm: The arm to compare with clean.
+        chance: Floor to use if there is no blind arm.
+        min_span: Smallest usable ``clean - blind``.
+        confidence: Coverage of the interval.
+        n_bootstrap: Bootstrap draws.
+        seed: Seed of the bootstrap; the same rows always give the same interval.
+
+    Returns:
+        ``mean``, ``low``, ``high`` (``None`` if undefined: no usable pair of some victim; a single pair has no
+        interval), ``confidence``, ``n`` and ``n_unusable`` pairs, and ``by_victim`` with the same keys and the means of
+        ``clean``, ``arm`` and ``blind``.
+
+    Raises:
+        ValueError: When ``confidence`` is not inside (0, 1).
+
+    Example:
+        >>> values = [("clean", 0.9), ("protected", 0.6), ("blind", 0.5)]
+        >>> rows = [{"arm": a, "victim": "cnn", "seed": 0, "dice": v} for a, v in values]
+        >>> round(closed_gap(rows, "dice")["mean"], 2)
+        0.75
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie inside (0, 1), got {confidence}; 0.95 is usual.")
+    groups: list[np.ndarray] = []
+    by_victim: dict[str, Any] = {}
+    for victim in victims_of([row for row in rows if row["arm"] == arm]):
+        pairs, floor = pairs_of(rows, metric, arm, victim), floor_of(rows, metric, victim, chance)
+        span = pairs[:, 0] - (np.nan if floor is None else floor)
+        usable = span > min_span  # NaN compares false
+        gaps = (pairs[usable, 0] - pairs[usable, 1]) / span[usable]
+        groups.append(gaps)
+        by_victim[victim] = {
+            **_interval([gaps], confidence, n_bootstrap, seed),
+            "n": int(usable.sum()),
+            "n_unusable": int((~usable).sum()),
+            "clean": mean_of(pairs[:, 0]),
+            "arm": mean_of(pairs[:, 1]),
+            "blind": floor,
+        }
+    return {
+        **_interval(groups, confidence, n_bootstrap, seed),
+        "confidence": confidence,
+        "n": sum(v["n"] for v in by_victim.values()),
+        "n_unusable": sum(v["n_unusable"] for v in by_victim.values()),
+        "by_victim": by_victim,
+    }
+
+
+def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    """Count, mean and standard deviation (ddof=1) per arm, over all victims and per victim.
+
+    Args:
+        rows: Victim trainings.
+        metric: Name of the headline metric; ``accuracy``, ``balanced_accuracy`` and ``auc`` join it where rows have them.
+
+    Returns:
+        ``{arm: {"all": cell, "by_victim": {victim: cell}}}``, a cell being ``{"n", <metric>: {"mean", "std"}, "recall":
+        {class: {"mean", "std"}}}``.
+    """
+    wanted = dict.fromkeys((metric, "accuracy", "balanced_accuracy", "auc"))
+    names = [name for name in wanted if name == metric or any(name in row for row in rows)]
+
+    def cell(chosen: Sequence[Row], arm: str) -> dict[str, Any]:
+        classes = dict.fromkeys(c for row in chosen for c in row.get("recall") or {})
+        recalls = {c: [{"arm": arm, "recall": (row.get("recall") or {}).get(c)} for row in chosen] for c in classes}
+        return {
+            "n": len(chosen),
+            **{name: _spread(values_of(chosen, name, arm)) for name in names},
+            "recall": {str(c): _spread(values_of(per_class, "recall", arm)) for c, per_class in recalls.items()},
+        }
+
+    summary: dict[str, Any] = {}
+    for arm in arms_of(rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        per_victim = {v: cell([row for row in mine if row["victim"] == v], arm) for v in victims_of(mine)}
+        summary[arm] = {"all": cell(mine, arm), "by_victim": per_victim}
+    return summary
