@@ -66,3 +66,34 @@ class Case:
     index: int | None = None
     label: int = -1
     split: str = "train"
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What a written file was measured to be, against its source.
+
+    Args:
+        changed: voxels whose stored value differs.
+        max_abs: largest difference in stored units.
+    """
+
+    changed: int
+    max_abs: float
+
+
+def compare(before: np.ndarray, after: np.ndarray, limit: float) -> FileCheck:
+    """Count and bound the difference of two arrays of one type; equal bits are equal, NaN included.
+
+    Raises:
+        RefusedError: When the difference exceeds ``limit`` (plus a float's own rounding) or is nowhere.
+    """
+    bits = np.dtype(f"u{before.dtype.itemsize}")
+    moved = before.view(bits) != after.view(bits)
+    if not moved.any():
+        raise RefusedError("verification_failed", "the written file equals its source: nothing was protected")
+    new = after[moved].astype(np.float64)
+    change = np.abs(new - before[moved].astype(np.float64))
+    rounding = np.abs(np.spacing(after[moved])).astype(np.float64) if before.dtype.kind == "f" else 0.0
+    if not (change <= limit + rounding).all():
+        raise RefusedError("verification_failed", f"a voxel moved by {change.max():g}, the budget allows {limit:g}")
+    return FileCheck(int(moved.sum()), float(change.max()))

@@ -176,9 +176,7 @@ def _require(part: Mapping[str, Any], key: str, types: tuple[type, ...], where: 
         if value is None:
             return
         if not isinstance(value, Mapping) or step not in value:
-            raise ValueError(
-                f"{where}: missing key {key!r}; docs/report.md lists what schema {SCHEMA_VERSION} requires."
-            )
+            raise ValueError(f"{where}: missing key {key!r}; docs/report.md lists the keys of schema {SCHEMA_VERSION}.")
         value = value[step]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
@@ -192,16 +190,14 @@ def validate_results(results: Mapping[str, Any]) -> None:
         results: Plain JSON types, as :func:`build_results` returns them or ``json.load`` reads them.
 
     Raises:
-        ValueError: When a key is missing or of a wrong type, a verdict or version is unknown, or a training (arm, victim,
-            seed) occurs twice. The message names the key.
+        ValueError: When a key is missing or of a wrong type, a verdict or version is unknown, or a training (arm,
+            victim, seed) occurs twice. The message names the key.
     """
     for key, types in _REQUIRED.items():
         _require(results, key, types, "report.json")
     if results["schema_version"] != SCHEMA_VERSION:
         found = results["schema_version"]
-        raise ValueError(
-            f"report.json: schema_version is {found!r}, this release reads {SCHEMA_VERSION!r}; rerun verify."
-        )
+        raise ValueError(f"report.json: schema_version is {found!r}, not {SCHEMA_VERSION!r}; run verify again.")
     if results["verdict"] not in _VERDICTS:
         raise ValueError(f"report.json: verdict is {results['verdict']!r}, must be one of {', '.join(_VERDICTS)}.")
     seen = set()
@@ -210,9 +206,7 @@ def validate_results(results: Mapping[str, Any]) -> None:
             _require(row, key, types, f"report.json: arms[{index}]")
         training = (row["arm"], row["victim"], row["seed"])
         if training in seen:
-            raise ValueError(
-                f"report.json: arms[{index}] repeats (arm, victim, seed) = {training}; keep one row of each."
-            )
+            raise ValueError(f"report.json: arms[{index}] repeats (arm, victim, seed) = {training}; keep one row.")
         seen.add(training)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "mean_of",
     "pairs_of",
     "summarize",
+    "value_of",
     "values_of",
     "victims_of",
 ]
@@ -31,18 +32,23 @@ Row = Mapping[str, Any]
 
 
 def value_of(row: Row, metric: str) -> float:
+    """A row's metric; NaN if it is missing."""
     value = row.get(metric)
     return float("nan") if value is None else float(value)
 
 
 def values_of(rows: Sequence[Row], metric: str, arm: str, victim: str | None = None) -> np.ndarray:
     """Finite values of an arm (all victims, or one), shape (n,)."""
-    found = [value_of(r, metric) for r in rows if r["arm"] == arm and victim in (None, r["victim"])]
-    array = np.asarray(found, dtype=float)
-    return array[np.isfinite(array)]
+    return _finite([row for row in rows if row["arm"] == arm and victim in (None, row["victim"])], metric)
+
+
+def _finite(rows: Sequence[Row], metric: str) -> np.ndarray:
+    values = np.asarray([value_of(row, metric) for row in rows], dtype=float)
+    return values[np.isfinite(values)]
 
 
 def mean_of(values: np.ndarray) -> float | None:
+    """Mean, or ``None`` of nothing."""
     return float(values.mean()) if values.size else None
 
 
@@ -57,6 +63,7 @@ def arms_of(rows: Sequence[Row]) -> list[str]:
 
 
 def victims_of(rows: Sequence[Row]) -> list[str]:
+    """Victims that occur, in order of appearance."""
     return list(dict.fromkeys(str(row["victim"]) for row in rows))
 
 
@@ -70,19 +77,19 @@ def floor_of(rows: Sequence[Row], metric: str, victim: str, chance: float | None
 
 def pairs_of(rows: Sequence[Row], metric: str, arm: str, victim: str) -> np.ndarray:
     """(clean, arm) metrics of the seeds that both arms have, shape (n, 2), finite."""
-    by_arm = {
-        name: {r["seed"]: value_of(r, metric) for r in rows if r["arm"] == name and r["victim"] == victim}
-        for name in ("clean", arm)
-    }
-    seeds = [seed for seed in by_arm["clean"] if seed in by_arm[arm]]
-    pairs = np.asarray([(by_arm["clean"][s], by_arm[arm][s]) for s in seeds], dtype=float).reshape(-1, 2)
+
+    def by_seed(name: str) -> dict[Any, float]:
+        return {r["seed"]: value_of(r, metric) for r in rows if r["arm"] == name and r["victim"] == victim}
+
+    clean, other = by_seed("clean"), by_seed(arm)
+    pairs = np.asarray([(clean[seed], other[seed]) for seed in clean if seed in other], dtype=float).reshape(-1, 2)
     return pairs[np.isfinite(pairs).all(axis=1)]
 
 
 def _interval(groups: Sequence[np.ndarray], confidence: float, n_bootstrap: int, seed: int) -> dict[str, float | None]:
     """Mean of the group means and its two-level percentile bootstrap: groups are redrawn, then values inside them.
 
-    See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. A single value has no interval.
+    See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. One value has no interval.
     """
     if not groups or any(group.size == 0 for group in groups):
         return {"mean": None, "low": None, "high": None}
@@ -171,7 +178,7 @@ def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
 
     Args:
         rows: Victim trainings.
-        metric: Name of the headline metric; ``accuracy``, ``balanced_accuracy`` and ``auc`` join it where rows have them.
+        metric: Name of the headline metric; ``accuracy``, ``balanced_accuracy`` and ``auc`` join it where present.
 
     Returns:
         ``{arm: {"all": cell, "by_victim": {victim: cell}}}``, a cell being ``{"n", <metric>: {"mean", "std"}, "recall":
@@ -180,18 +187,22 @@ def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     wanted = dict.fromkeys((metric, "accuracy", "balanced_accuracy", "auc"))
     names = [name for name in wanted if name == metric or any(name in row for row in rows)]
 
-    def cell(chosen: Sequence[Row], arm: str) -> dict[str, Any]:
-        classes = dict.fromkeys(c for row in chosen for c in row.get("recall") or {})
-        recalls = {c: [{"arm": arm, "recall": (row.get("recall") or {}).get(c)} for row in chosen] for c in classes}
+    def described(chosen: Sequence[Row]) -> dict[str, Any]:
         return {
             "n": len(chosen),
-            **{name: _spread(values_of(chosen, name, arm)) for name in names},
-            "recall": {str(c): _spread(values_of(per_class, "recall", arm)) for c, per_class in recalls.items()},
+            **{name: _spread(_finite(chosen, name)) for name in names},
+            "recall": _recalls(chosen),
         }
 
     summary: dict[str, Any] = {}
     for arm in arms_of(rows):
         mine = [row for row in rows if row["arm"] == arm]
-        per_victim = {v: cell([row for row in mine if row["victim"] == v], arm) for v in victims_of(mine)}
-        summary[arm] = {"all": cell(mine, arm), "by_victim": per_victim}
+        per_victim = {v: described([row for row in mine if row["victim"] == v]) for v in victims_of(mine)}
+        summary[arm] = {"all": described(mine), "by_victim": per_victim}
     return summary
+
+
+def _recalls(rows: Sequence[Row]) -> dict[str, Any]:
+    recalls = [row.get("recall") or {} for row in rows]
+    classes = dict.fromkeys(name for recall in recalls for name in recall)
+    return {str(name): _spread(_finite(recalls, name)) for name in classes}

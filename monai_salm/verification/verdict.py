@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monai_salm.verification.strength import Row, closed_gap, floor_of, mean_of, pairs_of, values_of, victims_of
+from monai_salm.verification.strength import Row, closed_gap, floor_of, mean_of, values_of
 
 __all__ = ["INCONCLUSIVE", "NOT_PROTECTED", "PROTECTED", "Check", "Decision", "VerdictRules", "decide"]
 
@@ -67,99 +67,116 @@ class Decision:
 
 
 def _fidelity_checks(fidelity: Row | None, budget: Row | None, rules: VerdictRules) -> list[Check]:
-    fidelity, budget = fidelity or {}, budget or {}
-    checks = []
-    if rules.within_budget:
-        units = {"stored": "max_error_stored", "physical": "max_error_physical", "window_fraction": "max_error_window"}
-        measured = [(u, fidelity.get(key), (budget.get(u) or {}).get("max")) for u, key in units.items()]
-        known = [(unit, error, limit) for unit, error, limit in measured if error is not None and limit is not None]
-        over = [(u, e, limit) for u, e, limit in known if e > limit * (1 + _TOLERANCE)]
-        state = "exceeds" if over else "stays inside" if known else "was not compared with"
-        detail = "; ".join(f"{u.replace('_', ' ')} {e:.4g} of at most {limit:.4g}" for u, e, limit in over or known)
-        text = f"The largest error {state} the budget" + (f": {detail}." if detail else ".")
-        checks.append(Check("within_budget", bool(known and not over), text, NOT_PROTECTED if over else INCONCLUSIVE))
+    fidelity = fidelity or {}
     ssim = (fidelity.get("ssim") or {}).get("mean")
-    known_ssim = ssim is not None and math.isfinite(ssim)
-    text = f"Mean SSIM is {ssim:.4f} (at least {rules.ssim_mean:g})." if known_ssim else "SSIM was not measured."
-    passed = known_ssim and ssim >= rules.ssim_mean
-    return [*checks, Check("ssim_mean", bool(passed), text, NOT_PROTECTED if known_ssim else INCONCLUSIVE)]
+    known = ssim is not None and math.isfinite(ssim)
+    text = f"Mean SSIM is {ssim:.4f} (at least {rules.ssim_mean:g} is needed)." if known else "SSIM was not measured."
+    otherwise = NOT_PROTECTED if known else INCONCLUSIVE
+    check = Check("ssim_mean", bool(known and ssim >= rules.ssim_mean), text, otherwise)
+    return [_budget_check(fidelity, budget or {}), check] if rules.within_budget else [check]
 
 
-def _study_checks(rows: Sequence[Row], metric: str, chance: float | None, rules: VerdictRules) -> list[Check]:
+def _budget_check(fidelity: Row, budget: Row) -> Check:
+    units = {"stored": "max_error_stored", "physical": "max_error_physical", "window_fraction": "max_error_window"}
+    pairs = [(unit, fidelity.get(key), (budget.get(unit) or {}).get("max")) for unit, key in units.items()]
+    known = [(unit, error, limit) for unit, error, limit in pairs if error is not None and limit is not None]
+    over = [(unit, error, limit) for unit, error, limit in known if error > limit * (1 + _TOLERANCE)]
+    detail = "; ".join(f"{unit.replace('_', ' ')} {error:.4g} of {limit:.4g}" for unit, error, limit in over or known)
+    if not known:
+        return Check("within_budget", False, "The largest error was not compared with the budget.", INCONCLUSIVE)
+    state = "exceeds" if over else "stays inside"
+    return Check("within_budget", not over, f"The largest error {state} the budget: {detail}.", NOT_PROTECTED)
+
+
+def _study_checks(
+    rows: Sequence[Row], metric: str, chance: float | None, gap: Mapping[str, Any], rules: VerdictRules
+) -> list[Check]:
     """Checks of the experiment itself; a study that fails one of them cannot say anything about protection."""
-    counts = {victim: len(pairs_of(rows, metric, "protected", victim)) for victim in victims_of(rows)}
-    paired = [victim for victim, count in counts.items() if count]
-    seeds = min((counts[victim] for victim in paired), default=0)
-    clean, blind = mean_of(values_of(rows, metric, "clean")), mean_of(values_of(rows, metric, "blind"))
-    floors = [f for f in (blind, chance) if f is not None]
-    needed = max(floors) + rules.clean_learned * (1 - max(floors)) if floors else None
-    learned = clean is not None and needed is not None and clean >= needed
-    margins = {}
-    for victim in paired:
-        mine, floor = mean_of(values_of(rows, metric, "clean", victim)), floor_of(rows, metric, victim, chance)
-        margins[victim] = mine - floor if mine is not None and floor is not None else float("-inf")
-    weak = [victim for victim, margin in margins.items() if margin < rules.clean_above_blind]
-    found = [
-        (
-            "clean_learned",
-            learned,
-            f"The clean arm {'learned' if learned else 'did not learn'}: mean clean {metric} is {_show(clean)}, at least "
-            f"{_show(needed)} is needed.",
-        ),
-        (
-            "clean_above_blind",
-            not weak and bool(paired),
-            f"The clean arm did not learn: not clearly above blind for {', '.join(weak) or 'any victim'} (a margin of at "
-            f"least {rules.clean_above_blind:g} is needed)."
-            if weak or not paired
-            else f"Every victim's clean {metric} exceeds its blind floor by at least {min(margins.values()):.3f}.",
-        ),
-        ("min_seeds", seeds >= rules.min_seeds, _enough("seeds per victim", seeds, rules.min_seeds)),
-        ("min_victims", len(paired) >= rules.min_victims, _enough("victims", len(paired), rules.min_victims)),
+    usable = {victim: part["n"] for victim, part in gap["by_victim"].items()}
+    return [
+        *_learning_checks(rows, metric, list(usable), chance, rules),
+        _size_check("min_seeds", "usable seeds per victim", min(usable.values(), default=0), rules.min_seeds),
+        _size_check("min_victims", "victims", sum(n > 0 for n in usable.values()), rules.min_victims),
+        *([] if rules.control_within is None else [_control_check(rows, metric, rules.control_within)]),
     ]
-    if rules.control_within is not None:
-        control = mean_of(values_of(rows, metric, "random_noise"))
-        known = control is not None and clean is not None
-        loss = clean - control if known else None
-        held = loss is not None and loss <= rules.control_within
-        text = f"Random noise of the same budget changes {metric} by {-loss:+.3f}" if known else ""
-        text += "." if held else f": something other than the optimized pattern destroys learning (at most "
-        text += "" if held else f"-{rules.control_within:g} is allowed)."
-        found.append(("control_within", held, text if known else "The random-noise control was not run."))
-    return [Check(rule, passed, text, INCONCLUSIVE) for rule, passed, text in found]
+
+
+def _learning_checks(
+    rows: Sequence[Row], metric: str, victims: Sequence[str], chance: float | None, rules: VerdictRules
+) -> list[Check]:
+    clean, blind = mean_of(values_of(rows, metric, "clean")), mean_of(values_of(rows, metric, "blind"))
+    floor = max((f for f in (blind, chance) if f is not None), default=None)
+    needed = None if floor is None else floor + rules.clean_learned * (1 - floor)
+    learned = clean is not None and needed is not None and clean >= needed
+    text = f"The clean arm {'learned' if learned else 'did not learn'}: mean clean {_words(metric)} is {_show(clean)} "
+    first = Check("clean_learned", learned, text + f"(at least {_show(needed)} is needed).", INCONCLUSIVE)
+
+    margins = {}
+    for victim in victims:
+        mine, below = mean_of(values_of(rows, metric, "clean", victim)), floor_of(rows, metric, victim, chance)
+        margins[victim] = -math.inf if mine is None or below is None else mine - below
+    weak = [victim for victim, lead in margins.items() if lead < rules.clean_above_blind]
+    margin = f"(at least {rules.clean_above_blind:g} is needed)"
+    text = f"The clean arm did not learn clearly more than blind for {', '.join(weak) or 'any victim'} {margin}."
+    if margins and not weak:
+        least = _show(min(margins.values()))
+        text = f"Every victim's clean {_words(metric)} exceeds its blind floor by {least} or more {margin}."
+    return [first, Check("clean_above_blind", bool(margins) and not weak, text, INCONCLUSIVE)]
+
+
+def _size_check(rule: str, what: str, found: int, needed: int) -> Check:
+    text = f"{'Enough' if found >= needed else 'Too few'} {what}: {found} (at least {needed} needed)."
+    return Check(rule, found >= needed, text, INCONCLUSIVE)
+
+
+def _control_check(rows: Sequence[Row], metric: str, within: float) -> Check:
+    clean, control = mean_of(values_of(rows, metric, "clean")), mean_of(values_of(rows, metric, "random_noise"))
+    if clean is None or control is None:
+        return Check("control_within", False, "The random-noise control was not run.", INCONCLUSIVE)
+    held = clean - control <= within
+    text = (
+        f"Random noise of the same budget changes {_words(metric)} by {control - clean:+.3f} (at most -{within:g} is "
+    )
+    text += "allowed)." if held else "allowed): something other than the optimized pattern destroys learning."
+    return Check("control_within", held, text, INCONCLUSIVE)
 
 
 def _strength_checks(
     rows: Sequence[Row], metric: str, chance: float | None, gap: Mapping[str, Any], rules: VerdictRules
 ) -> list[Check]:
-    mean, low, high = gap["mean"], gap["low"], gap["high"]
-    interval = f" ({100 * gap['confidence']:g} % interval {_show(low)} to {_show(high)})" if low is not None else ""
-    text = (
-        f"Training on the protected copy loses {100 * mean:.0f} % of what the images teach" if mean is not None else ""
-    )
-    text += f": closed gap {_show(mean)}{interval}, at least {rules.closed_gap_mean:g} is needed."
-    if mean is None:
-        text = "The closed gap is undefined: a victim has no seed whose clean metric exceeds its blind floor."
-    otherwise = INCONCLUSIVE if mean is None else NOT_PROTECTED
-    checks = [Check("closed_gap_mean", mean is not None and mean >= rules.closed_gap_mean, text, otherwise)]
+    checks = [_gap_check(gap, rules.closed_gap_mean)]
     protected = mean_of(values_of(rows, metric, "protected"))
     if rules.protected_above_chance is not None and chance is not None and protected is not None:
         limit = chance + rules.protected_above_chance
-        text = f"Mean protected {metric} is {_show(protected)} (chance {_show(chance)}, at most {_show(limit)})."
+        text = (
+            f"Mean protected {_words(metric)} is {_show(protected)} (chance {_show(chance)}, at most {_show(limit)})."
+        )
         checks.append(Check("protected_above_chance", protected <= limit, text, NOT_PROTECTED))
-    if mean is not None:  # a good mean with a wide interval is a lack of evidence, not evidence of failure
-        held = low is not None and low >= rules.closed_gap_low
-        text = f"The closed gap's lower bound is {_show(low)} (at least {rules.closed_gap_low:g})."
+    if gap["mean"] is not None:  # a good mean with a wide interval is a lack of evidence, not evidence of failure
+        held = gap["low"] is not None and gap["low"] >= rules.closed_gap_low
+        text = f"The closed gap's lower bound is {_show(gap['low'])} (at least {rules.closed_gap_low:g} is needed)."
         checks.append(Check("closed_gap_low", held, text, INCONCLUSIVE))
     return checks
+
+
+def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
+    mean, low, high = gap["mean"], gap["low"], gap["high"]
+    if mean is None:
+        text = "The closed gap is undefined: some victim has no seed whose clean metric exceeds its blind floor."
+        return Check("closed_gap_mean", False, text, INCONCLUSIVE)
+    interval = "" if low is None else f", {100 * gap['confidence']:g} % interval {_show(low)} to {_show(high)}"
+    only = "" if mean >= needed else "only "
+    text = f"A victim trained on the protected copy loses {only}{100 * mean:.0f} % of what clean images teach it "
+    text += f"(closed gap {_show(mean)}{interval}; at least {needed:g} is needed)."
+    return Check("closed_gap_mean", mean >= needed, text, NOT_PROTECTED)
 
 
 def _show(value: float | None) -> str:
     return "n/a" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def _enough(what: str, found: int, needed: int) -> str:
-    return f"{'Enough' if found >= needed else 'Too few'} {what}: {found} (at least {needed})."
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def decide(
@@ -189,7 +206,10 @@ def decide(
     rules = rules or VerdictRules()
     gap = gap or closed_gap(rows, metric, chance=chance)
     strength = _strength_checks(rows, metric, chance, gap, rules)
-    checks = [*_fidelity_checks(fidelity, budget, rules), *_study_checks(rows, metric, chance, rules), *strength]
+    images = _fidelity_checks(fidelity, budget, rules)
+    measured = [check for check in images if check.otherwise == NOT_PROTECTED]
+    unmeasured = [check for check in images if check.otherwise != NOT_PROTECTED]
+    checks = [*measured, *_study_checks(rows, metric, chance, gap, rules), *unmeasured, *strength]
     failed = [check for check in checks if not check.passed]
     told = failed or [*strength, *(check for check in checks if check not in strength)]
     verdict = failed[0].otherwise if failed else PROTECTED

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes -> pydicom Dataset, for files that may be broken or hostile: budgets, no deflate, nothing said about values."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset, read_partial
+from pydicom.tag import BaseTag
+
+from monai_salm.io.base import RefusedError
+
+__all__ = ["looks_like_dicom", "parse", "read_header", "refusing"]
+
+MAX_FILE_BYTES = 512 << 20
+MAX_PIXEL_BYTES = 256 << 20
+"""Decoded size of one image; the largest mammograms have about 40 MiB."""
+MAX_EXPANSION = 1000
+"""Largest believable ratio of decoded to encoded pixel data."""
+
+PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
+
+NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
+KEPT_LOSSLESS = {uid.RLELossless: "pylibjpeg", uid.JPEGLSLossless: "pyjpegls", uid.JPEG2000Lossless: "pylibjpeg"}
+"""Lossless syntaxes that can be written, with the plugin (python-gdcm, if present, can abort the interpreter)."""
+LOSSLESS = (uid.JPEGLossless, uid.JPEGLosslessSV1, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
+LOSSY_METHODS = {
+    uid.JPEGBaseline8Bit: "ISO_10918_1",
+    uid.JPEGExtended12Bit: "ISO_10918_1",
+    uid.JPEGLSNearLossless: "ISO_14495_1",
+    uid.JPEG2000: "ISO_15444_1",
+    uid.HTJ2K: "ISO_15444_15",
+}
+"""Syntaxes that may be lossy, with the term for LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
+SYNTAXES = frozenset([*NATIVE, *KEPT_LOSSLESS, *LOSSLESS, *LOSSY_METHODS])
+
+
+@contextmanager
+def refusing(reason: str, detail: str) -> Iterator[None]:
+    """Turn any exception into a refusal with a fixed text: pydicom's own texts quote values and so leak identities."""
+    _silence_pydicom()
+    try:
+        yield
+        return
+    except RefusedError:
+        raise
+    except Exception:  # noqa: BLE001 - a broken file can raise anything, RecursionError and MemoryError included
+        pass
+    raise RefusedError(reason, detail)  # outside the handler: the original must not travel along as __context__
+
+
+def _silence_pydicom() -> None:
+    """Keep pydicom's warnings and log records out of every output: they quote values. Repeatable and thread-safe."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"pydicom\b")
+
+
+def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
+    """Whether the file carries the DICOM mark (``DICM`` at byte 128); its name does not matter.
+
+    Raises:
+        RefusedError: ``unreadable`` when it is not a regular file or may not be read.
+    """
+    with refusing("unreadable", "the file cannot be opened; check its permissions"):
+        with _open_regular(Path(path)) as file:
+            return _sniff(file) == "dicom"
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open without waiting on a pipe and without accepting a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RefusedError("unreadable", "not a regular file; export images as ordinary files")
+    return open(descriptor, "rb")
+
+
+def _sniff(file: BinaryIO) -> str:
+    head = file.read(132)
+    if head[128:] == b"DICM":
+        return "dicom"
+    # Without a preamble the first element is of group 0002 or 0008, little endian.
+    return "bare" if len(head) == 132 and head[:2] in (b"\x02\0", b"\x08\0") else "other"
+
+
+def read_header(path: str | os.PathLike[str]) -> Dataset:
+    """Everything in front of the pixel data, within budgets; the pixels are not read.
+
+    ``header.pixel_element`` is the keyword of the pixel element that follows (``"PixelData"``, ``"FloatPixelData"``,
+    ``"DoubleFloatPixelData"``), or None.
+
+    Raises:
+        RefusedError: ``not_dicom``, ``no_file_meta``, ``missing_transfer_syntax``, ``unsupported_transfer_syntax``,
+            ``over_budget`` or ``unreadable``; never with a value from the file.
+    """
+    with refusing("unreadable", "the file cannot be opened or its header is broken; export it again"):
+        with _open_regular(Path(path)) as file:
+            return _parse(file, os.fstat(file.fileno()).st_size, header_only=True)
+
+
+def parse(data: bytes) -> Dataset:
+    """The whole data set of a file's bytes; budgets and refusals as in :py:func:`read_header`."""
+    with refusing("unreadable", "the file is broken; export it again"):
+        return _parse(io.BytesIO(data), len(data), header_only=False)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes, within the size budget."""
+    with refusing("unreadable", "the file cannot be opened"):
+        with _open_regular(Path(path)) as file:
+            _check_size(os.fstat(file.fileno()).st_size)
+            return file.read(MAX_FILE_BYTES)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise RefusedError("over_budget", f"the file is larger than {MAX_FILE_BYTES >> 20} MiB")
+
+
+def _parse(file: BinaryIO, size: int, header_only: bool) -> Dataset:
+    _check_size(size)
+    kind = _sniff(file)
+    if kind == "bare":
+        raise RefusedError("no_file_meta", "DICOM without its file header (part 10); export it as DICOM files")
+    if kind == "other":
+        raise RefusedError("not_dicom", "not a DICOM file")
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+    check_syntax(meta)  # before the body: pydicom would inflate a deflated one without any limit
+    file.seek(0)
+    stop = _Stop(size)
+    dataset = read_partial(file, stop if header_only else None)
+    if header_only:
+        dataset.pixel_element, encoded = stop.found, stop.left
+    else:
+        dataset.pixel_element = next((name for name in PIXEL_TAGS.values() if name in dataset), None)
+        encoded = size
+    check_budget(dataset, encoded)
+    return dataset
+
+
+class _Stop:
+    """Stops the parser at the pixel data and notes what is there."""
+
+    def __init__(self, size: int) -> None:
+        self.found: str | None = None
+        self.left = size
+
+    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
+        if tag in PIXEL_TAGS:
+            self.found = PIXEL_TAGS[tag]
+            self.left = min(self.left, length)  # 0xFFFFFFFF, the undefined length, leaves the file's size
+        return self.found is not None
+
+
+def check_syntax(meta: Dataset) -> None:
+    """Raise unless the file meta names a transfer syntax that can be decoded here."""
+    syntax = meta.get("TransferSyntaxUID")
+    if not syntax:
+        raise RefusedError("missing_transfer_syntax", "the file does not say how it is encoded; export it again")
+    if syntax not in SYNTAXES:
+        known = {uid.DeflatedExplicitVRLittleEndian: "deflated", uid.ExplicitVRBigEndian: "big endian"}
+        name = known.get(syntax, "unknown, video or not decodable here")
+        raise RefusedError(
+            "unsupported_transfer_syntax", f"transfer syntax is {name}; convert to Explicit VR Little Endian"
+        )
+
+
+def check_budget(dataset: Dataset, encoded: int) -> None:
+    """Raise when the header promises more pixels than an image can have, or than ``encoded`` bytes can give."""
+    if dataset.pixel_element is None or "Rows" not in dataset:
+        return
+    pixels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel") or 1)
+    decoded = pixels * int(dataset.get("NumberOfFrames") or 1) * int(dataset.get("BitsAllocated") or 8) // 8
+    if decoded > MAX_PIXEL_BYTES:
+        raise RefusedError("over_budget", f"the header promises more than {MAX_PIXEL_BYTES >> 20} MiB of pixels")
+    if dataset.file_meta.TransferSyntaxUID.is_compressed and decoded > MAX_EXPANSION * encoded:
+        raise RefusedError("over_budget", f"the header promises over {MAX_EXPANSION} times the encoded pixel data")

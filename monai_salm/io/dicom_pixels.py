@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixel data <-> the exact stored integers of one monochrome frame."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels import get_encoder, pixel_array
+
+from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_parse import KEPT_LOSSLESS, NATIVE, refusing
+
+__all__ = ["decode", "encode", "stored_dtype", "stored_range"]
+
+_JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
+_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+_SIZ = struct.Struct(">4sHH4I16xH")  # SOC and SIZ markers, Lsiz, Rsiz, Xsiz, Ysiz, XOsiz, YOsiz, tiles, Csiz
+
+
+def stored_dtype(header: Dataset) -> np.dtype[Any]:
+    """numpy type of the stored integers, in native byte order."""
+    return np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{int(header.BitsAllocated) // 8}")
+
+
+def stored_range(header: Dataset) -> tuple[int, int]:
+    """Least and largest value that BitsStored and PixelRepresentation allow."""
+    bits = int(header.BitsStored)
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if header.PixelRepresentation else (0, (1 << bits) - 1)
+
+
+def decode(dataset: Dataset) -> NDArray[Any]:
+    """The stored integers, (rows, columns), of a data set that ``check_supported`` let pass.
+
+    ``Dataset.decompress`` is never used: it changes the data set, and fails on some valid JPEG 2000.
+
+    Raises:
+        RefusedError: ``truncated_pixel_data``, ``codestream_mismatch``, ``undecodable_pixel_data``, or
+            ``unused_bits_set`` when bits above BitsStored are in use (an embedded overlay, for instance): writing the
+            image back would destroy them.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    shape = (int(dataset.Rows), int(dataset.Columns))
+    dtype = stored_dtype(dataset)
+    with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
+        if syntax in NATIVE:
+            if len(dataset.PixelData) < dtype.itemsize * shape[0] * shape[1]:
+                raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
+        elif syntax != uid.RLELossless:
+            _check_codestream(get_frame(dataset.PixelData, 0, number_of_frames=1), syntax, shape)
+        plugin = "" if syntax in NATIVE else "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
+        # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
+        options = {"correct_unused_bits": False} if syntax in (*NATIVE, uid.RLELossless) else {}
+        plane = pixel_array(dataset, index=0, raw=True, decoding_plugin=plugin, **options)
+        if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
+            raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
+        low, high = stored_range(dataset)
+        if plane.min() < low or plane.max() > high:
+            raise RefusedError("unused_bits_set", "bits above Bits Stored are in use, as by an embedded overlay")
+        return np.ascontiguousarray(plane, dtype=dtype)
+
+
+def _check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:
+    """Raise unless the codestream's own size is the header's: decoders allocate what the codestream says."""
+    found = _jpeg_2000_size(frame) if syntax in _JPEG_2000 else _jpeg_size(frame)
+    if found != (*shape, 1):
+        raise RefusedError("codestream_mismatch", "header and codestream disagree about the size; export it again")
+
+
+def _jpeg_2000_size(frame: bytes) -> tuple[int, int, int] | None:
+    """(rows, columns, components) of a JPEG 2000 codestream (ISO 15444-1 A.5.1)."""
+    if not frame.startswith(b"\xff\x4f\xff\x51"):
+        return None
+    _, _, _, right, bottom, left, top, components = _SIZ.unpack_from(frame)
+    return bottom - top, right - left, components
+
+
+def _jpeg_size(frame: bytes) -> tuple[int, int, int] | None:
+    """(rows, columns, components) of the frame header of a JPEG or JPEG-LS codestream (ISO 10918-1 B.2.2)."""
+    position = 2
+    while frame[position] == 0xFF:
+        marker = frame[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        (length,) = struct.unpack_from(">H", frame, position + 2)
+        if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            rows, columns, components = struct.unpack_from(">HHB", frame, position + 5)
+            return rows, columns, components
+        position += 2 + length
+    return None
+
+
+def encode(plane: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
+    """Pixel data for a copy with other pixels: (value, VR, transfer syntax UID).
+
+    A lossless syntax that can be written here is kept, and so is a native one; everything else, lossy input too,
+    becomes Explicit VR Little Endian.
+    """
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax in KEPT_LOSSLESS:
+        try:
+            return encapsulate([_compress(plane, header, syntax)]), "OB", syntax
+        except (RuntimeError, ValueError):
+            pass  # the codecs refuse tiny images; uncompressed is always possible
+    value = plane.astype(plane.dtype.newbyteorder("<")).tobytes()
+    vr = "OW" if plane.dtype.itemsize > 1 or syntax == uid.ImplicitVRLittleEndian else "OB"
+    return value + b"\0" * (len(value) % 2), vr, syntax if syntax in NATIVE else uid.ExplicitVRLittleEndian
+
+
+def _compress(plane: NDArray[Any], header: Dataset, syntax: uid.UID) -> bytes:
+    return get_encoder(syntax).encode(
+        plane,
+        encoding_plugin=KEPT_LOSSLESS[syntax],
+        rows=plane.shape[0],
+        columns=plane.shape[1],
+        samples_per_pixel=1,
+        number_of_frames=1,
+        bits_allocated=int(header.BitsAllocated),
+        bits_stored=int(header.BitsStored),
+        pixel_representation=int(header.PixelRepresentation),
+        photometric_interpretation=header.PhotometricInterpretation,
+        pixel_keyword="PixelData",
+    )

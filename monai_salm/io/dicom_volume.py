@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a series a volume? A decision with stated tolerances; and the way from its slices to canonical axes and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_parse import refusing
+
+__all__ = ["from_canonical", "order_volume", "orientation_of", "to_canonical"]
+
+DIRECTION_TOLERANCE = 1e-4
+"""Of direction cosines: exporters round them, and not equally in all slices of a series."""
+DUPLICATE_MM = 1e-3
+SPACING_TOLERANCE = 0.01
+SPACING_TOLERANCE_MM = 0.01
+"""A gap may differ from the median gap by 1 % of it, or by 0.01 mm where that is more: positions written with two
+decimals are each up to 0.005 mm off. A missing slice is off by 100 %."""
+
+_FORMAT_KEYWORDS = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PhotometricInterpretation")
+_PADDING_KEYWORDS = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+_CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
+_LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
+
+
+def order_volume(headers: Sequence[Dataset]) -> list[int]:
+    """Indices of the slices in spatial order, if the headers are one volume.
+
+    A volume has one SOP class, frame of reference, image size, pixel spacing and orientation (within 1e-4), one
+    pixel format and one rescale, and slices that are shifted by one and the same vector. (A tilted gantry, which
+    shifts them also within the plane, is a volume: nothing is resampled here.)
+
+    Raises:
+        RefusedError: ``single_slice``, ``mixed_geometry``, ``mixed_pixel_format``, ``varying_rescale``,
+            ``invalid_geometry``, ``duplicate_position`` or ``irregular_spacing``.
+    """
+    with refusing("invalid_geometry", "position, orientation or pixel spacing is missing or broken; use 2D"):
+        if len(headers) < 2:
+            raise RefusedError("single_slice", "a volume needs at least two slices; use 2D for single images")
+        _check_same(headers)
+        directions = _directions(headers)
+        positions = np.array([_numbers(header, "ImagePositionPatient", 3) for header in headers])
+        heights = positions @ np.cross(directions[0, :3], directions[0, 3:])
+        order = np.argsort(heights, kind="stable")
+        _check_gaps(positions[order], heights[order])
+        return [int(index) for index in order]
+
+
+def _check_same(headers: Sequence[Dataset]) -> None:
+    first = headers[0]
+    for header in headers[1:]:
+        if any(header.get(key) != first.get(key) for key in ("SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns")):
+            raise RefusedError("mixed_geometry", "slices differ in kind, frame of reference or size; split the series")
+        if any(header.get(key) != first.get(key) for key in (*_FORMAT_KEYWORDS, *_PADDING_KEYWORDS)):
+            raise RefusedError("mixed_pixel_format", "slices differ in pixel format or padding value; split the series")
+        if rescale_of(header) != rescale_of(first):
+            raise RefusedError("varying_rescale", "rescale slope or intercept varies between slices; use 2D")
+    spacings = np.array([_numbers(header, "PixelSpacing", 2) for header in headers])
+    if not np.allclose(spacings, spacings[0], rtol=DIRECTION_TOLERANCE, atol=0):
+        raise RefusedError("mixed_geometry", "pixel spacing varies between slices; split the series")
+
+
+def rescale_of(header: Dataset) -> tuple[float, float]:
+    """RescaleSlope and RescaleIntercept; 1 and 0 where the file has none."""
+    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+
+
+def _directions(headers: Sequence[Dataset]) -> NDArray[np.float64]:
+    directions = np.array([_numbers(header, "ImageOrientationPatient", 6) for header in headers])
+    rows, columns = directions[:, :3], directions[:, 3:]
+    products = np.stack([(rows * rows).sum(1) - 1, (columns * columns).sum(1) - 1, (rows * columns).sum(1)])
+    if np.abs(products).max() > 1e-2:
+        raise RefusedError("invalid_geometry", "the image orientation is not two perpendicular unit vectors; use 2D")
+    if np.abs(directions - directions[0]).max() > DIRECTION_TOLERANCE:
+        raise RefusedError("mixed_geometry", "orientation varies between slices (a localizer?); split the series")
+    return directions
+
+
+def _numbers(header: Dataset, keyword: str, count: int) -> list[float]:
+    values = [float(value) for value in header[keyword].value]
+    if len(values) != count or not np.isfinite(values).all():
+        raise RefusedError("invalid_geometry", f"{keyword} does not hold {count} finite numbers; use 2D")
+    return values
+
+
+def _check_gaps(positions: NDArray[np.float64], heights: NDArray[np.float64]) -> None:
+    if np.diff(heights).min() <= DUPLICATE_MM:
+        raise RefusedError("duplicate_position", "slices share a position (several echoes or times?); split the series")
+    steps = np.diff(positions, axis=0)
+    median = np.median(steps, axis=0)
+    tolerance = max(SPACING_TOLERANCE * float(np.linalg.norm(median)), SPACING_TOLERANCE_MM)
+    if np.linalg.norm(steps - median, axis=1).max() > tolerance:
+        raise RefusedError("irregular_spacing", "slices are not evenly spaced (is one missing?); complete it or use 2D")
+
+
+def orientation_of(first: Dataset, last: Dataset) -> NDArray[Any]:
+    """nibabel orientation of the array (columns, rows, slices); obliques get the closest axes.
+
+    Sources: PS3.3 C.7.6.2.1.1 (row and column direction), nibabel ``io_orientation``.
+    """
+    directions = np.array(_numbers(first, "ImageOrientationPatient", 6))
+    step = np.subtract(_numbers(last, "ImagePositionPatient", 3), _numbers(first, "ImagePositionPatient", 3))
+    affine = np.eye(4)
+    affine[:3, :3] = _LPS_TO_RAS[:, None] * np.stack([directions[:3], directions[3:], step], axis=1)
+    return np.asarray(io_orientation(affine))
+
+
+def to_canonical(slices: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:
+    """(slices, rows, columns) -> (x, y, z) pointing right, anterior, superior; permutes and flips only."""
+    return np.ascontiguousarray(apply_orientation(slices.transpose(2, 1, 0), orientation))
+
+
+def from_canonical(volume: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:
+    """Exact inverse of :py:func:`to_canonical`."""
+    back = ornt_transform(_CANONICAL, orientation)
+    return np.ascontiguousarray(apply_orientation(volume, back).transpose(2, 1, 0))

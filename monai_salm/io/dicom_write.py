@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DICOM out: from a source file and new pixels to a derived instance of the same kind, and the check of the result."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydicom import dcmwrite
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence as Items
+from pydicom.tag import BaseTag, Tag
+
+from monai_salm import __version__
+from monai_salm.io.base import Case, FileCheck, RefusedError, Window, compare
+from monai_salm.io.dicom_read import MANUFACTURER, MODIFYING_EQUIPMENT, Slices, check_supported, load
+from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
+from monai_salm.io.dicom_pixels import decode, encode
+from monai_salm.stored import StoredCodec
+
+__all__ = ["DECLARED_KEYWORDS", "UidMapping", "protect", "verify"]
+
+IMPLEMENTATION_CLASS_UID = "2.25.200132710468809192837894090341728322117"
+"""The UUID of version 5 of this project's page on PyPI."""
+IMPLEMENTATION_VERSION_NAME = "MONAI_SALM"
+DERIVATION = "Pixel values were changed sparsely, within a small bound, against unauthorized model training."
+CONTRIBUTION = "Protection against unauthorized model training; not for diagnostic use"
+SERIES_SUFFIX = " [protected]"
+_FAILED = "verification_failed"
+
+DECLARED_KEYWORDS = frozenset(
+    """
+    ImageType InstanceCreationDate InstanceCreationTime SeriesDescription DerivationDescription DerivationCodeSequence
+    SourceImageSequence ContributingEquipmentSequence SmallestImagePixelValue LargestImagePixelValue
+    SmallestPixelValueInSeries LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane
+    LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod IconImageSequence
+    MACParametersSequence DigitalSignaturesSequence PixelData ExtendedOffsetTable ExtendedOffsetTableLengths
+    """.split()
+)
+"""What a protected file may have changed, besides instance UIDs, retired group lengths and the file meta."""
+
+# Small copies of the unprotected image, statements about the old bytes, and positions in the old encoding.
+_REMOVED = frozenset(
+    """
+    IconImageSequence MACParametersSequence DigitalSignaturesSequence SmallestPixelValueInSeries
+    LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane ExtendedOffsetTable
+    ExtendedOffsetTableLengths
+    """.split()
+)
+_REMOVED_TAGS = frozenset(Tag(keyword) for keyword in _REMOVED)
+_DECLARED_TAGS = frozenset(Tag(keyword) for keyword in DECLARED_KEYWORDS)
+
+
+class UidMapping(Protocol):
+    """What is needed of ``release.identity.UidMap``; this room knows no keys."""
+
+    def __call__(self, uid: str) -> str: ...
+
+    def map_dataset(self, dataset: Dataset) -> None: ...
+
+
+def protect(
+    case: Case,
+    delta: NDArray[Any],
+    *,
+    spatial_dims: int,
+    window: Window,
+    uids: UidMapping,
+    when: datetime,
+) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Derived files of a case, one per slice, in the order of ``case.files``.
+
+    Args:
+        case: as in ``dicom.read``.
+        delta: (1, *spatial) integers, lattice steps on canonical axes, as fitted to ``dicom.read`` of this case.
+        spatial_dims: 2 or 3.
+        window: as in ``dicom.read``; padding and values outside it must not move.
+        uids: the release's UID map.
+        when: time of the run, the same for all files of a release.
+
+    Yields:
+        Relative path ``<study>/<series>/<instance>.dcm`` of mapped UIDs, and the file's bytes.
+
+    Raises:
+        RefusedError: As in ``dicom.read``; ``nothing_changed``; ``delta_outside_bounds`` when a voxel moves that must
+            not or goes where it must not; ``unwritable``.
+        ValueError: When ``delta`` does not fit the image.
+    """
+    slices = load(case, spatial_dims, window)
+    planes = dict(zip(slices.files, slices.planes(_add(slices, delta)), strict=True))
+    for path in case.files:
+        yield _derive(read_bytes(path), planes[path], uids, when)
+
+
+def _add(slices: Slices, delta: NDArray[Any]) -> NDArray[Any]:
+    stored, codec = slices.image.stored, slices.image.codec
+    if not delta.any():
+        raise RefusedError("nothing_changed", "the perturbation is zero everywhere: the copy would not be protected")
+    moved = delta != 0
+    try:
+        protected = codec.add(stored, delta)
+    except ValueError:
+        if delta.shape != stored.shape or delta.dtype.kind not in "iu":
+            raise
+        raise RefusedError("delta_outside_bounds", "the perturbation leaves the stored range; fit it again") from None
+    if not (_all_movable(codec, stored[moved]) and _all_movable(codec, protected[moved])):
+        raise RefusedError("delta_outside_bounds", "the perturbation moves padding or leaves the window; fit it again")
+    return protected
+
+
+def _all_movable(codec: StoredCodec, values: NDArray[Any]) -> bool:
+    return bool(codec.movable(torch.from_numpy(values.astype(np.int64))).all())
+
+
+def _derive(source: bytes, plane: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
+    dataset = parse(source)
+    check_supported(dataset)
+    with refusing("unwritable", "the derived file cannot be written; export the image again"):
+        reference = _source_reference(dataset, uids)
+        uids.map_dataset(dataset)
+        _remove_stale(dataset)
+        _set_pixels(dataset, plane)
+        _describe(dataset, when)
+        _append_item(dataset, "SourceImageSequence", reference)
+        _append_item(dataset, "DerivationCodeSequence", _code("113042", "Pixel by pixel addition"))
+        _append_item(dataset, "ContributingEquipmentSequence", _equipment(when))
+        path = PurePosixPath(dataset.StudyInstanceUID, dataset.SeriesInstanceUID, f"{dataset.SOPInstanceUID}.dcm")
+        return path, _to_bytes(dataset)
+
+
+def _source_reference(dataset: Dataset, uids: UidMapping) -> Dataset:
+    """A keyed pseudonym of the source: its original UID would identify, and its mapped UID is the copy's own."""
+    item = Dataset()
+    item.ReferencedSOPClassUID = dataset.SOPClassUID
+    item.ReferencedSOPInstanceUID = uids(f"source of {dataset.SOPInstanceUID}")
+    purpose = _code("121322", "Source image for image processing operation")
+    item.PurposeOfReferenceCodeSequence = Items([purpose])
+    return item
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+    return item
+
+
+def _equipment(when: datetime) -> Dataset:
+    item = Dataset()
+    item.PurposeOfReferenceCodeSequence = Items([_code(MODIFYING_EQUIPMENT, "Modifying Equipment")])
+    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MANUFACTURER, "SALM", __version__
+    item.ContributionDateTime = when.strftime("%Y%m%d%H%M%S%z")
+    item.ContributionDescription = CONTRIBUTION
+    return item
+
+
+def _remove_stale(dataset: Dataset) -> None:
+    """Remove what no longer holds or would leak, at any depth."""
+    for tag in list(dataset.keys()):
+        if tag in _REMOVED_TAGS:
+            del dataset[tag]
+        elif isinstance(items := _value(dataset, tag), Items):  # all sequences were parsed by the UID map
+            for item in items:
+                _remove_stale(item)
+
+
+def _value(dataset: Dataset, tag: BaseTag) -> Any:
+    """The value as it is: bytes while nobody has decoded the element."""
+    return dataset.get_item(tag).value
+
+
+def _set_pixels(dataset: Dataset, plane: NDArray[Any]) -> None:
+    encoded = len(dataset.PixelData)
+    value, vr, syntax = encode(plane, dataset)
+    dataset["PixelData"] = DataElement(Tag("PixelData"), vr, value, is_undefined_length=syntax not in NATIVE)
+    _mark_lossy(dataset, plane.nbytes / max(encoded, 1))
+    for keyword, extreme in (("SmallestImagePixelValue", plane.min()), ("LargestImagePixelValue", plane.max())):
+        if keyword in dataset:
+            dataset[keyword] = DataElement(Tag(keyword), "SS" if dataset.PixelRepresentation else "US", int(extreme))
+    meta = FileMetaDataset()
+    meta.FileMetaInformationVersion = b"\0\1"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    meta.TransferSyntaxUID = syntax
+    meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    dataset.file_meta = meta
+
+
+def _mark_lossy(dataset: Dataset, ratio: float) -> None:
+    """An image that came lossy stays marked lossy (PS3.3 C.7.6.1.1.5), also when the source forgot the mark.
+
+    ``00`` is believed where the syntax can be lossless too (JPEG 2000, JPEG-LS); baseline JPEG cannot.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    method = LOSSY_METHODS.get(syntax)
+    mark = dataset.get("LossyImageCompression")
+    if method is None or mark == "01" or (mark == "00" and method != "ISO_10918_1"):
+        return
+    dataset.LossyImageCompression = "01"
+    if not dataset.get("LossyImageCompressionMethod"):
+        dataset.LossyImageCompressionMethod = method
+        dataset.LossyImageCompressionRatio = f"{ratio:.2f}"
+
+
+def _describe(dataset: Dataset, when: datetime) -> None:
+    dataset.ImageType = _derived_type(dataset.get("ImageType"))
+    dataset.InstanceCreationDate = when.strftime("%Y%m%d")
+    dataset.InstanceCreationTime = when.strftime("%H%M%S")
+    _append_text(dataset, "SeriesDescription", SERIES_SUFFIX, "LO", 64)
+    _append_text(dataset, "DerivationDescription", " " + DERIVATION, "ST", 1024)
+
+
+def _derived_type(image_type: Any) -> list[str]:
+    values = [image_type] if isinstance(image_type, str) else list(image_type or [])
+    return ["DERIVED", *(values[1:] or ["PRIMARY"])]
+
+
+def _append_text(dataset: Dataset, keyword: str, suffix: str, vr: str, room: int) -> None:
+    """Append ASCII to a text as bytes, if it fits: exact in every character set, even a wrongly declared one."""
+    tag = Tag(keyword)
+    element = dataset.get_item(tag) if tag in dataset else None
+    if element is None or not element.value:
+        dataset[tag] = DataElement(tag, vr, suffix.strip())
+    elif isinstance(element, RawDataElement) and isinstance(element.value, bytes):
+        value = element.value.rstrip(b" \0") + suffix.encode("ascii")
+        if len(value) <= room:
+            value += b" " * (len(value) % 2)
+            dataset[tag] = element._replace(value=value, length=len(value))
+
+
+def _append_item(dataset: Dataset, keyword: str, item: Dataset) -> None:
+    dataset[keyword] = DataElement(Tag(keyword), "SQ", Items([*(dataset.get(keyword) or ()), item]))
+
+
+def _to_bytes(dataset: Dataset) -> bytes:
+    dataset.preamble = bytes(128)  # it can hold another program or image (CVE-2019-11687)
+    buffer = io.BytesIO()
+    dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def verify(
+    source: bytes | str | os.PathLike[str],
+    written: bytes | str | os.PathLike[str],
+    limit: float,
+    *,
+    allow_unchanged: bool = False,
+) -> FileCheck:
+    """Compare a written file with its source, both parsed and decoded afresh.
+
+    Args:
+        source: the original file, or its bytes.
+        written: the protected file, or its bytes.
+        limit: largest change allowed, in stored units.
+        allow_unchanged: for slices of a volume, some of which may have nothing that can move; whoever passes it must
+            check that ``changed`` summed over the volume is above 0.
+
+    Raises:
+        RefusedError: ``verification_failed``, with the rule that does not hold: pixels, UIDs, marks of a derived
+            image, or an element that changed and is not one of :py:data:`DECLARED_KEYWORDS`.
+    """
+    with refusing(_FAILED, "the written file cannot be read back"):
+        before, after = (parse(_bytes(file)) for file in (source, written))
+        undeclared = list(_undeclared_changes(before, after, _DECLARED_TAGS))  # before anything is decoded
+        _require(not undeclared, f"elements {undeclared[:4]} changed, which is not declared")
+        _check_marks(before, after)
+        old, new = decode(before), decode(after)
+        _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
+        if allow_unchanged and np.array_equal(old, new):
+            return FileCheck(0, 0.0)
+        return compare(old, new, limit)
+
+
+def _bytes(file: bytes | str | os.PathLike[str]) -> bytes:
+    return file if isinstance(file, bytes) else read_bytes(file)
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise RefusedError(_FAILED, rule)
+
+
+def _check_marks(before: Dataset, after: Dataset) -> None:
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
+        same = after.get(keyword) == before.get(keyword) and keyword in before
+        _require(not same or str(before.get(keyword)).startswith("1.2.840.10008."), f"{keyword} is the source's")
+    _require(after.file_meta.MediaStorageSOPInstanceUID == after.SOPInstanceUID, "file meta and instance UID differ")
+    _require(after.get("ImageType", [""])[0] == "DERIVED", "ImageType does not begin with DERIVED")
+    _require(not any(after.preamble), "the preamble is not empty")
+    _require(_is_protected(after), "the mark of a protected file is missing")
+
+
+def _is_protected(dataset: Dataset) -> bool:
+    try:
+        check_supported(dataset)
+    except RefusedError as error:
+        return error.reason == "already_protected"
+    return False
+
+
+def _undeclared_changes(before: Dataset, after: Dataset, declared: frozenset[BaseTag]) -> Iterator[BaseTag]:
+    """Elements at any depth that were added, removed or changed, save declared ones and mapped UIDs."""
+    for tag in sorted(before.keys() | after.keys()):
+        if tag in declared or tag.element == 0:
+            continue
+        if tag not in before or tag not in after:
+            yield tag
+        elif _raw(before, tag) != _raw(after, tag):
+            old, new = before[tag], after[tag]
+            if old.VR == new.VR == "SQ" and len(old.value) == len(new.value):
+                for old_item, new_item in zip(old.value, new.value, strict=True):
+                    yield from _undeclared_changes(old_item, new_item, _REMOVED_TAGS)
+            elif not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
+                yield tag
+
+
+def _raw(dataset: Dataset, tag: BaseTag) -> Any:
+    value = _value(dataset, tag)
+    return value.rstrip(b" \0") if isinstance(value, bytes) else value
+
+
+def _is_mapped(old: Any, new: Any) -> bool:
+    """Whether each UID is kept (the standard's own, for instance) or replaced by one of ours (below 2.25)."""
+    olds, news = ([value] if isinstance(value, str) else list(value) for value in (old, new))
+    return len(olds) == len(news) and all(
+        after == before or (after.startswith("2.25.") and not before.startswith("1.2.840.10008."))
+        for before, after in zip(olds, news, strict=True)
+    )

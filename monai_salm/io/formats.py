@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of the formats, and what a release is made of: units, each a set of cases and the files that hold them.
+
+A unit is released as a whole or not at all: a DICOM series or image, a NIfTI file, or an archive with all its images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from monai_salm.io import dicom, dicom_write, nifti, npz
+from monai_salm.io.base import Case, FileCheck, StoredImage, Window
+
+Deltas = Callable[[Case], np.ndarray]
+"""(1, *spatial) lattice steps of a case, integers, in canonical axes."""
+
+
+@dataclass(frozen=True)
+class ProtectedFile:
+    """One file of a release, not yet written.
+
+    Args:
+        source: the original it derives from.
+        name: where it belongs, relative to the released folder.
+        content: its bytes.
+    """
+
+    source: Path
+    name: PurePosixPath
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Format:
+    """The functions of one format: ``protect`` takes the cases of one unit, ``verify`` a file and its source."""
+
+    read: Callable[[Case, int, Window], StoredImage]
+    protect: Callable[..., Iterator[tuple[PurePosixPath, bytes]]]
+    verify: Callable[[Path, Path, float], FileCheck]
+
+
+def _each_case(protect: Callable[..., Iterator[tuple[PurePosixPath, bytes]]]) -> Callable[..., Any]:
+    """Lift a function of one case and its delta to a unit."""
+
+    def protect_unit(unit: Sequence[Case], deltas: Deltas, **options: Any) -> Iterator[tuple[PurePosixPath, bytes]]:
+        for case in unit:
+            yield from protect(case, deltas(case), **options)
+
+    return protect_unit
+
+
+def _verify_dicom(source: Path, written: Path, limit: float) -> FileCheck:
+    # A slice of a volume may have nothing to change; whoever has all slices checks that some voxel did.
+    check = dicom_write.verify(source, written.read_bytes(), int(limit), allow_unchanged=True)
+    return FileCheck(check.changed, float(check.max_abs))
+
+
+FORMATS: Mapping[str, Format] = {
+    "dicom": Format(dicom.read, _each_case(dicom_write.protect), _verify_dicom),
+    "nifti": Format(nifti.read, _each_case(nifti.protect), nifti.verify),
+    "npz": Format(npz.read, npz.protect, npz.verify),
+}
+
+
+def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
+    """Stored image of a case of any format.
+
+    Args:
+        case: the case.
+        spatial_dims: 2 or 3.
+        window: ``"auto"`` or (low, high) in physical units.
+
+    Raises:
+        RefusedError: When the case cannot be protected.
+    """
+    return FORMATS[case.format].read(case, spatial_dims, window)
+
+
+def units(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
+    """Cases grouped into what is released as a whole, in order of first appearance."""
+    grouped: dict[tuple[Path, ...], list[Case]] = {}
+    for case in cases:
+        grouped.setdefault(case.files, []).append(case)
+    return [tuple(unit) for unit in grouped.values()]
+
+
+def protect(
+    unit: Sequence[Case], deltas: Deltas, *, spatial_dims: int, window: Window, uids: Any, when: datetime
+) -> Iterator[ProtectedFile]:
+    """Yield the protected files of one unit, in the order of its source files.
+
+    Args:
+        unit: cases that share their files, see :py:func:`units`.
+        deltas: lattice steps of each case.
+        spatial_dims: 2 or 3.
+        window: ``"auto"`` or (low, high) in physical units.
+        uids: :py:class:`monai_salm.release.identity.UidMap` of the release.
+        when: start of the release, written into files that carry a date.
+
+    Raises:
+        RefusedError: When the unit cannot be protected.
+        ValueError: When a perturbation does not fit its image.
+    """
+    options = {"spatial_dims": spatial_dims, "window": window, "uids": uids, "when": when}
+    written = FORMATS[unit[0].format].protect(unit, deltas, **options)
+    for source, (name, content) in zip(unit[0].files, written, strict=True):
+        yield ProtectedFile(source, name, content)
+
+
+def verify(form: str, source: Path, written: Path, limit: float) -> FileCheck:
+    """Parse a written file afresh and compare it with its source.
+
+    Args:
+        form: name of the format.
+        source: the original file.
+        written: the protected file, under any name.
+        limit: largest change allowed, in stored units.
+
+    Raises:
+        RefusedError: When anything changed that must not, or a voxel by too much; and when nothing changed, save in
+            DICOM, where single slices of a volume may stay as they are.
+    """
+    return FORMATS[form].verify(source, written, limit)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every perturbation method shares: one call, and the invariants that hold when it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from monai_salm.perturbations.budget import Lattice
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(prediction, label) -> one loss per image, (B,)."""
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode without parameter gradients; on leaving, modes, gradient flags and gradients are as before."""
+    modes = [(module, module.training) for module in network.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    network.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+class Objective(nn.Module):
+    """What a perturbation is to minimize: the surrogate's loss on the image with it, and on it alone.
+
+    ``(1 - alone) * loss(f(view(x + delta)), y) + alone * loss(f(view(0.5 + delta)), y)``
+
+    The second term makes the perturbation predict the label without any anatomy, so that a network has no reason to
+    learn the anatomy. It takes up the first term of PIL (arXiv 2601.19967), with any surrogate in place of a linear one.
+
+    Args:
+        network: the surrogate, (B, C, *spatial) unit intensities -> prediction.
+        loss: one value per image from prediction and label.
+        alone: weight of the second term, in [0, 1]; 0 is plain error-minimizing noise (arXiv 2101.04898).
+        view: random view drawn anew for every evaluation (``draw(batch, generator)`` and ``forward(image, drawn)``);
+            both terms see the same one. None: the image as it is.
+
+    Raises:
+        ValueError: When ``alone`` is outside [0, 1].
+    """
+
+    def __init__(self, network: nn.Module, loss: Loss, *, alone: float = 0.5, view: nn.Module | None = None) -> None:
+        super().__init__()
+        if not 0 <= alone <= 1:
+            raise ValueError(f"weight of the perturbation-alone term is {alone}; it must be in [0, 1]")
+        self.network, self.loss, self.alone, self.view = network, loss, alone, view
+        self.passes = 0
+
+    def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        """(B,) losses of (B, C, *spatial) images and perturbations in unit intensity."""
+        parts = [part for part, weight in ((image + delta, 1 - self.alone), (0.5 + delta, self.alone)) if weight]
+        weights = [weight for weight in (1 - self.alone, self.alone) if weight]
+        drawn = None if self.view is None else self.view.draw(len(image), generator)
+        seen = parts if drawn is None else [self.view(part, drawn) for part in parts]
+        losses = self.loss(self.network(torch.cat(seen)), label.repeat(len(seen), *[1] * (label.ndim - 1)))
+        self.passes += len(image) * len(seen)
+        return sum(weight * part for weight, part in zip(weights, losses.chunk(len(seen)), strict=True))
+
+
+class Perturbation(ABC):
+    """A method that computes perturbations. Hyper-parameters go to ``__init__``, data to the call.
+
+    On return of the call a perturbation is an integer number of lattice steps, inside the lattice's bounds (hence inside
+    budget, window and stored range), finite and detached, and the objective's network is in the state it was in.
+    """
+
+    @abstractmethod
+    def compute(
+        self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, start: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """(B, C, *spatial) real-valued lattice steps, from float ``start``; the caller projects and rounds."""
+
+    @final
+    def __call__(
+        self,
+        objective: Objective,
+        image: Tensor,
+        label: Tensor,
+        lattice: Lattice,
+        start: Tensor | None = None,
+        *,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Perturbations of a batch.
+
+        Args:
+            objective: what to minimize.
+            image: (B, C, *spatial) unit intensities.
+            label: (B, ...) targets of the objective's loss.
+            lattice: the changes that the images allow.
+            start: integer perturbations to go on from; default none.
+            generator: CPU generator of everything random.
+
+        Returns:
+            integers of the images' shape, of the lattice's type.
+
+        Raises:
+            ValueError: When shapes differ, an image is not finite, or the method returned non-finite values.
+        """
+        if image.shape != lattice.lower.shape or len(label) != len(image):
+            raise ValueError(
+                f"images {tuple(image.shape)}, labels {tuple(label.shape)} and lattice {tuple(lattice.lower.shape)} differ"
+            )
+        if not torch.isfinite(image).all():
+            raise ValueError("an image has values that are not finite; StoredCodec.to_unit replaces them")
+        begin = torch.zeros_like(image) if start is None else start.to(image.dtype)
+        with frozen(objective.network):
+            steps = self.compute(objective, image.detach(), label, lattice, begin, generator).detach()
+        if not torch.isfinite(steps).all():
+            raise ValueError(f"{type(self).__name__} returned values that are not finite; the surrogate may have diverged")
+        return lattice.snap(steps)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which voxels a perturbation may touch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Criterion = Literal["gradient", "gradient_input", "foreground", "random"]
+Scope = Literal["image", "slice", "channel", "class"]
+
+
+def _checked(name: str, value: str, allowed: object) -> str:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(get_args(allowed))}")
+    return value
+
+
+class SparsityMask:
+    """Keeps the fraction ``ratio`` of the voxels with the highest score.
+
+    Args:
+        ratio: fraction of each scope's voxels that may be touched, in (0, 1]; 1 is a dense perturbation.
+        criterion: the score: ``"gradient"`` |dL/dx|, ``"gradient_input"`` |dL/dx * x|, ``"foreground"`` intensity,
+            ``"random"`` uniform (the control that every other criterion has to beat).
+        scope: over which voxels the fraction is taken: ``"image"``, ``"slice"`` (last spatial axis, volumes only),
+            ``"channel"``, or ``"class"`` (all images of a class in the call share one mask).
+
+    Raises:
+        ValueError: When ``ratio`` is outside (0, 1] or a name is unknown.
+
+    Example:
+        >>> gradient = torch.tensor([[[[3.0, 1.0], [2.0, 0.0]]]])
+        >>> SparsityMask(ratio=0.5)(torch.ones(1, 1, 2, 2), gradient).int().tolist()
+        [[[[1, 0], [1, 0]]]]
+    """
+
+    def __init__(self, *, ratio: float, criterion: Criterion = "gradient", scope: Scope = "image") -> None:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"mask ratio is {ratio}; it must be in (0, 1], where 1 touches every voxel")
+        self.ratio = float(ratio)
+        self.criterion = _checked("mask criterion", criterion, Criterion)
+        self.scope = _checked("mask scope", scope, Scope)
+
+    def __call__(
+        self,
+        image: Tensor,
+        gradient: Tensor | None = None,
+        *,
+        label: Tensor | None = None,
+        movable: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Boolean mask of the images' shape.
+
+        Args:
+            image: (B, C, *spatial) unit intensities.
+            gradient: of the same shape; needed by the gradient criteria.
+            label: (B,) classes; needed by scope ``"class"``.
+            movable: of the same shape; voxels outside are never chosen. The fraction still refers to all voxels.
+            generator: CPU generator of the random criterion.
+
+        Raises:
+            ValueError: When an argument that criterion or scope needs is missing.
+        """
+        if self.ratio == 1:
+            return torch.ones_like(image, dtype=torch.bool) if movable is None else movable.clone()
+        score = self.score(image, gradient, generator)
+        if self.scope == "class":
+            score = self._shared(score, label)
+        if movable is not None:
+            score = score.masked_fill(~movable, -1.0)
+        mask = self._top(score)
+        return mask if movable is None else mask & movable
+
+    def score(self, image: Tensor, gradient: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Nonnegative score of every voxel; higher is chosen first."""
+        if self.criterion == "random":
+            return torch.rand(image.shape, generator=generator).to(image.device)
+        if self.criterion == "foreground":
+            return image
+        if gradient is None:
+            raise ValueError(f"mask criterion {self.criterion!r} needs a gradient")
+        return gradient.abs() if self.criterion == "gradient" else (gradient * image).abs()
+
+    def _shared(self, score: Tensor, label: Tensor | None) -> Tensor:
+        if label is None:
+            raise ValueError("mask scope 'class' needs the labels")
+        shared = torch.empty_like(score)
+        for value in label.unique():
+            members = label == value
+            shared[members] = score[members].mean(0, keepdim=True)
+        return shared
+
+    def _top(self, score: Tensor) -> Tensor:
+        keep_dims = {"image": 1, "class": 1, "channel": 2, "slice": 2}[self.scope]
+        by_scope = score.movedim(-1, 1) if self.scope == "slice" else score
+        flat = by_scope.flatten(keep_dims)
+        count = max(1, round(self.ratio * flat.shape[-1]))
+        mask = torch.zeros_like(flat, dtype=torch.bool)
+        mask.scatter_(-1, flat.topk(count, -1, sorted=False).indices, True)
+        mask = mask.reshape(by_scope.shape)
+        return mask.movedim(1, -1) if self.scope == "slice" else mask

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One case's perturbation, the digests that tie it to its image, and its compact form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TYPES = ("int8", "int16", "int32")
+"""A perturbation is kept in the first of these that holds its budget."""
+COLUMNS = ("sample_id", "dtype", "shape", "levels", "step", "image_digest", "digest", "payload")
+"""Names of :py:func:`pack`'s values: text, text, JSON, integer, float, hex, hex, bytes."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case's perturbation.
+
+    Args:
+        sample_id: the case.
+        delta: (C, *spatial) integer lattice steps.
+        image_digest: :py:func:`image_digest` of the clean stored image, in the file's own type.
+        levels: most steps that the budget allows in this image.
+        step: stored distance of one lattice step (``StoredCodec.step``): 1 for integer files.
+    """
+
+    sample_id: str
+    delta: Tensor
+    image_digest: str
+    levels: int
+    step: float = 1.0
+
+
+def image_digest(stored: Tensor | np.ndarray) -> str:
+    """SHA-256 over type, shape and values of a stored image; equal for tensors and arrays of either byte order.
+
+    Example:
+        >>> pixels = np.arange(4, dtype=np.int16).reshape(1, 2, 2)
+        >>> image_digest(pixels) == image_digest(torch.from_numpy(pixels))
+        True
+        >>> image_digest(pixels) == image_digest(pixels.astype(np.int32))
+        False
+    """
+    values = as_array(stored)
+    return _digest([values.dtype.newbyteorder("=").name, list(values.shape)], values)
+
+
+def pack(record: Record) -> tuple[Any, ...]:
+    """The values of :py:data:`COLUMNS`. The payload has a bit per voxel that moves or not, then the changes.
+
+    Raises:
+        ValueError: When the perturbation is not of integers or leaves its budget.
+    """
+    delta = as_array(record.delta)
+    if delta.dtype.kind not in "iu":
+        raise ValueError(f"{record.sample_id}: a perturbation is {delta.dtype}; the bank holds integer lattice steps")
+    most = max(int(delta.max(initial=0)), -int(delta.min(initial=0)))
+    if most > record.levels:
+        raise ValueError(f"{record.sample_id}: a change of {most} lattice steps is over the budget of {record.levels}")
+    dtype = next((name for name in TYPES if record.levels <= np.iinfo(name).max), None)
+    if dtype is None:
+        raise ValueError(f"{record.sample_id}: a budget of {record.levels} lattice steps is over what 32 bits hold")
+    delta = delta.astype(np.dtype(dtype).newbyteorder("<"))
+    moved = delta != 0
+    payload = zlib.compress(np.packbits(moved).tobytes() + delta[moved].tobytes(), 1)
+    shape, levels, step = json.dumps(delta.shape), int(record.levels), float(record.step)
+    header = [record.sample_id, dtype, shape, levels, step, record.image_digest]
+    return (*header, _digest(header, delta), payload)
+
+
+def unpack(row: tuple[Any, ...]) -> Record:
+    """Inverse of :py:func:`pack`.
+
+    Raises:
+        ValueError: When the values do not agree with their digest.
+    """
+    sample_id, dtype, shape, levels, step, image, digest, payload = row
+    try:
+        count = math.prod(json.loads(shape))
+        data = zlib.decompress(payload)
+        split = -(-count // 8)
+        moved = np.unpackbits(np.frombuffer(data[:split], np.uint8), count=count).astype(bool)
+        delta = np.zeros(count, dtype)
+        delta[moved] = np.frombuffer(data[split:], np.dtype(dtype).newbyteorder("<"))
+        delta = delta.reshape(json.loads(shape))
+        intact = _digest([sample_id, dtype, shape, levels, step, image], delta) == digest
+    except (zlib.error, ValueError, TypeError, OverflowError, MemoryError):
+        intact = False
+    if not intact:
+        raise ValueError(f"the record of {sample_id!r} does not agree with its digest")
+    return Record(sample_id, torch.from_numpy(delta), image, levels, step)
+
+
+def as_array(values: Tensor | np.ndarray) -> np.ndarray:
+    """The same values as an array, in main memory."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def _digest(header: list[Any], values: np.ndarray) -> str:
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
+    return digest.hexdigest()

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in an export: the cases that can be protected, and every other file with the reason why it cannot.
+
+Files are known by their content, never by their ending; links and devices are never followed. Nothing is guessed: a
+series with one broken slice is refused as a whole, and two files with one instance UID are both refused.
+
+Patients, for splits that keep them together: DICOM files by PatientID (by study where it is empty); NIfTI files by the
+first part of their path that names one (``sub-01``, ``patient_7``, ``PAT003``), else each file is its own patient.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+from pydicom.dataset import Dataset
+
+from monai_salm.io import dicom, formats, nifti, npz
+from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.release.identity import pseudonym
+from monai_salm.release.progress import track
+
+IGNORED = ("dicomdir", "labels.csv")
+"""Names (in lower case) of files that are no images and are read elsewhere or made anew."""
+_PATIENT = re.compile(r"(?i)(?<![a-z0-9])(?:sub|subject|patient|pat|pt)(?:[-_][a-z0-9]+|\d[a-z0-9]*)")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file, series or case that will not be protected.
+
+    Args:
+        name: pseudonym of its path (of the case, where it has one).
+        reason: stable snake_case code.
+        detail: what was found and what to do; nothing personal.
+    """
+
+    name: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """An export's cases in a fixed order, and what was refused.
+
+    Args:
+        root: the export, a folder or one archive.
+        cases: what can be protected.
+        refusals: everything else.
+        refused_names: the real names (paths, UIDs) behind each refusal's pseudonym. Personal: never to be logged.
+    """
+
+    root: Path
+    cases: tuple[Case, ...]
+    refusals: tuple[Refusal, ...]
+    refused_names: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+
+def scan(root: Path | str, spatial_dims: int, *, window: Window = "auto", check_pixels: bool = True) -> Catalog:
+    """List the cases of an export.
+
+    Args:
+        root: a folder, searched to any depth, or one file.
+        spatial_dims: 2: each single-frame DICOM instance and each NIfTI slice is a case. 3: each DICOM series and each
+            NIfTI volume is. Archives hold one or the other.
+        window: ``"auto"`` or (low, high) in physical units; an image with no voxel inside is refused.
+        check_pixels: decode every case once and refuse what is broken or constant; otherwise only headers are read.
+
+    Raises:
+        ValueError: When the folder is missing, empty, or holds nothing that can be protected.
+    """
+    root = Path(root)
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims is {spatial_dims}; use 2 for slices or 3 for volumes")
+    if not root.exists():
+        raise ValueError(f"export {root} does not exist; check the path")
+    findings = _Findings(root.absolute(), spatial_dims)
+    files = list(_walk(root.absolute(), findings))
+    if not files and not findings.refusals:
+        raise ValueError(f"export {root} is empty; name the folder that holds the images")
+    for path in track(files, "reading headers"):
+        findings.add(path)
+    findings.close_series()
+    if check_pixels:
+        _check_pixels(findings, window)
+    if not findings.cases:
+        raise ValueError(
+            f"export {root} holds no {spatial_dims}D image that can be protected. {_summary(findings.refusals)}"
+        )
+    cases = sorted(findings.cases, key=lambda case: findings.name(case.files[0]))
+    return Catalog(root, tuple(cases), tuple(findings.refusals), findings.refused_names)
+
+
+class _Findings:
+    """Cases and refusals of a scan that is under way."""
+
+    def __init__(self, root: Path, spatial_dims: int) -> None:
+        self.root = root
+        self.spatial_dims = spatial_dims
+        self.cases: list[Case] = []
+        self.refusals: list[Refusal] = []
+        self.refused_names: dict[str, tuple[str, ...]] = {}
+        self._headers: dict[Path, Dataset] = {}
+        self._broken: dict[Path, RefusedError] = {}
+        self._series_in: dict[Path, set[str]] = defaultdict(set)
+
+    def name(self, path: Path) -> str:
+        """Relative POSIX path; the file's own name if the export is that file."""
+        return path.name if path == self.root else path.relative_to(self.root).as_posix()
+
+    def refuse(self, names: Sequence[str], error: RefusedError, name: str | None = None) -> None:
+        name = name or pseudonym(names[0])
+        self.refusals.append(Refusal(name, error.reason, error.detail))
+        self.refused_names[name] = tuple(names)
+
+    def add(self, path: Path) -> None:
+        """Take one file by its content."""
+        try:
+            head = nifti.read_head(path)
+            if head[128:132] == b"DICM":
+                self._add_dicom(path)
+            elif nifti.sniff(head):
+                self._add_nifti(path)
+            elif npz.sniff(head) and _is_npz(path):
+                self._add_npz(path)
+            elif head[:2] in (b"\x02\0", b"\x08\0"):  # DICOM without its file header: refused by that name
+                self._add_dicom(path)
+            else:
+                raise RefusedError("unknown_file", "the content is neither DICOM nor NIfTI nor an .npz archive")
+        except RefusedError as error:
+            self.refuse([self.name(path)], error)
+        except OSError as error:
+            self.refuse(
+                [self.name(path)], RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})")
+            )
+
+    def _add_nifti(self, path: Path) -> None:
+        nifti.check_supported(path, self.spatial_dims)
+        name = self.name(path)
+        patient = _PATIENT.search(name)
+        group = patient[0].lower() if patient else name
+        self.cases.append(Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(group)))
+
+    def _add_npz(self, path: Path) -> None:
+        archive = PurePosixPath(self.name(path))
+        for split, numbers in npz.labels(path, self.spatial_dims).items():
+            for index, label in enumerate(numbers.tolist()):
+                names = npz.case_names(archive, split, index)
+                own = pseudonym(names[0])
+                self.cases.append(Case(own, "npz", (path,), names, own, index, label, split))
+
+    def _add_dicom(self, path: Path) -> None:
+        header = dicom.read_header(path)
+        if not _text(header, "SeriesInstanceUID"):
+            raise RefusedError("no_series", "the file has no SeriesInstanceUID; export the images again")
+        self._headers[path] = header
+        try:
+            dicom.check_supported(header)
+        except RefusedError as error:
+            self._broken[path] = error
+
+    def close_series(self) -> None:
+        """Turn the DICOM headers read so far into cases."""
+        seen = defaultdict(list)
+        for path, header in self._headers.items():
+            seen[_text(header, "SOPInstanceUID")].append(path)
+        for uid, paths in seen.items():
+            if len(paths) > 1 or not uid:
+                detail = f"{len(paths)} files have one SOPInstanceUID" if uid else "there is no SOPInstanceUID"
+                self._broken |= {path: RefusedError("duplicate_uid", f"{detail}; remove copies") for path in paths}
+        series: dict[str, list[Path]] = defaultdict(list)
+        for path, header in self._headers.items():
+            series[_text(header, "SeriesInstanceUID")].append(path)
+            self._series_in[path.parent].add(_text(header, "SeriesInstanceUID"))
+        for paths in series.values():
+            if self.spatial_dims == 3:
+                self._add_volume(paths)
+            else:
+                self._add_instances(paths)
+        self._headers.clear()
+
+    def _add_instances(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            header = self._headers[path]
+            uid = _text(header, "SOPInstanceUID")
+            names = (*self._dicom_names([path]), uid, _text(header, "SeriesInstanceUID"))
+            if path in self._broken:
+                self.refuse(names, self._broken[path])
+            else:
+                self.cases.append(Case(pseudonym(uid), "dicom", (path,), names, _patient(header)))
+
+    def _add_volume(self, paths: Sequence[Path]) -> None:
+        headers = [self._headers[path] for path in paths]
+        uid = _text(headers[0], "SeriesInstanceUID")
+        names = (*self._dicom_names(paths), uid)
+        try:
+            broken = [self._broken[path] for path in paths if path in self._broken]
+            if broken:
+                raise RefusedError(
+                    broken[0].reason, f"{len(broken)} of {len(paths)} files of a series: {broken[0].detail}"
+                )
+            order = dicom.order_volume(headers)
+        except RefusedError as error:
+            self.refuse(names, error, pseudonym(uid))
+            return
+        files = tuple(paths[index] for index in order)
+        self.cases.append(Case(pseudonym(uid), "dicom", files, names, _patient(headers[0])))
+
+    def _dicom_names(self, paths: Sequence[Path]) -> list[str]:
+        """Paths of the files, and their folder where that names them without doubt."""
+        folders = sorted({path.parent for path in paths} - {self.root})
+        if self.spatial_dims == 3 and any(len(self._series_in[folder]) > 1 for folder in folders):
+            folders = []
+        return [self.name(path) for path in (*paths, *folders)]
+
+
+def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
+    """Regular files in a fixed order; whatever else is there is refused."""
+    if folder.is_file():
+        yield folder
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(path, findings)
+            elif not entry.is_file(follow_symlinks=False):
+                detail = "links, devices and sockets are never followed; copy the file itself"
+                findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))
+            elif entry.name.lower() not in IGNORED:
+                yield path
+
+
+def _check_pixels(findings: _Findings, window: Window) -> None:
+    """Decode every case once; a unit with a case that cannot be protected is refused as a whole."""
+    kept: list[Case] = []
+    units = formats.units(findings.cases)
+    for unit in track(units, "checking pixels"):
+        try:
+            for case in unit:
+                _check_case(case, findings.spatial_dims, window)
+            kept += unit
+        except RefusedError as error:
+            name = unit[0].sample_id if len(unit) == 1 else None
+            archive = [str(npz.archive_name(unit[0]))] if unit[0].format == "npz" else []
+            findings.refuse([*archive, *(name for case in unit for name in case.names)], error, name)
+    findings.cases = kept
+
+
+def _check_case(case: Case, spatial_dims: int, window: Window) -> None:
+    try:
+        image = formats.read(case, spatial_dims, window)
+        movable = bool(image.codec.movable(torch.from_numpy(image.stored)).any())
+    except RefusedError:
+        raise
+    except Exception as error:  # codecs fed with broken files raise anything; their text may hold personal values
+        raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
+    if not movable:
+        raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
+
+
+def _is_npz(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError):
+        return path.suffix == ".npz"
+
+
+def _patient(header: Dataset) -> str:
+    return pseudonym(
+        _text(header, "PatientID") or _text(header, "StudyInstanceUID") or _text(header, "SeriesInstanceUID")
+    )
+
+
+def _text(header: Dataset, keyword: str) -> str:
+    return str(header.get(keyword) or "").strip()
+
+
+def _summary(refusals: Sequence[Refusal]) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for refusal in refusals:
+        counts[refusal.reason] += 1
+    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    first = f" ({refusals[0].detail})" if refusals else ""
+    return f"Refused: {listed or 'none'}{first}"

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door into the output folder: a file is there whole, verified and on disk, or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Generic, TypeVar
+
+PROTECTED = "protected"
+"""Folder of the output folder that is meant to be shared."""
+MANIFEST = "manifest.jsonl"
+PRIVATE = "private"
+RUN = f"{PRIVATE}/run.json"
+STAGING = ".staging"
+DEMO_EXPORT = "export"
+_MARKERS = (MANIFEST, RUN, "bank.sqlite")
+"""Any of these says that an output folder is ours."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+Result = TypeVar("Result")
+
+
+class OutputError(RuntimeError):
+    """The output folder cannot be written to; everything committed before is whole and verified."""
+
+
+@dataclass(frozen=True)
+class Staged(Generic[Result]):
+    """A file that wants to be written.
+
+    Args:
+        name: path relative to the output folder.
+        content: its bytes.
+        verify: called with the path of the staged bytes before anything is visible; raises to keep them out.
+    """
+
+    name: PurePosixPath
+    content: bytes
+    verify: Callable[[Path], Result]
+
+
+@dataclass(frozen=True)
+class Committed(Generic[Result]):
+    """A file that was written: its name, the sha256 of the bytes read back, and what ``verify`` returned."""
+
+    name: PurePosixPath
+    sha256: str
+    result: Result
+
+
+def check_output(source: Path, output_dir: Path) -> None:
+    """Refuse an output folder that could harm the export or hide foreign files among the protected ones.
+
+    An export at ``output_dir/export`` is allowed: that is the demo's layout.
+
+    Args:
+        source: the export, a folder or a file.
+        output_dir: folder to write to; it need not exist.
+
+    Raises:
+        ValueError: When the two overlap, or the output folder is a link, a file, or holds what is not ours.
+    """
+    if output_dir.is_symlink():
+        raise ValueError(f"output folder {output_dir} is a symbolic link; name the folder itself")
+    old, new = source.resolve(), output_dir.resolve()
+    inside = old.parent if source.is_file() else old
+    if new == old:
+        raise ValueError(f"output folder {output_dir} is the export itself; choose another folder")
+    if new.is_relative_to(inside):
+        raise ValueError(f"output folder {output_dir} lies inside the export; choose a folder outside of it")
+    if old.is_relative_to(new) and old != new / DEMO_EXPORT:
+        raise ValueError(f"the export lies inside output folder {output_dir}; choose a folder that does not hold it")
+    if new.exists() and not new.is_dir():
+        raise ValueError(f"output folder {output_dir} is a file; choose a folder")
+    if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
+        return
+    foreign = [entry for entry in new.iterdir() if entry.resolve() != old]
+    if foreign:
+        raise ValueError(
+            f"output folder {output_dir} holds {len(foreign)} entries and no manifest of monai_salm; "
+            "choose an empty or new folder"
+        )
+
+
+def commit(output_dir: Path, files: Iterable[Staged[Result]]) -> list[Committed[Result]]:
+    """Write a group of files, all or none: stage, flush to disk, read back, verify, and only then move into place.
+
+    A process killed in the moving leaves whole files only; running it again completes the group with the same bytes.
+
+    Args:
+        output_dir: an existing folder of ours.
+        files: the group; may be a generator, so that one file at a time is in memory.
+
+    Raises:
+        OutputError: When there is no space or no permission. Nothing of the group is left behind.
+        Exception: Whatever ``verify`` or the generator raises. Nothing of the group is left behind.
+    """
+    staged: list[tuple[Path, PurePosixPath, str, Result]] = []
+    part = Path()
+    with _explained():
+        _make_folders(output_dir, PurePosixPath(STAGING))
+    try:
+        for file in files:
+            part = output_dir / STAGING / f"{uuid.uuid4().hex}.part"
+            with _explained():
+                digest = _stage(part, file.content)
+            staged.append((part, file.name, digest, file.verify(part)))
+        with _explained():
+            _move(output_dir, [(path, name) for path, name, _, _ in staged])
+    finally:
+        for path in [part, *(path for path, _, _, _ in staged)]:
+            if path.name:
+                path.unlink(missing_ok=True)
+    return [Committed(name, digest, result) for _, name, digest, result in staged]
+
+
+def append_line(output_dir: Path, name: str, lines: str) -> None:
+    """Append whole lines to a journal and flush them; on failure the journal is as it was.
+
+    Raises:
+        OutputError: When there is no space or no permission.
+    """
+    with _explained():
+        handle = os.open(output_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        size = os.fstat(handle).st_size
+        try:
+            _write_all(handle, lines.encode())
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+        finally:
+            os.close(handle)
+
+
+def open_output(output_dir: Path) -> None:
+    """Create the folder, ``private/`` for its owner only, and clear what a killed run left in staging.
+
+    Raises:
+        OutputError: When there is no space or no permission.
+    """
+    with _explained():
+        output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+        _make_folders(output_dir, PurePosixPath(PRIVATE))
+        os.chmod(output_dir / PRIVATE, 0o700)
+
+
+def close_output(output_dir: Path) -> None:
+    """Remove the empty staging folder."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def _stage(part: Path, content: bytes) -> str:
+    """Write and flush, then read back; the sha256 of what the disk gave."""
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        _write_all(handle, content)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    digest = sha256_of(part)
+    if digest != hashlib.sha256(content).hexdigest():
+        raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
+    return digest
+
+
+def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None:
+    for part, name in pairs:
+        _make_folders(output_dir, name.parent)
+        os.replace(part, output_dir / name)
+    for folder in {(output_dir / name).parent for _, name in pairs}:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_all(handle: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _make_folders(output_dir: Path, name: PurePosixPath) -> None:
+    """Create ``name`` below the output folder, following no link and leaving it by no ``..``."""
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError("a protected file's name would leave the output folder; this is a bug, report it")
+    folder = output_dir
+    for part in name.parts:
+        folder = folder / part
+        if folder.is_symlink():
+            raise ValueError(f"{folder} is a symbolic link; remove it and run again")
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say of a failed write what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        safe = "Files committed before are complete and verified, no partial file was left."
+        if error.errno in _FULL:
+            problem, fix = "no space left in the output folder", "Free some space"
+        elif error.errno in _DENIED:
+            problem, fix = "no permission to write in the output folder", "Allow writing"
+        else:
+            problem, fix = f"the output folder cannot be written to ({error.strerror})", "Repair that"
+        raise OutputError(f"{problem}. {safe} {fix} and run the same command again.") from error

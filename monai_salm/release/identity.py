@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New identities: keyed UIDs, the key's file, and pseudonyms for cases."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import uuid
+from pathlib import Path
+
+from pydicom.datadict import dictionary_VR, keyword_for_tag, private_dictionary_VR
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID
+
+from monai_salm.io.base import RefusedError
+
+__all__ = ["KEPT_UID_KEYWORDS", "UidMap", "is_mapped_uid_tag", "load_or_create_key", "pseudonym"]
+
+KEY_BYTES = 32
+MAX_DEPTH = 32
+"""Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
+STANDARD_ROOT = "1.2.840.10008."
+"""UIDs that the DICOM standard itself defines; they name no instance."""
+
+KEPT_UID_KEYWORDS = frozenset(
+    """
+    SOPClassUID RelatedGeneralSOPClassUID OriginalSpecializedSOPClassUID ReferencedSOPClassUID
+    ReferencedSOPClassUIDInFile ReferencedRelatedGeneralSOPClassUIDInFile MediaStorageSOPClassUID SOPClassesInStudy
+    SOPClassesSupported PertinentSOPClassesInStudy PertinentSOPClassesInSeries AffectedSOPClassUID RequestedSOPClassUID
+    RTVCommunicationSOPClassUID ManufacturerDeviceClassUID
+    TransferSyntaxUID ReferencedTransferSyntaxUIDInFile AvailableTransferSyntaxUID StoredInstanceTransferSyntaxUID
+    MACCalculationTransferSyntaxUID EncryptedContentTransferSyntaxUID FlowTransferSyntaxUID
+    CodingSchemeUID ContextUID ContextGroupExtensionCreatorUID MappingResourceUID
+    TemplateExtensionOrganizationUID TemplateExtensionCreatorUID
+    ImplementationClassUID PrivateInformationCreatorUID InstanceCreatorUID CreatorVersionUID StorageMediaFileSetUID
+    """.split()
+)
+"""UI elements that name a class, a syntax, a coding scheme or a piece of software, not an instance: never mapped."""
+
+
+def is_mapped_uid_tag(tag: BaseTag | int | str) -> bool:
+    """Whether UIDs in this element (tag or keyword) name instances and are therefore mapped; private tags are.
+
+    Example:
+        >>> is_mapped_uid_tag("ReferencedSOPInstanceUID"), is_mapped_uid_tag("ReferencedSOPClassUID")
+        (True, False)
+    """
+    keyword = tag if isinstance(tag, str) else keyword_for_tag(Tag(tag))
+    return keyword not in KEPT_UID_KEYWORDS
+
+
+class UidMap:
+    """A keyed map of UIDs without any state, so that parts of a release agree without a shared table.
+
+    ``2.25.<integer of a UUID>`` (PS3.5 B.2), the UUID being the first 128 bits of HMAC-SHA256(key, uid) in the shape
+    of version 8 (RFC 9562 5.8). Without the key nobody can test a guess; with another key the release is unlinkable.
+
+    Args:
+        key: at least 16 secret bytes, usually from :py:func:`load_or_create_key`.
+
+    Raises:
+        ValueError: When the key is shorter.
+
+    Example:
+        >>> uids = UidMap(bytes(32))
+        >>> uids("1.2.3") == uids("1.2.3"), uids("1.2.3") == UidMap(bytes([1]) * 32)("1.2.3")
+        (True, False)
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) < 16:
+            raise ValueError(f"UID key has {len(key)} bytes; use at least 16, for example from load_or_create_key")
+        self._key = bytes(key)
+
+    def __call__(self, uid: str) -> str:
+        """The new UID of ``uid`` (padding does not count)."""
+        digest = hmac.new(self._key, str(uid).strip(" \0").encode(), hashlib.sha256).digest()
+        bits = int.from_bytes(digest[:16], "big")
+        bits = bits & ~(0xF << 76) | 0x8 << 76  # version 8
+        bits = bits & ~(0x3 << 62) | 0x2 << 62  # variant of RFC 9562
+        return f"2.25.{uuid.UUID(int=bits).int}"
+
+    def map_dataset(self, dataset: Dataset) -> None:
+        """Replace every instance UID at any depth, in place; other elements stay as they were read.
+
+        Only for a dataset freshly parsed from bytes: items that two sequences share would be mapped twice. UIDs
+        inside private elements of unknown type are not recognized.
+
+        Raises:
+            RefusedError: ``nested_too_deep`` when sequences are nested more than 32 deep.
+        """
+        self._map(dataset, depth=0)
+
+    def _map(self, dataset: Dataset, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise RefusedError("nested_too_deep", f"sequences are nested more than {MAX_DEPTH} deep; repair the file")
+        for tag in list(dataset.keys()):
+            vr = _type_of(dataset, tag)
+            if vr == "SQ":
+                for item in dataset[tag].value or ():
+                    self._map(item, depth + 1)
+            elif vr == "UI" and is_mapped_uid_tag(tag):
+                element = dataset[tag]
+                if isinstance(element.value, (MultiValue, list)):
+                    element.value = [self._new_value(uid) for uid in element.value]
+                elif element.value:
+                    element.value = self._new_value(element.value)
+
+    def _new_value(self, uid: str) -> UID:
+        return UID(uid if not uid or uid.startswith(STANDARD_ROOT) else self(uid))
+
+
+def _type_of(dataset: Dataset, tag: BaseTag) -> str | None:
+    """Value representation of an element, without decoding it: decoding would write it back in another form."""
+    vr = dataset.get_item(tag).VR
+    if vr not in (None, "UN"):
+        return str(vr)
+    try:
+        if not tag.is_private:
+            return str(dictionary_VR(tag))
+        if tag.is_private_creator:
+            return "LO"
+        creator = dataset.get(Tag(tag.group, tag.element >> 8))
+        return None if creator is None else str(private_dictionary_VR(tag, str(creator.value)))
+    except KeyError:
+        return None
+
+
+def load_or_create_key(path: str | os.PathLike[str]) -> bytes:
+    """Read a key of 32 bytes, or make one of random bytes that only its owner can read.
+
+    The file appears complete or not at all, also when several processes start at once: all get the same key.
+
+    Raises:
+        PermissionError: When group or others may read the file.
+        ValueError: When it is not a regular file of exactly 32 bytes.
+    """
+    path = Path(path)
+    if not path.exists():
+        _create_key(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"key file {path} is not a regular file; name a file of {KEY_BYTES} bytes or a new one")
+        if mode & 0o077:
+            raise PermissionError(f"key file {path} is open to others (mode {mode & 0o777:04o}); run: chmod 600 {path}")
+        key = file.read(KEY_BYTES + 1)
+    if len(key) != KEY_BYTES:
+        more = "more than " if len(key) > KEY_BYTES else ""
+        raise ValueError(
+            f"key file {path} has {more}{min(len(key), KEY_BYTES)} bytes instead of {KEY_BYTES}; restore it, or name a "
+            "new file (UIDs will then differ from those of earlier releases)"
+        )
+    return key
+
+
+def _create_key(path: Path) -> None:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(part, path)  # unlike rename, never replaces a key that another process has just made
+    except FileExistsError:
+        pass
+    finally:
+        part.unlink()
+
+
+def pseudonym(text: str) -> str:
+    """Stable name for a case without any key: ``"case-"`` and 16 hex digits of SHA-256.
+
+    Example:
+        >>> pseudonym("1.2.3")
+        'case-c47f5b18b8a430e6'
+    """
+    return f"case-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks behind a differentiable view, so that perturbations live on the file's own voxel grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import ResNet
+from monai.networks.layers import Conv, Pool
+from torch import Tensor, nn
+
+
+def resize_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
+    """(size_out, size_in) weights of linear resizing with a triangle filter widened against aliasing.
+
+    The same filter as ``torch.nn.functional.interpolate(mode="bilinear", antialias=True)``, for one axis.
+    """
+    scale = float(size_in) / float(size_out)
+    support = max(scale, 1.0)
+    center = (torch.arange(size_out, device=device, dtype=torch.float32) + 0.5) * scale - 0.5
+    source = torch.arange(size_in, device=device, dtype=torch.float32)
+    weight = (1 - (source[None] - center[:, None]).abs() / support).clamp(min=0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+class ResizeView(nn.Module):
+    """Resize (B, C, *native) to (B, C, *spatial_size), anti-aliased, differentiable and scriptable, in 2D or 3D.
+
+    Args:
+        spatial_size: size of the network's input in voxels.
+
+    Example:
+        >>> ResizeView((8, 8))(torch.rand(2, 1, 20, 31)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, spatial_size: Sequence[int]) -> None:
+        super().__init__()
+        self.spatial_size: list[int] = [int(size) for size in spatial_size]
+
+    def forward(self, image: Tensor) -> Tensor:
+        for axis, size in enumerate(self.spatial_size):
+            if image.shape[axis + 2] != size:
+                weight = resize_matrix(image.shape[axis + 2], size, image.device).to(image.dtype)
+                image = (image.transpose(axis + 2, -1) @ weight.t()).transpose(axis + 2, -1)
+        return image.contiguous()
+
+
+class Surrogate(nn.Module):
+    """A network that sees unit-intensity images of any size through a :py:class:`ResizeView`.
+
+    Args:
+        network: classifier of (B, 1, *spatial_size) images.
+        spatial_size: size of its input in voxels.
+    """
+
+    def __init__(self, network: nn.Module, spatial_size: Sequence[int]) -> None:
+        super().__init__()
+        self.view = ResizeView(spatial_size)
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(self.view(image))
+
+
+class SmallCNN(nn.Module):
+    """Convolution blocks with batch normalization, max pooling and a global average: the cheapest useful classifier.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the input.
+        out_channels: number of classes.
+        features: channels of each block; the grid is halved after every block but the last.
+
+    Example:
+        >>> SmallCNN(2, 1, 3)(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int, features: Sequence[int] = (16, 32, 64)
+    ) -> None:
+        super().__init__()
+        conv, pool = Conv[Conv.CONV, spatial_dims], Pool[Pool.MAX, spatial_dims]
+        norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
+        blocks: list[nn.Module] = []
+        for i, width in enumerate(features):
+            previous = features[i - 1] if i else in_channels
+            blocks += [conv(previous, width, 3, padding=1, bias=False), norm(width), nn.ReLU(inplace=True)]
+            if i < len(features) - 1:
+                blocks.append(pool(2))
+        self.features = nn.Sequential(*blocks)
+        self.head = nn.Linear(features[-1], out_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.features(image).flatten(2).mean(2))
+
+
+def small_resnet(spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> ResNet:
+    """MONAI's ResNet with one basic block per stage (ResNet-10) and ``width`` channels in the first."""
+    return ResNet(
+        "basic",
+        [1, 1, 1, 1],
+        [width, 2 * width, 4 * width, 8 * width],
+        spatial_dims=spatial_dims,
+        n_input_channels=in_channels,
+        num_classes=out_channels,
+        conv1_t_size=3,
+        conv1_t_stride=1,
+        no_max_pool=False,
+    )
+
+
+class RandomView(nn.Module):
+    """Random flips, affine maps, contrast and noise on a batch: what a third party's loader does, differentiably.
+
+    Args:
+        spatial_dims: 2 or 3.
+        flip: flip each axis with probability 1/2.
+        rotate: largest rotation in radians (in 3D about each axis).
+        scale: largest relative zoom.
+        translate: largest shift as a fraction of the image's size.
+        contrast: largest relative change of contrast and largest shift of brightness.
+        noise: largest standard deviation of Gaussian noise, in unit intensity.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        flip: bool = True,
+        rotate: float = math.radians(10),
+        scale: float = 0.1,
+        translate: float = 0.05,
+        contrast: float = 0.1,
+        noise: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.flip, self.rotate, self.scale, self.translate = flip, rotate, scale, translate
+        self.contrast, self.noise = contrast, noise
+
+    def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Parameters of one view per image; the same parameters give the same view of another batch."""
+        dims = self.spatial_dims
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(batch, *shape, generator=generator) * 2 - 1
+
+        matrix = torch.diag_embed(1 + self.scale * uniform(1).expand(batch, dims))
+        for a in range(dims):
+            for b in range(a + 1, dims):
+                angle = self.rotate * uniform()
+                turn = torch.eye(dims).repeat(batch, 1, 1)
+                turn[:, a, a] = turn[:, b, b] = angle.cos()
+                turn[:, a, b], turn[:, b, a] = -angle.sin(), angle.sin()
+                matrix = turn @ matrix
+        if self.flip:
+            matrix = matrix * torch.where(uniform(1, dims) < 0, -1.0, 1.0)
+        shift = 2 * self.translate * uniform(dims, 1)
+        return {
+            "theta": torch.cat([matrix, shift], 2),
+            "gain": 1 + self.contrast * uniform(),
+            "offset": self.contrast * uniform() / 2,
+            "noise": self.noise * uniform().abs(),
+            "seed": torch.randint(2**31, (1,), generator=generator),
+        }
+
+    def forward(self, image: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        """View of (B, C, *spatial) images by parameters from :py:meth:`draw`."""
+        drawn = {key: value.to(image.device) for key, value in drawn.items() if key != "seed"} | {"seed": drawn["seed"]}
+        grid = F.affine_grid(drawn["theta"], list(image.shape), align_corners=False)
+        image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+        each = (-1, *[1] * (self.spatial_dims + 1))
+        image = (image - 0.5) * drawn["gain"].reshape(each) + 0.5 + drawn["offset"].reshape(each)
+        generator = torch.Generator(image.device).manual_seed(int(drawn["seed"]))
+        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        return image + drawn["noise"].reshape(each) * noise

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the transforms know about an image: its case, how to read its values, and whether they are stored ones.
+
+The metadata say it: ``sample_id``, ``stored_codec`` and ``intensity`` (``"stored"`` or ``"unit"``), strings and numbers
+that survive collation, caches and ``weights_only`` loading. Arrays and plain tensors have none; for them the same facts
+are arguments of a transform's call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import NdarrayOrTensor
+from monai.data import MetaTensor, get_track_meta
+from monai.utils import convert_to_tensor
+from torch import Tensor
+
+from monai_salm.records import as_array
+from monai_salm.stored import StoredCodec
+
+CodecLike = StoredCodec | Mapping[str, Any]
+
+
+def codec_to_meta(codec: StoredCodec) -> dict[str, Any]:
+    """``codec.to_meta()`` with every number a float, so that the items of a batch agree in type."""
+    return {key: _as_float(value) for key, value in codec.to_meta().items()}
+
+
+def codec_from_meta(meta: CodecLike) -> StoredCodec:
+    """Inverse of :py:func:`codec_to_meta`, also after batches were collated and taken apart again."""
+    if isinstance(meta, StoredCodec):
+        return meta
+    return StoredCodec.from_meta({key: _as_python(value) for key, value in meta.items()})
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_float(item) for item in value]
+    return value if isinstance(value, (str, bool)) else float(value)
+
+
+def _as_python(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_python(item) for item in value]
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
+
+
+def meta_of(img: Any, key: str, given: Any = None) -> Any:
+    """A fact about the image, from its metadata or as given.
+
+    Raises:
+        ValueError: When both are there and differ.
+    """
+    found = img.meta.get(key) if isinstance(img, MetaTensor) else None
+    if found is not None and given is not None and found != given:
+        raise ValueError(f"the image's metadata say {key} {found!r}, the call says {given!r}; they must agree")
+    return given if found is None else found
+
+
+def codec_of(img: NdarrayOrTensor, given: CodecLike | None) -> StoredCodec:
+    """How to read the image's values: the metadata come first, then what is given."""
+    if meta_of(img, "intensity") == "unit":
+        raise ValueError(
+            "the image is in unit intensity already; this transform takes stored values, as LoadStored gives them"
+        )
+    meta = meta_of(img, "stored_codec")
+    if meta is None and given is None:
+        raise ValueError("the image has no 'stored_codec': load it with LoadStored, or give the codec in the call")
+    return codec_from_meta(given if meta is None else meta)
+
+
+def plain_tensor(img: NdarrayOrTensor) -> Tensor:
+    """The values in a type that torch computes with, without the metadata, which slow arithmetic down."""
+    values = convert_to_tensor(img, track_meta=get_track_meta())
+    values = values.as_tensor() if isinstance(values, MetaTensor) else values
+    return values.to({torch.uint16: torch.int32, torch.uint32: torch.int64}.get(values.dtype, values.dtype))
+
+
+def plain_array(img: NdarrayOrTensor) -> np.ndarray:
+    """The values in main memory, of the same type."""
+    return as_array(img.as_tensor() if isinstance(img, MetaTensor) else img)
+
+
+def stored_array(img: NdarrayOrTensor, codec: StoredCodec) -> np.ndarray:
+    """The values in the file's own type (torch may hold them in a larger one).
+
+    Raises:
+        ValueError: When that type cannot hold them.
+    """
+    values = plain_array(img)
+    kind = np.dtype(codec.dtype).kind
+    if (values.dtype.kind in "iu") == (kind in "iu"):
+        stored = values.astype(codec.dtype)
+        if np.array_equal(stored, values, equal_nan=kind == "f"):
+            return stored
+    raise ValueError(
+        f"the image is {values.dtype} and its file {codec.dtype}: these are not its stored values any more. "
+        "Use this transform on what LoadStored gives (in an inverse: after undoing all that changed values)"
+    )
+
+
+def to_signed(stored: np.ndarray) -> np.ndarray:
+    """The same numbers in a type that torch computes with."""
+    return stored.astype({"uint16": np.int32, "uint32": np.int64}.get(stored.dtype.name, stored.dtype), copy=False)
+
+
+def check_same_shape(what: str, values: Any, other: str, reference: Any) -> None:
+    if tuple(values.shape) != tuple(reference.shape):
+        raise ValueError(f"{what} is {tuple(values.shape)}, {other} {tuple(reference.shape)}; they must have one shape")
