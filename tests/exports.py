@@ -41,7 +41,7 @@ def write_series(folder: Path, name: str, n_slices: int = 4, *, patient: str = "
         template.file_meta.MediaStorageSOPInstanceUID = template.SOPInstanceUID
         template.ImagePositionPatient = [0, 0, 2.5 * index]
         template.InstanceNumber = index + 1
-        paths.append(folder / f"{prefix}IM{(index * 7 + 3) % 97:02d}")
+        paths.append(folder / f"{prefix}IM{(index * 37 + 50) % 97:02d}")
         template.save_as(paths[-1])
     return paths
 

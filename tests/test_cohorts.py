@@ -12,12 +12,13 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import torch
 
 from monai_salm.cohorts import demo
 from monai_salm.cohorts.anatomy import LABELS
 from monai_salm.cohorts.demo import write_demo_export
 
-N_PATIENTS = {2: 6, 3: 6}
+N_PATIENTS = 6
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2d", "3d"])
@@ -29,7 +30,7 @@ def dim(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def export(dim: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "export"
-    assert write_demo_export(output, dim, seed=3, n_patients=N_PATIENTS[dim], progress=False)
+    assert write_demo_export(output, dim, seed=3, n_patients=N_PATIENTS, progress=False)
     return output
 
 
@@ -46,8 +47,14 @@ def dicom_series(export: Path) -> list[list[Path]]:
     return [sorted(folder.iterdir()) for folder in sorted(export.glob("PAT*/ST*/SE*"))]
 
 
-def test_same_seed_gives_same_bytes(export: Path, dim: int, tmp_path: Path) -> None:
-    write_demo_export(tmp_path / "again", dim, seed=3, n_patients=N_PATIENTS[dim], progress=False)
+def test_same_seed_gives_same_bytes_on_any_number_of_threads(export: Path, dim: int, tmp_path: Path) -> None:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2 if n_threads == 1 else 1)
+    try:
+        write_demo_export(tmp_path / "again", dim, seed=3, n_patients=N_PATIENTS, progress=False)
+        assert torch.get_num_threads() == (2 if n_threads == 1 else 1)
+    finally:
+        torch.set_num_threads(n_threads)
     assert tree(tmp_path / "again") == tree(export)
 
 
@@ -68,7 +75,7 @@ def test_case_is_file_in_2d_and_folder_or_volume_in_3d(export: Path, dim: int) -
 
 def test_no_patient_in_both_splits(export: Path) -> None:
     split_of = {(row["case"].split("/")[0], row["split"]) for row in rows(export)}
-    assert len({patient for patient, _ in split_of}) == len(split_of) == 6
+    assert len({patient for patient, _ in split_of}) == len(split_of) == N_PATIENTS
     assert {split for _, split in split_of} == {"train", "test"}
 
 
@@ -150,7 +157,7 @@ def bright_places(path: Path) -> list[np.ndarray]:
 
 def test_complete_export_is_left_alone(export: Path, dim: int) -> None:
     before = tree(export)
-    assert not write_demo_export(export, dim, seed=3, n_patients=N_PATIENTS[dim], progress=False)
+    assert not write_demo_export(export, dim, seed=3, n_patients=N_PATIENTS, progress=False)
     assert tree(export) == before
 
 
@@ -159,13 +166,13 @@ def test_other_export_is_refused(dim: int, change: str, tmp_path: Path, monkeypa
     monkeypatch.setattr("monai_salm.cohorts.demo.simulate", lambda template, *_: template)
     monkeypatch.setattr("monai_salm.cohorts.demo._write_dicom", touch_files)
     monkeypatch.setattr("monai_salm.cohorts.demo._write_nifti", touch_files)
-    write_demo_export(tmp_path, dim, seed=3, n_patients=6, progress=False)
+    write_demo_export(tmp_path, dim, seed=3, n_patients=N_PATIENTS, progress=False)
     if change == "extra":
         (tmp_path / "thesis.docx").touch()
     if change == "missing":
         next(tmp_path.rglob("*.nii.gz")).unlink()
     with pytest.raises(FileExistsError, match="not empty"):
-        write_demo_export(tmp_path, dim, seed=4 if change == "seed" else 3, n_patients=6, progress=False)
+        write_demo_export(tmp_path, dim, seed=4 if change == "seed" else 3, n_patients=N_PATIENTS, progress=False)
 
 
 def touch_files(root: Path, series: object, physical: object) -> None:
@@ -177,14 +184,14 @@ def touch_files(root: Path, series: object, physical: object) -> None:
 def test_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.docx").write_text("years of work")
     with pytest.raises(FileExistsError, match="not empty"):
-        write_demo_export(tmp_path, 2, n_patients=6, progress=False)
+        write_demo_export(tmp_path, 2, n_patients=N_PATIENTS, progress=False)
     assert tree(tmp_path) == {"thesis.docx": b"years of work"}
 
 
 def test_missing_nilearn_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nilearn", None)
     with pytest.raises(ImportError, match=r"monai-salm\[demo\]"):
-        write_demo_export(tmp_path / "export", 2, n_patients=6, progress=False)
+        write_demo_export(tmp_path / "export", 2, n_patients=N_PATIENTS, progress=False)
     assert not (tmp_path / "export").exists()
 
 

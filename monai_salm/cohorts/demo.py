@@ -17,12 +17,14 @@ import csv
 import gzip
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
@@ -250,6 +252,17 @@ def _is_written(output: Path, plan: Sequence[_Series]) -> bool:
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch sum in one order: a convolution on two threads rounds differently, and so do the stored integers."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def write_demo_export(
     output: str | Path, spatial_dims: int, seed: int = 0, n_patients: int | None = None, progress: bool = True
 ) -> bool:
@@ -282,11 +295,12 @@ def write_demo_export(
     plan = _plan(spatial_dims, seed, n_patients)
     if _is_written(output, plan):
         return False
-    template = load_template(spatial_dims)
-    output.mkdir(parents=True, exist_ok=True)
-    for series in track(plan, description="demo export", disable=not progress):
-        write = _write_dicom if series.is_dicom else _write_nifti
-        write(output, series, simulate(template, series.labels, series.generator()))
+    with _one_thread():
+        template = load_template(spatial_dims)
+        output.mkdir(parents=True, exist_ok=True)
+        for series in track(plan, description="demo export", disable=not progress):
+            write = _write_dicom if series.is_dicom else _write_nifti
+            write(output, series, simulate(template, series.labels, series.generator()))
     (output / "labels.csv").write_bytes(_labels_csv(plan).encode())
     return True
 

@@ -48,20 +48,25 @@ SYNTAXES = frozenset([*NATIVE, *KEPT_LOSSLESS, *LOSSLESS, *LOSSY_METHODS])
 @contextmanager
 def refusing(reason: str, detail: str) -> Iterator[None]:
     """Turn any exception into a refusal with a fixed text: pydicom's own texts quote values and so leak identities."""
-    _silence_pydicom()
+    _silence_parsers()
     try:
         yield
-        return
     except RefusedError:
         raise
-    except Exception:  # noqa: BLE001 - a broken file can raise anything, RecursionError and MemoryError included
-        pass
-    raise RefusedError(reason, detail)  # outside the handler: the original must not travel along as __context__
+    except BaseException as error:  # a broken file can raise anything, RecursionError and MemoryError included
+        # A panic of the RLE codec, which is Rust, is no Exception; neither is KeyboardInterrupt, which must pass.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise RefusedError(reason, detail) from None  # else a traceback would print the original's text
 
 
-def _silence_pydicom() -> None:
-    """Keep pydicom's warnings and log records out of every output: they quote values. Repeatable and thread-safe."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+def _silence_parsers() -> None:
+    """Keep the warnings and log records of pydicom and its codecs, which quote values, out of every output.
+
+    For the whole process, and again at each use: ``warnings.catch_warnings`` is not safe with threads.
+    """
+    for name in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", module=r"pydicom\b")
 
 

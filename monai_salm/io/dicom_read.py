@@ -80,7 +80,7 @@ _MULTI_FRAME_CLASSES = frozenset(
 )
 
 
-def check_supported(header: Dataset) -> None:
+def check_supported(header: Dataset, *, allow_protected: bool = False) -> None:
     """Raise unless the image is one that can be read exactly and written back.
 
     Args:
@@ -94,7 +94,7 @@ def check_supported(header: Dataset) -> None:
     """
     with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
         _check_class(header)
-        _check_identity(header)
+        _check_identity(header, allow_protected)
         check_syntax(header.file_meta)
         _check_pixel_format(header)
         _check_overlays(header)
@@ -110,10 +110,10 @@ def _check_class(header: Dataset) -> None:
         raise RefusedError("unsupported_sop_class", "not a kind of image that is protected (CT, MR, X-ray, US, NM, SC)")
 
 
-def _check_identity(header: Dataset) -> None:
+def _check_identity(header: Dataset, allow_protected: bool) -> None:
     for item in header.get("ContributingEquipmentSequence") or ():
         purposes = [code.get("CodeValue") for code in item.get("PurposeOfReferenceCodeSequence") or ()]
-        if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes:
+        if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes and not allow_protected:
             raise RefusedError("already_protected", "this file is a protected copy; protect the original instead")
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         value = header.get(keyword)
@@ -205,7 +205,7 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     headers, planes = [], []
     for path in case.files:
         dataset = parse(read_bytes(path))
-        check_supported(dataset)
+        check_supported(dataset, allow_protected=True)
         planes.append(decode(dataset))
         del dataset.PixelData
         headers.append(dataset)

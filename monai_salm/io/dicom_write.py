@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -21,9 +21,9 @@ from pydicom.tag import BaseTag, Tag
 
 from monai_salm import __version__
 from monai_salm.io.base import Case, FileCheck, RefusedError, Window, compare
-from monai_salm.io.dicom_read import MANUFACTURER, MODIFYING_EQUIPMENT, Slices, check_supported, load
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, encode
+from monai_salm.io.dicom_read import MANUFACTURER, MODIFYING_EQUIPMENT, Slices, check_supported, load
 from monai_salm.stored import StoredCodec
 
 __all__ = ["DECLARED_KEYWORDS", "UidMapping", "protect", "verify"]
@@ -266,16 +266,24 @@ def verify(
         RefusedError: ``verification_failed``, with the rule that does not hold: pixels, UIDs, marks of a derived
             image, or an element that changed and is not one of :py:data:`DECLARED_KEYWORDS`.
     """
-    with refusing(_FAILED, "the written file cannot be read back"):
-        before, after = (parse(_bytes(file)) for file in (source, written))
+    before = parse(_bytes(source))
+    with refusing(_FAILED, "the written file cannot be compared with its source"):
+        after = _read_back(parse, _bytes(written))
         undeclared = list(_undeclared_changes(before, after, _DECLARED_TAGS))  # before anything is decoded
         _require(not undeclared, f"elements {undeclared[:4]} changed, which is not declared")
         _check_marks(before, after)
-        old, new = decode(before), decode(after)
+        old, new = decode(before), _read_back(decode, after)
         _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
         if allow_unchanged and np.array_equal(old, new):
             return FileCheck(0, 0.0)
         return compare(old, new, limit)
+
+
+def _read_back(step: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return step(argument)
+    except RefusedError as error:
+        raise RefusedError(_FAILED, f"the written file cannot be read back ({error.reason})") from None
 
 
 def _bytes(file: bytes | str | os.PathLike[str]) -> bytes:

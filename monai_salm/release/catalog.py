@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from pydicom.dataset import Dataset
+from pydicom.uid import MediaStorageDirectoryStorage
 
 from monai_salm.io import dicom, formats, nifti, npz
 from monai_salm.io.base import Case, RefusedError, Window
@@ -158,6 +159,8 @@ class _Findings:
 
     def _add_dicom(self, path: Path) -> None:
         header = dicom.read_header(path)
+        if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+            return  # a DICOMDIR under another name
         if not _text(header, "SeriesInstanceUID"):
             raise RefusedError("no_series", "the file has no SeriesInstanceUID; export the images again")
         self._headers[path] = header
@@ -174,7 +177,8 @@ class _Findings:
         for uid, paths in seen.items():
             if len(paths) > 1 or not uid:
                 detail = f"{len(paths)} files have one SOPInstanceUID" if uid else "there is no SOPInstanceUID"
-                self._broken |= {path: RefusedError("duplicate_uid", f"{detail}; remove copies") for path in paths}
+                for path in paths:
+                    self._broken.setdefault(path, RefusedError("duplicate_uid", f"{detail}; remove copies"))
         series: dict[str, list[Path]] = defaultdict(list)
         for path, header in self._headers.items():
             series[_text(header, "SeriesInstanceUID")].append(path)

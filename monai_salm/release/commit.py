@@ -72,18 +72,17 @@ def check_output(source: Path, output_dir: Path) -> None:
     if output_dir.is_symlink():
         raise ValueError(f"output folder {output_dir} is a symbolic link; name the folder itself")
     old, new = source.resolve(), output_dir.resolve()
-    inside = old.parent if source.is_file() else old
     if new == old:
         raise ValueError(f"output folder {output_dir} is the export itself; choose another folder")
-    if new.is_relative_to(inside):
+    if new.is_relative_to(old):
         raise ValueError(f"output folder {output_dir} lies inside the export; choose a folder outside of it")
-    if old.is_relative_to(new) and old != new / DEMO_EXPORT:
+    if old.is_relative_to(new) and not old.is_relative_to(new / DEMO_EXPORT):
         raise ValueError(f"the export lies inside output folder {output_dir}; choose a folder that does not hold it")
     if new.exists() and not new.is_dir():
         raise ValueError(f"output folder {output_dir} is a file; choose a folder")
     if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
         return
-    foreign = [entry for entry in new.iterdir() if entry.resolve() != old]
+    foreign = [entry for entry in new.iterdir() if not old.is_relative_to(entry)]
     if foreign:
         raise ValueError(
             f"output folder {output_dir} holds {len(foreign)} entries and no manifest of monai_salm; "

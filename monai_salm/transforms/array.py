@@ -13,7 +13,7 @@ import torch
 from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, Transform
-from monai.utils import TransformBackends, convert_to_dst_type
+from monai.utils import TraceKeys, TransformBackends, convert_to_dst_type
 
 from monai_salm.bank import PerturbationBank, image_digest
 from monai_salm.perturbations.budget import Budget
@@ -31,6 +31,11 @@ from monai_salm.transforms.meta import (
 )
 
 __all__ = ["ApplyPerturbation", "ApplySparsityMask", "ComputeSparsityMask", "SnapToStored", "StoredToUnit"]
+
+# MONAI 1.6 allows MetaTensor in weights_only files but not the keys of its trace: PersistentDataset would take every
+# image that went through an invertible transform (its own ones, too) for damaged and compute it again (its issue 8599
+# is about the same checks).
+torch.serialization.add_safe_globals([TraceKeys])
 
 
 class StoredToUnit(Transform):
@@ -167,10 +172,10 @@ class ApplyPerturbation(InvertibleTransform):
         bank: the perturbations, or the path of their file.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, pathlib
         >>> from monai_salm.bank import Record
         >>> image = np.array([[10, 20]], dtype=np.int16)
-        >>> bank = PerturbationBank(Path(tempfile.mkdtemp(), "bank.sqlite"), create=True)
+        >>> bank = PerturbationBank(pathlib.Path(tempfile.mkdtemp(), "bank.sqlite"), create=True)
         >>> record = Record("case-1", torch.tensor([[1, -1]]), image_digest(image), levels=2)
         >>> bank.commit([record], round_=0, score=0.0, state=b"")
         >>> apply = ApplyPerturbation(bank)

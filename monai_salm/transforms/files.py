@@ -51,7 +51,7 @@ class LoadStored(Transform):
         >>> nibabel.save(nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4)), path)
         >>> image = LoadStored(spatial_dims=3)(path)
         >>> image.shape, image.dtype, image.meta["sample_id"]
-        (torch.Size([1, 3, 4, 5]), torch.int16, 'case-96cf6aa35ce99b95')
+        (torch.Size([1, 3, 4, 5]), torch.int16, 'case-580cbf99d37738b4')
     """
 
     backend = [TransformBackends.NUMPY]

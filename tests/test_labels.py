@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Label tables, splits and what is held out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from exports import write_labels, write_nifti, write_npz, write_series
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monai_salm.io.base import Case
+from monai_salm.release.catalog import Catalog, Refusal
+from monai_salm.release.labels import Cohort, LabelRow, label_cases, load_cohort, read_labels
+
+
+def table(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def catalog(count: int, per_patient: int = 1) -> Catalog:
+    """Cases c0, c1, ...; patients of ``per_patient`` cases each."""
+    cases = [Case(f"case-{i}", "nifti", (Path(f"/c{i}"),), (f"c{i}",), f"p{i // per_patient}") for i in range(count)]
+    refused = Refusal("case-bad", "broken_file", "broken")
+    return Catalog(Path("/export"), tuple(cases), (refused,), {"case-bad": ("bad.nii", "folder/bad")})
+
+
+def rows(labels: str, splits: list[str] | None = None) -> list[LabelRow]:
+    """One letter per case."""
+    return [LabelRow(i + 2, f"c{i}", label, splits[i] if splits else None) for i, label in enumerate(labels)]
+
+
+def ids(cases: tuple[Case, ...]) -> set[str]:
+    return {case.sample_id for case in cases}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_table_is_read_with_any_line_end_and_byte_order_mark(tmp_path, newline, mark):
+    text = mark + newline.join(["Case, label ,SPLIT", 'a\\b.nii,"yes, a lot",train', "", "./c, no ,test", ""])
+    assert read_labels(table(tmp_path, text)) == [
+        LabelRow(2, "a/b.nii", "yes, a lot", "train"),
+        LabelRow(4, "c", "no", "test"),
+    ]
+
+
+BAD_TABLES = {
+    "no_header": ("a.nii,1\n", "line 1"),
+    "wrong_separator": ("case;label\na;1\n", "commas"),
+    "extra_column": ("case,label,age\na,1,50\n", "line 1"),
+    "empty": ("", "line 1"),
+    "no_rows": ("case,label\n", "no rows"),
+    "empty_label": ("case,label\na,1\nsecret,\n", "label is empty: line 3"),
+    "empty_case": ("case,label\n,1\n", "case is empty: line 2"),
+    "bad_split": ("case,label,split\na,1,train\nb,2,exam\n", "train, val or test: line 3"),
+    "too_few_cells": ("case,label,split\na,1\n", "3 columns.*: line 2"),
+    "too_many_cells": ("case,label\na,1,2\n", "2 columns.*: line 2"),
+    "conflict": ("case,label\nsecret,1\nb,2\n./secret,2\n", "lines 2, 4"),
+    "conflicting_split": ("case,label,split\na,1,train\na,1,test\n", "lines 2, 3"),
+    "open_quote": ('case,label\n"a,1\n', "not CSV"),
+    "latin_1": ("case,label\nä,1\n".encode("latin-1"), "UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_bad_table_is_an_error_that_names_lines_and_not_their_content(tmp_path, name):
+    text, message = BAD_TABLES[name]
+    with pytest.raises(ValueError, match=message) as error:
+        read_labels(table(tmp_path, text))
+    assert "secret" not in str(error.value)
+
+
+def test_a_missing_table_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_labels(tmp_path / "none.csv")
+
+
+def test_equal_rows_count_once(tmp_path):
+    assert len(read_labels(table(tmp_path, "case,label\na,1\na,1\n"))) == 2
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_rows_or_a_value_error(tmp_path_factory, text):
+    path = table(tmp_path_factory.mktemp("text"), ("case,label\n" + text).encode("utf-8", "surrogatepass"))
+    try:
+        found = read_labels(path)
+    except ValueError:
+        return
+    assert found and all(row.case and row.label for row in found)
+
+
+_name = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\\/."), min_size=1)
+
+
+@given(st.dictionaries(_name, st.tuples(_name, st.sampled_from(["train", "val", "test"])), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_what_a_csv_writer_wrote_is_read_back(tmp_path_factory, expected):
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["case", "label", "split"])
+    writer.writerows([case, *rest] for case, rest in expected.items())
+    found = read_labels(table(tmp_path_factory.mktemp("csv"), text.getvalue()))
+    assert {row.case: (row.label, row.split) for row in found} == expected
+
+
+def test_classes_are_sorted_numbers_by_value():
+    cohort = label_cases(catalog(4), [LabelRow(i, f"c{i}", label) for i, label in enumerate(["10", "9", "b", "a"])])
+    assert cohort.classes == ("9", "10", "a", "b")
+    assert [case.label for case in cohort.cases] == [1, 0, 3, 2]
+
+
+def test_a_case_without_a_row_is_refused_and_one_with_a_refused_file_is_not_missed():
+    table_rows = [*rows("ab"), LabelRow(9, "bad.nii", "a")]
+    cohort = label_cases(catalog(3), table_rows)
+    assert ids(cohort.cases) == {"case-0", "case-1"}
+    assert [(refusal.name, refusal.reason) for refusal in cohort.refusals] == [
+        ("case-bad", "broken_file"),
+        ("case-2", "no_label"),
+    ]
+
+
+def test_a_row_that_names_nothing_is_an_error_with_its_line():
+    with pytest.raises(ValueError, match="lines 7, 8 .*nothing in the export") as error:
+        label_cases(catalog(2), [*rows("ab"), LabelRow(7, "secret", "a"), LabelRow(8, "c9", "a")])
+    assert "secret" not in str(error.value)
+
+
+def test_rows_that_name_one_case_twice_must_agree(tmp_path):
+    write_series(tmp_path / "A", "one", 3)
+    write_series(tmp_path / "B", "two", 3)
+    write_labels(tmp_path, ["A,ill", "B,well", "A/IM50,well"])
+    with pytest.raises(ValueError, match="lines 2, 4"):
+        load_cohort(tmp_path, spatial_dims=3)
+    write_labels(tmp_path, ["A,ill", "B,well", "A/IM50,ill"])
+    assert len(load_cohort(tmp_path, spatial_dims=3).cases) == 2
+
+
+def test_a_folder_labels_all_its_slices_in_2d(tmp_path):
+    write_series(tmp_path / "A", "one", 3)
+    write_series(tmp_path / "B", "two", 2, patient="P2")
+    write_labels(tmp_path, ["A,ill", "B,well"])
+    cohort = load_cohort(tmp_path)
+    assert Counter(cohort.classes[case.label] for case in cohort.cases) == {"ill": 3, "well": 2}
+
+
+@pytest.mark.parametrize("labels", ["aaaa", ""])
+def test_less_than_two_classes_is_an_error(labels):
+    with pytest.raises(ValueError, match="two or more classes"):
+        label_cases(catalog(4), rows(labels))
+
+
+def test_a_class_that_is_only_tested_is_an_error():
+    with pytest.raises(ValueError, match="1 of 2 classes"):
+        label_cases(catalog(4), rows("aabb", ["train", "train", "test", "test"]))
+
+
+def test_test_rows_are_held_out_and_never_released():
+    cohort = label_cases(catalog(6), rows("ababab", ["train", "train", "val", "val", "test", "test"]))
+    assert ids(cohort.train) == {"case-0", "case-1"}
+    assert ids(cohort.val) == {"case-2", "case-3"}
+    assert ids(cohort.held_out) == {"case-4", "case-5"} == cohort.held_out_ids
+    assert ids(cohort.released) == {"case-0", "case-1", "case-2", "case-3"}
+
+
+def held_out_ok(cohort: Cohort) -> None:
+    out, train = cohort.held_out, cohort.train
+    assert not {case.group for case in out} & {case.group for case in train}
+    assert {case.label for case in train} == {case.label for case in cohort.cases}
+    assert ids(cohort.released) == ids(cohort.cases)
+
+
+@given(labels=st.text("ab", min_size=4, max_size=60), per_patient=st.integers(1, 4), seed=st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_patients_stay_together_and_no_class_is_lost_to_the_held_out_part(labels, per_patient, seed):
+    if len(set(labels)) < 2:
+        return
+    cohort = label_cases(catalog(len(labels), per_patient), rows(labels), seed=seed)
+    held_out_ok(cohort)
+    assert cohort == label_cases(catalog(len(labels), per_patient), rows(labels), seed=seed)
+    if per_patient == 1:
+        for label in (0, 1):
+            total = sum(case.label == label for case in cohort.cases)
+            held = sum(case.label == label for case in cohort.held_out)
+            assert held == min(max(1, round(total / 4)), total - 1)
+
+
+def test_the_seed_decides_what_is_held_out():
+    chosen = {label_cases(catalog(40), rows("ab" * 20), seed=seed).held_out_ids for seed in range(5)}
+    assert len(chosen) == 5
+
+
+def test_an_archive_brings_its_own_labels_and_splits(tmp_path):
+    cohort = load_cohort(write_npz(tmp_path / "a.npz"))
+    assert cohort.classes == ("0", "1")
+    assert (len(cohort.train), len(cohort.val), len(cohort.held_out), len(cohort.released)) == (8, 4, 4, 12)
+    assert [case.label for case in cohort.train] == [0, 1] * 4
+
+
+def test_an_export_without_labels_is_an_error(tmp_path):
+    write_nifti(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match="labels.csv"):
+        load_cohort(tmp_path, spatial_dims=3)
+
+
+def test_patients_on_both_sides_of_a_given_split_are_warned_of(caplog):
+    label_cases(catalog(4, per_patient=4), rows("abab", ["train", "train", "test", "test"]))
+    assert "1 patients have cases both" in caplog.text
