@@ -41,6 +41,9 @@ class ResizeView(nn.Module):
         super().__init__()
         self.spatial_size: list[int] = [int(size) for size in spatial_size]
 
+    def extra_repr(self) -> str:
+        return f"spatial_size={self.spatial_size}"
+
     def forward(self, image: Tensor) -> Tensor:
         for axis, size in enumerate(self.spatial_size):
             if image.shape[axis + 2] != size:
@@ -141,6 +144,10 @@ class RandomView(nn.Module):
         self.spatial_dims = spatial_dims
         self.flip, self.rotate, self.scale, self.translate = flip, rotate, scale, translate
         self.contrast, self.noise = contrast, noise
+
+    def extra_repr(self) -> str:
+        names = ("flip", "rotate", "scale", "translate", "contrast", "noise")
+        return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Parameters of one view per image; the same parameters give the same view of another batch."""

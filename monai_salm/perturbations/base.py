@@ -41,7 +41,8 @@ class Objective(nn.Module):
     learn the anatomy. It takes up the first term of PIL (arXiv 2601.19967), with any surrogate in place of a linear one.
 
     Args:
-        network: the surrogate, (B, C, *spatial) unit intensities -> prediction.
+        network: the surrogate: a module with a ``view`` from images of any size to one size, linear and differentiable,
+            and a ``network`` from there to a prediction (:py:class:`monai_salm.surrogates.Surrogate`).
         loss: one value per image from prediction and label.
         alone: weight of the second term, in [0, 1]; 0 is plain error-minimizing noise (arXiv 2101.04898).
         view: random view drawn anew for every evaluation (``draw(batch, generator)`` and ``forward(image, drawn)``);
@@ -57,16 +58,30 @@ class Objective(nn.Module):
             raise ValueError(f"weight of the perturbation-alone term is {alone}; it must be in [0, 1]")
         self.network, self.loss, self.alone, self.view = network, loss, alone, view
         self.passes = 0
+        self.reset_mean()
 
     def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) losses of (B, C, *spatial) images and perturbations in unit intensity."""
-        parts = [part for part, weight in ((image + delta, 1 - self.alone), (0.5 + delta, self.alone)) if weight]
-        weights = [weight for weight in (1 - self.alone, self.alone) if weight]
-        drawn = None if self.view is None else self.view.draw(len(image), generator)
-        seen = parts if drawn is None else [self.view(part, drawn) for part in parts]
-        losses = self.loss(self.network(torch.cat(seen)), label.repeat(len(seen), *[1] * (label.ndim - 1)))
+        image, delta = self.network.view(image), self.network.view(delta)
+        terms = [(1 - self.alone, image + delta), (self.alone, 0.5 + delta)]
+        weights, seen = zip(*((weight, term) for weight, term in terms if weight), strict=True)
+        if self.view is not None:
+            drawn = self.view.draw(len(image), generator)
+            seen = [self.view(term, drawn) for term in seen]
+        losses = self.loss(self.network.network(torch.cat(seen)), label.repeat(len(seen), *[1] * (label.ndim - 1)))
+        total = sum(weight * part for weight, part in zip(weights, losses.chunk(len(seen)), strict=True))
         self.passes += len(image) * len(seen)
-        return sum(weight * part for weight, part in zip(weights, losses.chunk(len(seen)), strict=True))
+        self._sum = self._sum + total.detach().sum().cpu()
+        self._count += len(image)
+        return total
+
+    def reset_mean(self) -> None:
+        """Begin a new :py:meth:`mean`."""
+        self._sum, self._count = torch.zeros(()), 0
+
+    def mean(self) -> float:
+        """Mean loss over all images since :py:meth:`reset_mean`."""
+        return float(self._sum) / max(self._count, 1)
 
 
 class Perturbation(ABC):
@@ -75,6 +90,10 @@ class Perturbation(ABC):
     On return of the call a perturbation is an integer number of lattice steps, inside the lattice's bounds (hence inside
     budget, window and stored range), finite and detached, and the objective's network is in the state it was in.
     """
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     @abstractmethod
     def compute(

@@ -44,6 +44,9 @@ class SparsityMask:
         self.criterion = _checked("mask criterion", criterion, Criterion)
         self.scope = _checked("mask scope", scope, Scope)
 
+    def __repr__(self) -> str:
+        return f"SparsityMask(ratio={self.ratio}, criterion={self.criterion!r}, scope={self.scope!r})"
+
     def __call__(
         self,
         image: Tensor,

@@ -23,6 +23,8 @@ STAGING = ".staging"
 DEMO_EXPORT = "export"
 _MARKERS = (MANIFEST, RUN, "bank.sqlite")
 """Any of these says that an output folder is ours."""
+_TRACKING = ("config_*.json", "mlruns*")
+"""What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -82,7 +84,7 @@ def check_output(source: Path, output_dir: Path) -> None:
         raise ValueError(f"output folder {output_dir} is a file; choose a folder")
     if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
         return
-    foreign = [entry for entry in new.iterdir() if not old.is_relative_to(entry)]
+    foreign = [e for e in new.iterdir() if not old.is_relative_to(e) and not any(map(e.match, _TRACKING))]
     if foreign:
         raise ValueError(
             f"output folder {output_dir} holds {len(foreign)} entries and no manifest of monai_salm; "

@@ -100,6 +100,24 @@ def load_cohort(
     return label_cases(scan(dataset_dir, spatial_dims, window=window), rows, seed=seed)
 
 
+def count_classes(dataset_dir: Path | str, labels: Path | str | None = None, spatial_dims: int = 2) -> int:
+    """Number of classes that a table or archive names, without reading an image; sizes a network before the scan.
+
+    Raises:
+        ValueError: When the export does not exist, or there is neither a table nor an archive.
+    """
+    if not Path(dataset_dir).exists():
+        raise ValueError(f"there is no export at {dataset_dir}; check dataset_dir")
+    table = Path(labels) if labels else Path(dataset_dir) / LABELS_FILE
+    if table.is_file():
+        return len({row.label for row in read_labels(table)})
+    archives = [Path(dataset_dir)] if Path(dataset_dir).is_file() else sorted(Path(dataset_dir).rglob("*.npz"))
+    found = {int(label) for archive in archives for values in npz.labels(archive, spatial_dims).values() for label in values}
+    if not found:
+        raise ValueError(f"no label table at {table} and no archive: name the table with labels=...")
+    return len(found)
+
+
 def read_labels(table: Path) -> list[LabelRow]:
     """Rows of a CSV file (UTF-8, a byte order mark is fine) with the header ``case,label`` or ``case,label,split``.
 

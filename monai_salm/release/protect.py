@@ -121,6 +121,20 @@ def protect_cohort(
     return [row for unit in rows.values() for row in unit]
 
 
+def prepare_output(source: Path | str, output_dir: Path | str) -> None:
+    """Check and mark the output folder before hours are spent on a fit that could not be written.
+
+    Raises:
+        ValueError: When the folder cannot be used, see :py:func:`monai_salm.release.commit.check_output`.
+        OutputError: When it is not writable.
+    """
+    output_dir = Path(output_dir).absolute()
+    door.check_output(Path(source), output_dir)
+    door.open_output(output_dir)
+    _start_time(output_dir)
+    door.close_output(output_dir)
+
+
 def read_manifest(output_dir: Path | str) -> list[ManifestRow]:
     """Rows of a release's manifest; a line torn by a killed run is left out."""
     lines = _whole_lines(Path(output_dir) / door.MANIFEST)

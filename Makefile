@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything installs itself into .venv once, with the versions of constraints.txt.
+
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && { command -v $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+# The bundles are part of this repository: no need to be warned that a config can run code.
+BUNDLE_RUN := $(BIN)/python -W "ignore:parsing config_file" -m monai.bundle run
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-3d test lint clean
+.DELETE_ON_ERROR:
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11, or run: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,test]"
+	@touch $@
+
+# $(1): 2 or 3, $(2): output folder.
+define run_demo
+	$(BIN)/python -m monai_salm.cohorts.demo --dim $(1) --output $(2)/export
+	$(BUNDLE_RUN) \
+	    --config_file bundles/salm_$(1)d_classification/configs/train.yaml \
+	    --meta_file bundles/salm_$(1)d_classification/configs/metadata.json \
+	    --logging_file bundles/salm_$(1)d_classification/configs/logging.conf \
+	    --dataset_dir $(2)/export --output_dir $(2)
+endef
+
+demo: $(STAMP)  ## protect the embedded 2D cohort and prove it (10 minutes): build/demo/report.html
+	$(call run_demo,2,build/demo)
+
+demo-3d: $(STAMP)  ## the same with 3D volumes (20 minutes): build/demo-3d/report.html
+	$(call run_demo,3,build/demo-3d)
+
+test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA names them
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

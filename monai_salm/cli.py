@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``monai-salm``: arguments and exit codes. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monai_salm import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from monai_salm.release.catalog import Catalog, Refusal
+    from monai_salm.release.labels import Cohort
+
+DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_CODES = """\
+exit codes:
+  0    done: everything is protected, and verified where asked
+  1    an error in the program; the traceback says where
+  2    the arguments or the input cannot be used; nothing was written that was not whole
+  3    a file was refused, or the verdict is not "protected"
+  4    a protected file is not what was written; share nothing of the folder
+  130  interrupted; the same command goes on
+"""
+_SHOWN = 20
+"""Rows of a list on the screen unless all are asked for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(arguments)
+    _quiet_logs()
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        _say("interrupted; what is finished is kept. Run the same command again to go on")
+        return INTERRUPTED
+    except Exception as error:
+        code = None if options.debug else _exit_code(error)
+        if code is None:
+            raise
+        _say(_sentence(error))
+        return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "monai-salm",
+        description="Protected copies of medical image data sets: sparsity-aware local masking (SALM) for MONAI.",
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"monai-salm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="list what an export holds and what would be refused, with reasons")
+    inspect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
+    _add_input(inspect)
+    inspect.add_argument(
+        "--dim", type=int, choices=(2, 3), default=2, help="2 (default): every slice is a case; 3: every volume"
+    )
+    inspect.add_argument("--all", action="store_true", help="list every case and every refusal")
+    inspect.set_defaults(command=_inspect)
+
+    protect = commands.add_parser("protect", help="write the protected copy of an export, and verify it")
+    protect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
+    protect.add_argument("out", type=Path, metavar="OUT", help="new or empty folder; OUT/protected is what you share")
+    _add_input(protect)
+    which = protect.add_mutually_exclusive_group()
+    which.add_argument("--dim", type=int, choices=(2, 3), help="2 (default): every slice is a case; 3: every volume")
+    which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
+    protect.add_argument("--epsilon", metavar="BUDGET", help="largest change, as '8/255', '5 HU' or '12 stored'")
+    protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
+    _add_set(protect)
+    protect.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
+    protect.set_defaults(command=_protect)
+
+    verify = commands.add_parser("verify", help="measure what a protected copy is worth, with a report and a verdict")
+    verify.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote")
+    verify.add_argument("--export", type=Path, help="the export, if it is no longer where protect found it")
+    verify.add_argument("--labels", type=Path, metavar="CSV", help="the label table, if it moved")
+    _add_set(verify)
+    verify.set_defaults(command=_verify)
+
+    bundle = commands.add_parser("bundle", help="find the MONAI bundles that come with monai-salm")
+    actions = bundle.add_subparsers(title="actions", required=True, metavar="ACTION")
+    actions.add_parser("list", help="print the names").set_defaults(command=_bundle_list)
+    path = actions.add_parser("path", help="print the folder of a bundle")
+    path.add_argument("name", metavar="NAME")
+    path.set_defaults(command=_bundle_path)
+    copy = actions.add_parser("copy", help="copy a bundle to a folder of your own, to edit it")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="new folder (default: ./NAME)")
+    copy.set_defaults(command=_bundle_copy)
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels", type=Path, metavar="CSV", help="table case,label[,split] (default: labels.csv in the export)"
+    )
+    parser.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensity window in physical units"
+    )
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    help_ = "override any setting of the bundle's train.yaml; may be repeated"
+    parser.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` with a JSON or Python value; anything else is text."""
+    import ast
+    import json
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key.strip() in ("dataset_dir", "output_dir"):
+        raise argparse.ArgumentTypeError(f"{key.strip()} is named by the arguments EXPORT and OUT")
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return key.strip(), read(value)
+        except (ValueError, SyntaxError):
+            continue
+    return key.strip(), value
+
+
+# -------------------------------------------------------------------- commands
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from monai_salm.release.catalog import scan
+    from monai_salm.release.labels import LABELS_FILE, label_cases, read_labels
+
+    default = options.export / LABELS_FILE
+    table = options.labels or (default if default.is_file() else None)
+    rows = read_labels(table) if table else None
+    window = tuple(options.window) if options.window else "auto"
+    catalog = scan(options.export, options.dim, window=window)
+    cohort, problem = None, None
+    if rows is not None or any(case.label >= 0 for case in catalog.cases):
+        try:
+            cohort = label_cases(catalog, rows)
+        except ValueError as error:  # told at the end: what the export holds may show the reason
+            problem = error
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(_counts_line(catalog, cohort), _counts_table(catalog, cohort), sep="\n")
+    if rows is None and cohort is None:
+        console.print(f"No label table: 'protect' needs one ({LABELS_FILE} in the export, or --labels).")
+    if options.all:
+        console.print(_cases_table(catalog, cohort))
+    refusals = cohort.refusals if cohort else catalog.refusals
+    if refusals:
+        shown = refusals if options.all else refusals[:_SHOWN]
+        console.print(f"{len(refusals)} refused: {_tally(each.reason for each in refusals)}")
+        console.print(_refusals_table(shown, catalog))
+        if len(shown) < len(refusals):
+            console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
+    if problem:
+        raise problem
+    return NOT_PROTECTED if refusals else DONE
+
+
+def _protect(options: argparse.Namespace) -> int:
+    from monai_salm import workflows
+    from monai_salm.perturbations.budget import Budget
+    from monai_salm.perturbations.masks import SparsityMask
+    from monai_salm.release.commit import check_output
+    from monai_salm.release.labels import read_labels
+
+    # What a typing error could spoil is checked now, and not after hours of fitting.
+    bundle = options.bundle or workflows.bundle_for(options.dim or 2)
+    workflows.bundle_path(bundle)
+    overrides = dict(options.set) | workflows.protect_overrides(
+        options.export,
+        options.out,
+        labels=options.labels,
+        epsilon=options.epsilon,
+        mask_ratio=options.mask_ratio,
+        window=options.window,
+    )
+    if options.epsilon is not None:
+        Budget.parse(options.epsilon)
+    if options.mask_ratio is not None:
+        SparsityMask(ratio=options.mask_ratio)
+    if not options.export.exists():
+        raise ValueError(f"export {options.export} does not exist; check the path")
+    check_output(options.export, options.out)
+    if options.labels:
+        read_labels(options.labels)
+    stages = workflows.WITHOUT_VERIFY if options.no_verify else workflows.ALL
+    try:
+        code = _stages(bundle, stages, overrides)
+    finally:
+        workflows.save_run(options.out, bundle, overrides)
+    return code or _outcome(options.out, verified=not options.no_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from monai_salm import workflows
+
+    bundle, overrides = workflows.load_run(options.out)
+    export = options.export or Path(overrides.get("dataset_dir", ""))
+    if not export.exists():
+        raise ValueError(f"the export is not at {export}; name its folder with --export")
+    overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
+    return _stages(bundle, workflows.VERIFY, overrides) or _outcome(options.out, verified=True)
+
+
+def _bundle_list(options: argparse.Namespace) -> int:
+    from monai_salm.workflows import bundle_names
+
+    print("\n".join(bundle_names()))
+    return DONE
+
+
+def _bundle_path(options: argparse.Namespace) -> int:
+    from monai_salm.workflows import bundle_path
+
+    print(bundle_path(options.name))
+    return DONE
+
+
+def _bundle_copy(options: argparse.Namespace) -> int:
+    from monai_salm.workflows import bundle_path, copy_bundle
+
+    print(copy_bundle(options.name, options.dest or bundle_path(options.name).name))
+    return DONE
+
+
+# -------------------------------------------------------------------- results
+
+
+def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
+    """Run stages of a bundle; the code a stage wants to exit with."""
+    from monai_salm.workflows import run_bundle
+
+    try:
+        run_bundle(bundle, stages, overrides)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            _say(stop.code)
+            return FAILED
+        return stop.code or DONE
+    return DONE
+
+
+def _outcome(out: Path, *, verified: bool) -> int:
+    """Say what came out, and how that counts."""
+    import json
+
+    from monai_salm.release.commit import PROTECTED
+    from monai_salm.release.protect import REFUSALS, read_refusals
+
+    print(f"protected files: {out / PROTECTED}")
+    code = DONE
+    refusals = read_refusals(out)
+    if refusals:
+        print(f"refused and not in the copy: {_tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
+        code = NOT_PROTECTED
+    if verified:
+        verdict = json.loads((out / "report.json").read_text())["verdict"]
+        print(f"verdict: {verdict}; report: {out / 'report.html'}")
+        code = code if verdict == "protected" else NOT_PROTECTED
+    return code
+
+
+def _tally(values: Iterable[str]) -> str:
+    return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
+
+
+def _counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
+    cases = cohort.cases if cohort else catalog.cases
+    patients = len({case.group for case in cases})
+    line = f"{len(cases)} cases of {patients} patients: {_tally(case.format for case in cases)}"
+    if cohort and all(case.split != "test" for case in cases):
+        line += f"; no test split, verification holds {len(cohort.held_out)} back"
+    return line
+
+
+def _counts_table(catalog: Catalog, cohort: Cohort | None) -> Table:
+    """Cases by class and split where there are labels, else by format."""
+    cases = cohort.cases if cohort else catalog.cases
+    formats = Counter(case.format for case in cases)
+    if cohort is None:
+        return _table(["format", "cases"], formats.items())
+    splits = [name for name in ("train", "val", "test") if any(case.split == name for case in cases)]
+    rows = []
+    for label, name in enumerate(cohort.classes):
+        counts = [sum(case.label == label and case.split == split for case in cases) for split in splits]
+        rows.append((name, *counts, sum(counts)))
+    return _table(["class", *splits, "all"], rows)
+
+
+def _cases_table(catalog: Catalog, cohort: Cohort | None) -> Table:
+    cases = cohort.cases if cohort else catalog.cases
+    classes = [cohort.classes[case.label] if cohort else "" for case in cases]
+    rows = [
+        (case.sample_id, case.format, len(case.files), label, case.split, case.names[0])
+        for case, label in zip(cases, classes, strict=True)
+    ]
+    return _table(["case", "format", "files", "class", "split", "name"], rows)
+
+
+def _refusals_table(refusals: Sequence[Refusal], catalog: Catalog) -> Table:
+    names = {case.sample_id: case.names for case in catalog.cases} | catalog.refused_names
+    rows = [(each.reason, names.get(each.name, (each.name,))[0], each.detail) for each in refusals]
+    return _table(["reason", "what", "found, and what to do"], rows)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_printable(str(cell))) for cell in row))
+    return table
+
+
+def _printable(text: str) -> str:
+    """A file's name may hold anything, control codes of the terminal included."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+# -------------------------------------------------------------------- errors
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Code of an error that its own text explains; None for a fault of the program."""
+    protect = sys.modules.get("monai_salm.release.protect")
+    if protect is not None and isinstance(error, protect.IntegrityError):
+        return INTEGRITY
+    explained = isinstance(error, OSError) or type(error).__module__.startswith("monai_salm.")
+    return BAD_INPUT if explained or (isinstance(error, ValueError) and _raised_by_us(error)) else None
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """A ValueError of torch or NumPy is a fault of ours; one that we raise is about the input."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("monai_salm.")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _say(text: str) -> None:
+    print(f"monai-salm: {text}", file=sys.stderr)
+
+
+def _quiet_logs() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fit: a surrogate and the perturbations of a whole cohort, trained in turn, as a MONAI trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines import Trainer
+from monai.utils import CommonKeys
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from monai_salm import __version__
+from monai_salm.bank import PerturbationBank
+from monai_salm.perturbations.base import Objective, Perturbation
+from monai_salm.perturbations.budget import Budget
+from monai_salm.records import Record, image_digest
+from monai_salm.release.progress import track
+from monai_salm.stored import StoredCodec, lattice_of
+from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
+
+SETTLED_OVER = 3
+"""Rounds over which the loss is compared to tell whether it has settled."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the fit must know of a case before it touches its voxels again."""
+
+    sample_id: str
+    label: int
+    codec: StoredCodec
+    shape: tuple[int, ...]
+    digest: str
+    levels: int
+
+
+class PerturbationTrainer(Trainer):
+    """Alternates surrogate steps and perturbation steps over a cohort.
+
+    An epoch is a round: ``surrogate_steps`` optimizer steps on the protected images, then one call of the perturbation
+    for every case. After the last round one more call makes every perturbation belong to the final surrogate. Each
+    round is one transaction of the bank, with all that is needed to go on: a run that was killed goes on from there and
+    ends with the same bytes (on the same CPU and versions). Everything random is drawn from ``seed`` and the position
+    in the run, so no generator state has to be kept.
+
+    Args:
+        device: where to compute.
+        max_epochs: rounds at most; fewer when the loss settles.
+        dataset: items ``{"image": stored values from LoadStored, "label": class index}``. Shapes may differ.
+        objective: surrogate, loss and views; its network is trained here.
+        optimizer: of the surrogate's parameters.
+        perturbation: the method, such as :py:class:`monai_salm.perturbations.salm.SALM`.
+        budget: largest change of a voxel, see :py:meth:`Budget.parse`.
+        bank_file: where the perturbations go (SQLite); an unfinished fit there is continued.
+        surrogate_steps: optimizer steps in a round.
+        batch_size: images per step of either kind.
+        seed: of everything random.
+        settle: stop when the loss fell by less than this fraction within three rounds; 0 runs all rounds.
+        model_file: where the final surrogate's weights go; None: nowhere.
+        train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``.
+
+    Raises:
+        ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or the bank holds
+            a fit with another configuration.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        max_epochs: int,
+        dataset: Dataset,
+        objective: Objective,
+        optimizer: Optimizer,
+        perturbation: Perturbation,
+        budget: Budget | str | float,
+        bank_file: str | os.PathLike[str],
+        surrogate_steps: int = 20,
+        batch_size: int = 32,
+        seed: int = 0,
+        settle: float = 0.0,
+        model_file: str | os.PathLike[str] | None = None,
+        train_handlers: Sequence[Any] | None = None,
+    ) -> None:
+        if min(max_epochs, surrogate_steps, batch_size) < 1:
+            raise ValueError(
+                f"rounds {max_epochs}, surrogate_steps {surrogate_steps} and batch_size {batch_size} must be 1 or more"
+            )
+        self.dataset, self.objective, self.optimizer, self.perturbation = dataset, objective, optimizer, perturbation
+        self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
+        self.model_file = model_file
+        self._compute_device = torch.device(device)
+        self.objective.to(self._compute_device)
+        self.facts = self._examine(dataset)
+        super().__init__(
+            device=self._compute_device,
+            max_epochs=max_epochs,
+            data_loader=_Steps(len(self.facts), batch_size, seed),
+            epoch_length=surrogate_steps,
+            decollate=False,
+            handlers=train_handlers,
+        )
+        Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
+        self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
+        self.deltas: dict[str, Tensor] = {}
+        self.scores: list[float] = []
+        self.surrogate_passes = self.perturbation_passes = 0
+        self.seconds = 0.0
+        self._restore()
+        self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_round)
+
+    def run(self) -> None:
+        """Fit from the last complete round to the end; returns at once when the bank is finished."""
+        if not self.bank.finished:
+            self._fit()
+        if self.model_file is not None and not Path(self.model_file).is_file():
+            _save_weights(self.objective.network, Path(self.model_file))
+
+    def _fit(self) -> None:
+        self._bar = track(range(self._ticks_left()), "fitting")
+        if self.state.epoch < self.state.max_epochs:
+            super().run()
+        self._commit(self._perturb_all(("final",)), final=True)
+        for _ in self._bar:  # a fit that settled early leaves ticks
+            pass
+
+    def perturb(self, dataset: Dataset, calls: int | None = None) -> dict[str, Tensor]:
+        """Perturbations of other cases by the frozen surrogate; neither it nor the bank changes.
+
+        Args:
+            dataset: items as for the fit.
+            calls: calls of the perturbation per case, from none; default: as many as a case had in the fit.
+
+        Returns:
+            (C, *spatial) integer lattice steps by sample id.
+        """
+        facts = self._examine(dataset)
+        deltas: dict[str, Tensor] = {}
+        for call in range(calls or self.state.epoch + 1):
+            for batch in self._batches(facts):
+                deltas |= self._perturb(dataset, facts, batch, deltas, ("other", call))
+        return deltas
+
+    @property
+    def passes_per_image(self) -> dict[str, float]:
+        """Forward and backward passes through the surrogate per image, by purpose."""
+        training, perturbing = (n / len(self.facts) for n in (self.surrogate_passes, self.perturbation_passes))
+        return {"surrogate_training": training, "perturbation": perturbing, "total": training + perturbing}
+
+    def fingerprint(self) -> str:
+        """Digest of all that decides the perturbations: configuration, cases and version."""
+        objective = self.objective
+        parts = {
+            "version": __version__,
+            "network": str(objective.network),
+            "objective": [objective.alone, str(objective.loss), str(objective.view)],
+            "optimizer": [type(self.optimizer).__name__, _plain(self.optimizer.defaults)],
+            "perturbation": str(self.perturbation),
+            "budget": str(self.budget),
+            "rounds": [self.state.max_epochs, self.state.epoch_length, self.batch_size, self.seed, self.settle],
+            "cases": [[fact.sample_id, fact.label, fact.digest] for fact in self.facts],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    # ---------------------------------------------------------------- surrogate steps
+
+    def _begin_round(self) -> None:
+        torch.manual_seed(_derive(self.seed, "round", self.state.epoch))  # dropout and the like
+        self.objective.network.train()
+
+    def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
+        """One optimizer step on protected images; ``batchdata`` are positions in the dataset."""
+        started = time.monotonic()
+        view, images, deltas = self.objective.network.view, [], []
+        for at in batchdata:
+            fact = self.facts[at]
+            stored = self._stored(self.dataset, at)[None]
+            images.append(view(fact.codec.to_unit(stored)))
+            delta = self.deltas.get(fact.sample_id)
+            images_like = torch.zeros_like(images[-1])
+            deltas.append(
+                images_like if delta is None else view(delta[None].to(stored.device).float() * fact.codec.unit_step)
+            )
+        labels = self._labels(self.facts, batchdata)
+        before = self.objective.passes
+        loss = self.objective(torch.cat(images), torch.cat(deltas), labels, self._generator("step", engine.state.iteration)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.surrogate_passes += self.objective.passes - before
+        self.seconds += time.monotonic() - started
+        next(self._bar, None)
+        return [{CommonKeys.LOSS: loss.detach()}]
+
+    # ---------------------------------------------------------------- perturbation steps
+
+    def _end_round(self) -> None:
+        score = self._perturb_all(("round", self.state.epoch))
+        self.scores.append(score)
+        self.state.metrics["perturbed_loss"] = score
+        self._commit(score, final=False)
+        if self._settled():
+            self.logger.info(f"the loss has settled after {self.state.epoch} rounds")
+            self.terminate()
+
+    def _perturb_all(self, position: tuple[Any, ...]) -> float:
+        """One call of the perturbation for every case; returns the mean objective on the way."""
+        started, before = time.monotonic(), self.objective.passes
+        self.objective.reset_mean()
+        for batch in self._batches(self.facts):
+            self.deltas |= self._perturb(self.dataset, self.facts, batch, self.deltas, position)
+            next(self._bar, None)
+        self.perturbation_passes += self.objective.passes - before
+        self.seconds += time.monotonic() - started
+        return self.objective.mean()
+
+    def _perturb(
+        self, dataset: Dataset, facts: Sequence[_Facts], batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
+    ) -> dict[str, Tensor]:
+        stored = [self._stored(dataset, at) for at in batch]
+        codecs = [facts[at].codec for at in batch]
+        lattice = lattice_of(stored, codecs, self.budget)
+        image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
+        start = [deltas.get(facts[at].sample_id) for at in batch]
+        begin = None if start[0] is None else torch.stack([delta.to(image.device) for delta in start])
+        found = self.perturbation(
+            self.objective,
+            image,
+            self._labels(facts, batch),
+            lattice,
+            begin,
+            generator=self._generator(*position, facts[batch[0]].sample_id),
+        )
+        return {facts[at].sample_id: _compact(delta, facts[at].levels) for at, delta in zip(batch, found, strict=True)}
+
+    def _batches(self, facts: Sequence[_Facts]) -> list[list[int]]:
+        """Positions of cases of one shape, at most ``batch_size`` at a time."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for at, fact in enumerate(facts):
+            by_shape.setdefault(fact.shape, []).append(at)
+        size = self.batch_size
+        return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
+
+    def _settled(self) -> bool:
+        if not self.settle or len(self.scores) <= SETTLED_OVER:
+            return False
+        return self.scores[-1] > (1 - self.settle) * self.scores[-1 - SETTLED_OVER]
+
+    # ---------------------------------------------------------------- cases
+
+    def _examine(self, dataset: Dataset) -> list[_Facts]:
+        facts = []
+        for at in track(range(len(dataset)), "reading"):  # type: ignore[arg-type]
+            item = dataset[at]
+            image = item[CommonKeys.IMAGE]
+            codec = codec_of(image, None)
+            stored = stored_array(image, codec)
+            sample_id, label = meta_of(image, "sample_id"), int(item[CommonKeys.LABEL])
+            facts.append(
+                _Facts(sample_id, label, codec, stored.shape, image_digest(stored), codec.levels(self.budget))
+            )
+        if not facts or len({fact.sample_id for fact in facts}) < len(facts):
+            raise ValueError(f"the dataset has {len(facts)} cases; it needs at least one, and every sample_id only once")
+        return facts
+
+    def _stored(self, dataset: Dataset, at: int) -> Tensor:
+        return plain_tensor(dataset[at][CommonKeys.IMAGE]).to(self._compute_device)
+
+    def _labels(self, facts: Sequence[_Facts], batch: Sequence[int]) -> Tensor:
+        return torch.tensor([facts[at].label for at in batch], device=self._compute_device)
+
+    def _generator(self, *position: Any) -> torch.Generator:
+        return torch.Generator().manual_seed(_derive(self.seed, *position))
+
+    # ---------------------------------------------------------------- state
+
+    def _commit(self, score: float, *, final: bool) -> None:
+        state = {
+            "network": self.objective.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scores": self.scores,
+            "passes": [self.surrogate_passes, self.perturbation_passes],
+            "seconds": self.seconds,
+        }
+        blob = io.BytesIO()
+        torch.save(state, blob)
+        self.bank.commit(self._records(), round_=self.state.epoch, score=score, state=blob.getvalue(), final=final)
+
+    def _records(self) -> Iterator[Record]:
+        for fact in self.facts:
+            yield Record(fact.sample_id, self.deltas[fact.sample_id], fact.digest, fact.levels, fact.codec.step)
+
+    def _restore(self) -> None:
+        kept = self.bank.state()
+        if kept is None:
+            return
+        round_, blob = kept
+        state = torch.load(io.BytesIO(blob), map_location=self._compute_device, weights_only=True)
+        self.objective.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scores, self.seconds = state["scores"], state["seconds"]
+        self.surrogate_passes, self.perturbation_passes = state["passes"]
+        self.state.epoch = round_
+        self.state.iteration = round_ * self.state.epoch_length
+        self.data_loader.start = self.state.iteration
+        if not self.bank.finished:
+            self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.facts}
+            if self._settled():
+                self.state.max_epochs = round_
+
+    def _ticks_left(self) -> int:
+        passes = len(self._batches(self.facts))
+        return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes) + passes
+
+
+class _Steps:
+    """Endless batches of positions: a new order for every pass, a function of seed and step number alone."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.start = count, min(batch_size, count), seed, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step, per_pass = self.start, self.count // self.batch_size
+        while True:
+            generator = torch.Generator().manual_seed(_derive(self.seed, "order", step // per_pass))
+            order = torch.randperm(self.count, generator=generator).tolist()
+            for at in range(step % per_pass, per_pass):
+                yield order[at * self.batch_size : (at + 1) * self.batch_size]
+                step += 1
+
+
+def _derive(*position: Any) -> int:
+    """A seed for a place in the run."""
+    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7], "big")
+
+
+def _compact(delta: Tensor, levels: int) -> Tensor:
+    return delta.to(torch.int8 if levels < 128 else torch.int16 if levels < 32768 else torch.int32).cpu()
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in sorted(values.items())}
+
+
+def _save_weights(network: torch.nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(network.state_dict(), part)
+    os.replace(part, path)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fidelity: how much of an image is kept, measured on the written files at their own resolution."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import SSIMMetric
+
+from monai_salm.io import formats
+from monai_salm.io.base import StoredImage, Window
+from monai_salm.release.labels import Cohort
+from monai_salm.release.progress import track
+from monai_salm.release.protect import read_protected
+
+__all__ = ["SSIM_CASES", "Fidelity", "measure_fidelity", "ssim_of", "ssim_sample"]
+
+SSIM_CASES = {2: 200, 3: 40}
+"""How many cases SSIM is measured on, by number of dimensions: it costs far more than everything else."""
+_SSIM_WINDOW = 11
+
+
+def ssim_of(clean: torch.Tensor, protected: torch.Tensor) -> float:
+    """SSIM of two (1, *spatial) images in unit intensity (Wang et al. 2004, Gaussian window, MONAI's ``SSIMMetric``).
+
+    The window has 11 voxels per axis (sigma 1.5), or the largest odd number that fits where the image is smaller.
+    """
+    size = [min(_SSIM_WINDOW, length - (length + 1) % 2) for length in clean.shape[1:]]
+    metric = SSIMMetric(clean.ndim - 1, data_range=1.0, win_size=size, reduction="none")
+    return float(metric(protected[None], clean[None]).mean())
+
+
+def ssim_sample(sample_ids: Iterable[str], limit: int) -> frozenset[str]:
+    """At most ``limit`` cases, always the same ones of the same cases, whatever their order."""
+    return frozenset(sorted(sample_ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:limit])
+
+
+class Fidelity:
+    """Collects what changed, one case at a time.
+
+    Args:
+        device: where SSIM is computed.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._ssim: list[float] = []
+        self._psnr: list[float] = []
+        self._fraction: list[float] = []
+        self._errors: list[tuple[float, float, float]] = []
+        self._units: set[str] = set()
+
+    def add(self, clean: StoredImage, protected: StoredImage, *, ssim: bool = True) -> None:
+        """Compare a case with its written copy.
+
+        Args:
+            clean: the original; its codec (window) is used for both.
+            protected: the copy, as it was read from its file.
+            ssim: measure SSIM of this case too.
+
+        Raises:
+            ValueError: When the two are not of one shape and type.
+        """
+        before, after, codec = clean.stored, protected.stored, clean.codec
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise ValueError(
+                f"a protected file holds {after.dtype}{after.shape}, its source {before.dtype}{before.shape}; "
+                "it was not written from it, run protect again"
+            )
+        moved, change = _changes(before, after, codec.step)
+        largest = float(change.max()) if change.size else 0.0
+        physical = largest * abs(codec.slope)
+        self._errors.append((largest, physical, physical / codec.width))
+        self._fraction.append(float(moved.mean()))
+        self._units.add(codec.unit)
+        one, other = (codec.to_unit(torch.from_numpy(image)).to(self._device) for image in (before, after))
+        squared = float((one - other).double().square().mean())
+        if squared > 0:
+            self._psnr.append(-10 * float(np.log10(squared)))
+        if ssim:
+            self._ssim.append(ssim_of(one, other))
+
+    def result(self, mask_ratio: float | None = None) -> dict[str, Any]:
+        """The ``fidelity`` part of ``docs/report.md``; errors and fractions are over all cases.
+
+        ``n_ssim_cases`` says how many of them SSIM was measured on.
+
+        Args:
+            mask_ratio: fraction of the voxels that the configuration asked for.
+
+        Raises:
+            ValueError: When no case was added.
+        """
+        if not self._errors:
+            raise ValueError("no protected case was compared with its source; run protect first")
+        stored, physical, window = (max(errors) for errors in zip(*self._errors, strict=True))
+        return {
+            "n_cases": len(self._errors),
+            "n_ssim_cases": len(self._ssim),
+            "ssim": _spread(self._ssim),
+            "psnr": _spread(self._psnr),
+            "max_error_stored": stored,
+            "max_error_physical": physical if len(self._units) == 1 else None,
+            "max_error_window": window,
+            "unit": next(iter(self._units)) if len(self._units) == 1 else None,
+            "mask_fraction_asked": mask_ratio,
+            "mask_fraction": {
+                "mean": float(np.mean(self._fraction)),
+                "min": min(self._fraction),
+                "max": max(self._fraction),
+            },
+        }
+
+
+def measure_fidelity(
+    cohort: Cohort,
+    output_dir: Path | str,
+    *,
+    spatial_dims: int,
+    window: Window = "auto",
+    mask_ratio: float | None = None,
+    ssim_cases: int | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Compare every released case with its written file, one at a time.
+
+    Args:
+        cohort: the labelled cases.
+        output_dir: folder of the release.
+        spatial_dims: 2 or 3.
+        window: as for the fit.
+        mask_ratio: fraction of the voxels that the configuration asked for.
+        ssim_cases: most cases to measure SSIM on; default 200 images or 40 volumes.
+        device: where SSIM is computed.
+
+    Returns:
+        The ``fidelity`` part of ``docs/report.md``.
+
+    Raises:
+        ValueError: When nothing was protected.
+        IntegrityError: When a protected file is missing or changed.
+    """
+    twins = read_protected(cohort, output_dir)
+    sample = ssim_sample(twins, SSIM_CASES[spatial_dims] if ssim_cases is None else ssim_cases)
+    fidelity = Fidelity(device)
+    for case in track([case for case in cohort.released if case.sample_id in twins], "comparing files"):
+        images = (formats.read(one, spatial_dims, window) for one in (case, twins[case.sample_id]))
+        fidelity.add(*images, ssim=case.sample_id in sample)
+    return fidelity.result(mask_ratio)
+
+
+def _changes(before: np.ndarray, after: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where two images differ (NaN equals NaN), and by how much in stored units, for those voxels only.
+
+    A change of a float file is a whole number of lattice steps, but for the rounding of the file's type: where that
+    explains the difference, it is left out.
+    """
+    moved = (before != after) & ~((before != before) & (after != after))
+    new = after[moved]
+    change = np.abs(new.astype(np.float64) - before[moved].astype(np.float64))
+    if before.dtype.kind == "f":
+        steps = np.rint(change / step) * step
+        change = np.where(np.abs(change - steps) <= np.abs(np.spacing(new)), steps, change)
+    return moved, change
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "std": None, "min": None}
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "min": min(values)}

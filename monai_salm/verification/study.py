@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study: victims trained on clean, protected and control images, all tested on the same clean held-out cases."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from monai_salm import __version__
+from monai_salm.io.base import Case, Window
+from monai_salm.perturbations.budget import Budget
+from monai_salm.release import commit as door
+from monai_salm.release.labels import Cohort
+from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
+from monai_salm.surrogates import RandomView
+from monai_salm.verification.arms import Arm, Deltas
+from monai_salm.verification.fidelity import SSIM_CASES
+from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
+from monai_salm.verification.material import OWN_ARMS, Material, Settings
+from monai_salm.verification.report import verdict_table, write_report
+from monai_salm.verification.results import VerdictRules, build_results, write_json
+from monai_salm.verification.verdict import PROTECTED
+from monai_salm.verification.victims import METRIC, evaluate, scores, victim_digest
+
+__all__ = ["NOT_TESTED", "VictimStudy"]
+
+EXIT_NOT_PROTECTED = 3
+SCRATCH = f"{door.PRIVATE}/arms"
+NOT_TESTED = (
+    "Defenses: JPEG compression, resampling, blurring and other filters that a third party may apply before training.",
+    "Adversarial training and other training methods that are made to withstand perturbations.",
+    "Networks that were pre-trained on other data, large networks, and long training schedules.",
+    "Training on a mixture of protected and clean images, and images of the same patients from elsewhere.",
+    "Detection or removal of the perturbation by someone who knows the method, or who has some of the clean images.",
+    "Readers: no physician has compared the images; SSIM and PSNR do not stand for diagnostic quality.",
+    "Other tasks on the same images, other cohorts and other scanners.",
+)
+
+
+class VictimStudy:
+    """Trains victims, measures fidelity and utility, writes ``report.json`` and ``report.html``.
+
+    Arms: ``clean`` (the originals of the training cases), ``protected`` (their written files, read again from disk),
+    ``random_noise`` (random signs of the full budget in every voxel), ``blind`` (uniform noise with the true labels),
+    and each of ``controls``. Controls are read with the original's window; written files with their own, as a third
+    party would. Only cases that were written are trained on, the same ones in every arm.
+
+    Args:
+        cohort: the labelled cases.
+        output_dir: folder of the release: ``protected/`` and its manifest are read, the report is written.
+        spatial_dims: 2 or 3.
+        spatial_size: size of the victims' input in voxels; images are resized to it once.
+        victims: functions that build an untrained network of (B, 1, *spatial_size) images, by name.
+        budget: the bound that the perturbations were fitted with.
+        window: ``"auto"`` or (low, high) in physical units, as for the fit.
+        seeds: seeds of the trainings, or how many (0, 1, ...).
+        epochs, batch_size, learning_rate, weight_decay: see :py:func:`monai_salm.verification.victims.train_victim`.
+        augment: random views of the training images.
+        controls: further arms, as perturbations by ``sample_id``, such as ``{"random_mask": bank}``.
+        held_out_deltas: perturbations of held-out cases, or a function that makes them, to measure what protection does
+            to a model that was trained on clean images. Held-out cases that were released need none.
+        mask_ratio: the fraction that the configuration asked for.
+        passes_per_image, timing, config: parts of the report, or functions that return them.
+        eval_split: ``"test"``, or ``"val"`` to make choices without a look at the test cases.
+        rules: arguments of :py:class:`monai_salm.verification.verdict.VerdictRules`.
+        task: heading of the report.
+        ssim_cases: most cases to measure SSIM on; default 200 images or 40 volumes.
+        device: default: CUDA where there is one.
+        workers: processes that train side by side on CPU; default one per core. They are started by ``spawn``: a
+            script that runs a study needs ``if __name__ == "__main__":``.
+        seed: of the noise in the arms ``random_noise`` and ``blind``.
+
+    Raises:
+        ValueError: When an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        cohort: Cohort,
+        output_dir: Path | str,
+        spatial_dims: int,
+        spatial_size: Sequence[int],
+        victims: Mapping[str, Callable[[], nn.Module]],
+        budget: Budget | str | float,
+        window: Window = "auto",
+        seeds: Sequence[int] | int = 3,
+        epochs: int = 30,
+        batch_size: int = 32,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-2,
+        augment: RandomView | None = None,
+        controls: Mapping[str, Deltas] | None = None,
+        held_out_deltas: Callable[[], Deltas] | Deltas | None = None,
+        mask_ratio: float | None = None,
+        passes_per_image: Callable[[], Mapping[str, float]] | Mapping[str, float] | None = None,
+        timing: Callable[[], Mapping[str, float]] | Mapping[str, float] | None = None,
+        config: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        eval_split: str = "test",
+        rules: Mapping[str, Any] | None = None,
+        task: str | None = None,
+        ssim_cases: int | None = None,
+        device: torch.device | str | None = None,
+        workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.cohort, self.output_dir = cohort, Path(output_dir).absolute()
+        self.spatial_dims, self.spatial_size = spatial_dims, tuple(int(size) for size in spatial_size)
+        self.window: Window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
+        self.victims, self.budget = dict(victims), Budget.parse(budget)
+        self.seeds = list(range(seeds)) if isinstance(seeds, int) else [int(one) for one in seeds]
+        self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        self.recipe["weight_decay"] = weight_decay
+        self.augment, self.controls = augment, dict(controls or {})
+        self.held_out_deltas, self.mask_ratio = held_out_deltas, mask_ratio
+        self.passes_per_image, self.timing, self.config = passes_per_image, timing, config
+        self.eval_split, self.task, self.seed = eval_split, task, seed
+        self.rules = VerdictRules(**dict(rules or {}))
+        self.ssim_cases = SSIM_CASES[spatial_dims] if ssim_cases is None else ssim_cases
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.workers = default_workers(self.device) if workers is None else int(workers)
+        self.results: dict[str, Any] | None = None
+        self._check_arguments()
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done yet, write the report and print the verdict.
+
+        Returns:
+            The contents of ``report.json``.
+
+        Raises:
+            ValueError: When nothing was protected, or a class is missing among training or held-out cases.
+            IntegrityError: When a protected file is missing or changed.
+        """
+        start = time.monotonic()
+        twins = self._twins()
+        train = [case for case in self.cohort.train if case.sample_id in twins]
+        held_out = self._held_out()
+        self._check_classes(train, "training cases that were protected")
+        self._check_classes(held_out, f"held-out cases ({self.eval_split})")
+        door.open_output(self.output_dir)
+        with self._scratch() as folder:
+            material = Material(self._settings(), train, held_out, twins, folder)
+            jobs = self._jobs(material.arms, material.test)
+            ledger = Ledger(self.output_dir)
+            run_jobs(list(jobs.values()), ledger, self.workers)
+            utility = self._utility(jobs, ledger, material)
+        rows = [
+            {"arm": arm, "victim": victim, "seed": seed, **ledger[job.key]} for (arm, victim, seed), job in jobs.items()
+        ]
+        self.results = build_results(
+            task=self.task or self._default_task(),
+            metric=METRIC,
+            rows=rows,
+            classes=list(self.cohort.classes),
+            chance=1 / len(self.cohort.classes),
+            fidelity=material.fidelity.result(self.mask_ratio),
+            budget=material.budget(),
+            utility=utility,
+            passes_per_image=_value(self.passes_per_image),
+            timing={**_value(self.timing), "verify": time.monotonic() - start},
+            cohort=self._describe_cohort(twins, held_out),
+            config=_value(self.config),
+            versions=_versions(),
+            machine=_machine(self.device),
+            not_tested=self._not_tested(utility),
+            rules=self.rules,
+        )
+        write_json(self.results, self.output_dir / "report.json")
+        write_report(self.results, material.examples, self.output_dir / "report.html")
+        console = Console()
+        console.print(verdict_table(self.results))
+        console.print(f"Report: {self.output_dir / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
+        return self.results
+
+    def raise_for_verdict(self) -> None:
+        """Leave with exit code 3, after the reasons, unless the verdict is "protected"; runs the study if need be.
+
+        Raises:
+            SystemExit: When the verdict is "not protected" or "inconclusive".
+        """
+        results = self.results or self.run()
+        if results["verdict"] != PROTECTED:
+            console = Console(stderr=True)
+            for reason in results["verdict_reasons"]:
+                console.print(f"{results['verdict']}: {reason}", soft_wrap=True, markup=False, highlight=False)
+            raise SystemExit(EXIT_NOT_PROTECTED)
+
+    def _settings(self) -> Settings:
+        return Settings(
+            cohort=self.cohort,
+            spatial_dims=self.spatial_dims,
+            spatial_size=self.spatial_size,
+            window=self.window,
+            budget=self.budget,
+            controls=self.controls,
+            held_out_deltas=self.held_out_deltas,
+            ssim_cases=self.ssim_cases,
+            device=self.device,
+            seed=self.seed,
+        )
+
+    # ---------------------------------------------------------------- checks
+
+    def _check_arguments(self) -> None:
+        if len(self.spatial_size) != self.spatial_dims:
+            raise ValueError(f"spatial_size {self.spatial_size} does not have {self.spatial_dims} numbers")
+        if self.eval_split not in ("test", "val"):
+            raise ValueError(f"eval_split is {self.eval_split!r}; use 'test' or 'val'")
+        if not self.victims or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a study needs a victim and different seeds; got {list(self.victims)} and {self.seeds}")
+        if self.recipe["epochs"] < 1 or self.recipe["batch_size"] < 1 or not self.recipe["learning_rate"] > 0:
+            raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {self.recipe}")
+        taken = sorted(set(self.controls) & set(OWN_ARMS))
+        if taken:
+            raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
+
+    def _twins(self) -> dict[str, Case]:
+        """Written files of the released cases.
+
+        Raises:
+            ValueError: When there are none.
+            IntegrityError: When a released case has neither files nor a refusal.
+        """
+        twins = read_protected(self.cohort, self.output_dir)
+        if not twins:
+            raise ValueError(f"{self.output_dir} holds no protected case; run protect first")
+        refused = {refusal.name for refusal in read_refusals(self.output_dir)}
+        lost = [case for case in self.cohort.released if case.sample_id not in twins and case.sample_id not in refused]
+        # An archive is refused under a name of its own.
+        lost = [case for case in lost if case.index is None or not refused]
+        if lost:
+            raise IntegrityError(
+                f"{len(lost)} released cases have no protected file and no refusal (first: {lost[0].sample_id}); "
+                "the cohort changed or protect did not finish, run protect again"
+            )
+        return twins
+
+    def _held_out(self) -> list[Case]:
+        cases = self.cohort.held_out if self.eval_split == "test" else self.cohort.val
+        if not cases:
+            raise ValueError(
+                f"no case is held out for split {self.eval_split!r}; name some in the label table's column 'split' "
+                "(each class needs cases of two patients or more)"
+            )
+        return list(cases)
+
+    def _check_classes(self, cases: Sequence[Case], what: str) -> None:
+        present = {case.label for case in cases}
+        missing = [name for label, name in enumerate(self.cohort.classes) if label not in present]
+        if missing:
+            raise ValueError(
+                f"there are no {what} of class {', '.join(missing)} ({len(cases)} cases in all); add cases, or leave "
+                "the class out of the label table"
+            )
+
+    # ---------------------------------------------------------------- trainings
+
+    @contextmanager
+    def _scratch(self) -> Any:
+        """An empty folder for the arms; what a killed run left there goes first."""
+        folder = self.output_dir / SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise door.OutputError(
+                "no space left in the output folder for the study's scratch files. Free some space and run the same "
+                "command again: finished trainings are kept"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _jobs(self, arms: Mapping[str, Arm], test: Arm) -> dict[tuple[str, str, int], Job]:
+        """Trainings by arm, victim and seed, in the report's order, with what tells each from all others."""
+        probe = test.load()[0][:2]
+        common = [test.digest, self.recipe, _described(self.augment), self.device.type, _versions()]
+        jobs = {}
+        for victim, make in self.victims.items():
+            kind = victim_digest(make, probe, len(self.cohort.classes))
+            for seed in self.seeds:
+                options = {**self.recipe, "seed": seed, "augment": self.augment, "device": str(self.device)}
+                options["classes"] = self.cohort.classes
+                for name, arm in arms.items():
+                    decisive = [arm.digest, kind, seed, self.cohort.classes, *common]
+                    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+                    jobs[name, victim, seed] = Job(key, make, arm, test, options, name == "clean")
+        return jobs
+
+    def _utility(
+        self, jobs: Mapping[tuple[str, str, int], Job], ledger: Ledger, material: Material
+    ) -> list[dict[str, Any]]:
+        """Clean-trained networks on clean and on protected copies of the held-out cases."""
+        if material.test_protected is None:
+            return []
+        rows = []
+        for (arm, victim, seed), job in jobs.items():
+            if arm == "clean":
+                network, found = ledger.network(job).to(self.device), []
+                for images, labels in (material.test.load(), material.test_protected.load()):
+                    probability = evaluate(network, images.to(self.device), int(self.recipe["batch_size"]))
+                    found.append(scores(probability, labels, self.cohort.classes)[METRIC])
+                row = {"victim": victim, "seed": seed, "clean": found[0], "protected": found[1]}
+                rows.append({**row, "difference": found[1] - found[0]})
+        return rows
+
+    # ---------------------------------------------------------------- report
+
+    def _default_task(self) -> str:
+        images = "volumes" if self.spatial_dims == 3 else "images"
+        return f"Classification of {len(self.cohort.cases)} {images} into {len(self.cohort.classes)} classes"
+
+    def _describe_cohort(self, twins: Mapping[str, Case], held_out: Sequence[Case]) -> dict[str, Any]:
+        labels = [case.label for case in self.cohort.cases]
+        refusals = read_refusals(self.output_dir)
+        return {
+            "cases": len(labels),
+            "released": len(twins),
+            "held_out": len(held_out),
+            "per_class": {name: labels.count(index) for index, name in enumerate(self.cohort.classes)},
+            "refused": [{"case": refusal.name, "reason": refusal.reason} for refusal in refusals],
+        }
+
+    def _not_tested(self, utility: Sequence[Any]) -> list[str]:
+        known = list(NOT_TESTED)
+        if not utility:
+            known.append("What protection does to a model trained on clean images: no held-out case was protected.")
+        if "random_mask" not in self.controls:
+            known.append("The control with a random mask of the same ratio: whether the choice of voxels matters.")
+        if self.eval_split == "val":
+            known.append("Test cases: this report is on validation cases, which choices may have been made by.")
+        return known
+
+
+def _value(given: Any) -> dict[str, Any]:
+    return dict((given() if callable(given) else given) or {})
+
+
+def _described(view: nn.Module | None) -> str:
+    """Type and plain attributes of a view; PyTorch's own text leaves the attributes out."""
+    if view is None:
+        return ""
+    plain = {key: value for key, value in vars(view).items() if not key.startswith("_") and key != "training"}
+    return f"{type(view).__module__}.{type(view).__qualname__} {sorted(plain.items())} {view}"
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("monai", "torch", "numpy")}
+    return {"monai_salm": __version__, **packages, "python": platform.python_version()}
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    machine: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)}
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a bundle and runs it as ``python -m monai.bundle run`` does; the only room that knows config ids."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+ALL = ("run",)
+"""Fit, protect and verify."""
+WITHOUT_VERIFY = ("fit", "protect")
+VERIFY = ("verify",)
+
+RUN_CONFIG = "private/run-config.json"
+
+_MARK = Path("configs", "metadata.json")
+_WRAPPED = ("Failed to evaluate", "Failed to instantiate component")
+
+
+def bundle_names() -> tuple[str, ...]:
+    """Names of the bundles that came with monai_salm."""
+    return tuple(sorted(path.parent.parent.name for path in _shelf().glob(f"*/{_MARK}")))
+
+
+def bundle_path(name: str) -> Path:
+    """Folder of a bundle.
+
+    Args:
+        name: one of :py:func:`bundle_names`, or the path of a bundle's folder (a copy that was edited).
+
+    Raises:
+        ValueError: When there is no such bundle.
+    """
+    if name in bundle_names():
+        return _shelf() / name
+    if (Path(name) / _MARK).is_file():
+        return Path(name).absolute()
+    raise ValueError(f"there is no bundle {name!r}; use one of {', '.join(bundle_names())}, or the folder of a bundle")
+
+
+def bundle_for(spatial_dims: int) -> str:
+    """Name of the classification bundle for slices (2) or volumes (3)."""
+    return f"salm_{spatial_dims}d_classification"
+
+
+def copy_bundle(name: str, dest: Path | str) -> Path:
+    """Copy a bundle to a new folder, where it can be edited whatever the permissions of the original are.
+
+    Raises:
+        ValueError: When there is no such bundle or the folder holds anything.
+    """
+    source, dest = bundle_path(name), Path(dest).absolute()
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ValueError(f"{dest} is there already; name a new folder for the copy")
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.parent.name != "__pycache__":
+            target = dest / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return dest
+
+
+def protect_overrides(
+    export: Path,
+    output_dir: Path,
+    *,
+    labels: Path | None = None,
+    epsilon: str | None = None,
+    mask_ratio: float | None = None,
+    window: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Config ids and values for what a user says in words; what is None keeps the bundle's default."""
+    said = {
+        "dataset_dir": str(export.absolute()),
+        "output_dir": str(output_dir.absolute()),
+        "labels": str(labels.absolute()) if labels else None,
+        "epsilon": epsilon,
+        "mask_ratio": mask_ratio,
+        "window": list(window) if window else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:
+    """Keep how a copy was made beside its key, so that it can be verified later; nothing if nothing was written yet."""
+    from monai_salm.release.commit import PRIVATE, Staged, commit
+
+    if (output_dir / PRIVATE).is_dir():
+        bundle = bundle if bundle in bundle_names() else str(bundle_path(bundle))
+        text = json.dumps({"schema_version": 1, "bundle": bundle, "overrides": dict(overrides)}, indent=2) + "\n"
+        commit(output_dir, [Staged(PurePosixPath(RUN_CONFIG), text.encode(), lambda _: None)])
+
+
+def load_run(output_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Bundle and overrides that :py:func:`save_run` kept.
+
+    Raises:
+        ValueError: When the folder has none, or not one that this version understands.
+    """
+    path = output_dir / RUN_CONFIG
+    try:
+        kept = json.loads(path.read_text())
+        return str(kept["bundle"]), dict(kept["overrides"])
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{output_dir} was not made by 'monai-salm protect' ({RUN_CONFIG} is missing); name the folder that "
+            "protect wrote, or run the stage 'verify' of the bundle that wrote it"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be understood; run 'monai-salm protect' again, it will go on") from error
+
+
+def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) -> None:
+    """Run stages of a bundle's training config one after the other, in one workflow.
+
+    ``SystemExit`` and ``KeyboardInterrupt`` of a stage pass through.
+
+    Args:
+        name: see :py:func:`bundle_path`.
+        run_ids: for example :py:data:`ALL`; one id is the same as ``python -m monai.bundle run ID``.
+        overrides: values by config id.
+
+    Raises:
+        ValueError: When there is no such bundle, or the config has no such id.
+        Exception: What a stage raises, freed from MONAI's wrapping.
+    """
+    from monai.bundle import create_workflow
+
+    configs = bundle_path(name) / "configs"
+    _check_ids(configs / "train.yaml", [*run_ids, *overrides])
+    with warnings.catch_warnings():
+        if name in bundle_names():  # ours; of a copy MONAI rightly warns that a config can run any code
+            warnings.filterwarnings("ignore", message="parsing config_file")
+        try:
+            workflow = create_workflow(
+                config_file=str(configs / "train.yaml"),
+                meta_file=str(configs / "metadata.json"),
+                logging_file=str(configs / "logging.conf"),
+                run_id=run_ids[0],
+                **overrides,
+            )
+            for run_id in run_ids:
+                workflow.run_id = run_id
+                workflow.run()
+            workflow.finalize()
+        except RuntimeError as error:
+            inner = _unwrapped(error)
+            if inner is error:
+                raise
+            raise inner from inner.__cause__
+
+
+def _check_ids(config_file: Path, ids: Sequence[str]) -> None:
+    """MONAI adds an id that the config does not have, so a typing error would go unnoticed."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(str(config_file))
+    for name in ids:
+        if name not in parser:
+            known = [key for key in parser.get() if not key.startswith("_")]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{config_file.parent.parent.name} has no setting {name!r}; {hint}")
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The error behind those that MONAI's config parser wraps around it, one for each level of the config."""
+    while type(error) is RuntimeError and str(error).startswith(_WRAPPED) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _shelf() -> Path:
+    return Path(str(resources.files("monai_salm.bundles")))

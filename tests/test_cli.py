@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it says, what it exits with, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exports import write_labels, write_nifti, write_npz, write_series
+from pydicom.data import get_testdata_file
+
+from monai_salm import cli, workflows
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = [f"images/v{index}.nii.gz,{'ab'[index % 2]}" for index in range(4)]
+# The ids that the bundles promise, with stages that cost nothing.
+STUB = """\
+imports:
+  - $import sys
+  - $import pathlib
+  - $import test_protect
+  - $import monai_salm
+  - $import monai_salm.release.protect
+bundle_root: .
+dataset_dir: null
+labels: null
+output_dir: null
+epsilon: 2 stored
+mask_ratio: 0.4
+window: auto
+seed: 0
+at_fit: null
+at_verify: null
+verdict: protected
+cohort:
+  _target_: monai_salm.release.labels.load_cohort
+  dataset_dir: "@dataset_dir"
+  labels: "@labels"
+  spatial_dims: 3
+  window: "@window"
+  seed: "@seed"
+written:
+  _target_: monai_salm.release.protect.protect_cohort
+  cohort: "@cohort"
+  bank: $test_protect.bank_of(@cohort)
+  budget: "@epsilon"
+  output_dir: "@output_dir"
+  spatial_dims: 3
+fit: ["$@at_fit", "$@cohort"]
+protect: ["$@written"]
+verify:
+  - $@at_verify
+  - '$pathlib.Path(@output_dir, "report.json").write_text(''{"verdict": "%s"}'' % @verdict)'
+run: ["$@at_fit", "$@cohort", "$@written", "$@at_verify",
+  '$pathlib.Path(@output_dir, "report.json").write_text(''{"verdict": "%s"}'' % @verdict)']
+"""
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
+
+
+@pytest.fixture(autouse=True)
+def _own_logs():
+    """A run applies the bundle's logging.conf; put back what was there."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def export(tmp_path) -> Path:
+    for index in range(4):
+        write_nifti(tmp_path / "in" / "images" / f"v{index}.nii.gz", index)
+    write_labels(tmp_path / "in", LABELS)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def stub(tmp_path) -> str:
+    folder = workflows.copy_bundle("salm_3d_classification", tmp_path / "stub")
+    (folder / "configs" / "train.yaml").write_text(STUB)
+    return str(folder)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; its exit code and what it printed on both streams."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    """Bad input: code 2 and one sentence that has the words, without a traceback."""
+    code, _, err = result
+    said = [line for line in err.splitlines() if line.startswith("monai-salm: ")]
+    assert code == cli.BAD_INPUT, err
+    assert "Traceback" not in err and len(said) == 1, err
+    for word in words:
+        assert word in said[0]
+
+
+# ------------------------------------------------------------------- at a glance
+
+
+@pytest.mark.parametrize("arguments", (["--help"], ["--version"], ["bundle", "list"], ["protect", "--help"]))
+def test_answers_without_heavy_imports(arguments, tmp_path):
+    script = (
+        "import sys\nfrom monai_salm import cli\n"
+        "try: cli.main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'monai', 'numpy', 'pydicom', 'nibabel', 'rich', 'itk'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, cwd=tmp_path, timeout=60)
+
+
+def test_usage_errors_exit_with_2(run, export):
+    for arguments in ([], ["fly"], ["protect", export], ["protect", export, "out", "--dim", "4"]):
+        assert run(*arguments)[0] == cli.BAD_INPUT
+    code, _, err = run("protect", export, "out", "--dim", "2", "--bundle", "salm_2d_classification")
+    assert code == cli.BAD_INPUT and "not allowed with" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8/255", "8/255"), ("3", 3), ("true", True), ("True", True), ("null", None), ("[1, 2]", [1, 2]), ("a=b", "a=b")],
+)
+def test_set_reads_values_as_json_or_python_else_as_text(text, value):
+    assert cli._setting(f"train::x={text}") == ("train::x", value)
+
+
+@pytest.mark.parametrize("text", ["epochs", "=3", "output_dir=/tmp/x", "dataset_dir=/tmp/x"])
+def test_set_refuses_what_is_no_setting(run, export, tmp_path, text):
+    assert run("protect", export, tmp_path / "out", "--set", text)[0] == cli.BAD_INPUT
+
+
+# ----------------------------------------------------------------------- inspect
+
+
+def test_inspect_counts_cases_by_class_and_split(run, export):
+    code, out, _ = run("inspect", export, "--dim", 3)
+    assert code == cli.DONE
+    assert "4 cases of 4 patients: 4 nifti; no test split, verification holds 2 back" in out
+    code, out, _ = run("inspect", write_npz(export.parent / "m.npz"))
+    assert code == cli.DONE and [cell.strip() for cell in out.splitlines()[2].split("┃")[1:-1]] == [
+        "class",
+        "train",
+        "val",
+        "test",
+        "all",
+    ]
+
+
+def test_inspect_lists_refusals_with_reason_name_and_fix(run, export):
+    (export / "Notes on Jane.txt").write_text("x")
+    write_series(export / "S1", "one")
+    code, out, err = run("inspect", export, "--dim", 3)
+    assert code == cli.NOT_PROTECTED
+    assert "2 refused: 1 no_label, 1 unknown_file" in out
+    assert (
+        "Notes on Jane.txt" in out and "neither DICOM nor NIfTI" in out and "has no row for this case; add one" in out
+    )
+    assert "Jane" not in err, "names are for the screen and not for logs"
+
+
+def test_inspect_shows_the_first_refusals_and_all_on_request(run, export):
+    for index in range(30):
+        (export / f"note{index:02d}.txt").write_text("x")
+    _, out, _ = run("inspect", export, "--dim", 3)
+    assert "and 10 more; --all lists them" in out and "note29.txt" not in out
+    _, out, _ = run("inspect", export, "--dim", 3, "--all")
+    assert "note29.txt" in out and "images/v0.nii.gz" in out
+
+
+def test_inspect_shows_names_without_control_codes(run, export):
+    (export / "evil\x1b[2Jname").write_text("x")
+    _, out, _ = run("inspect", export, "--dim", 3)
+    assert "\x1b" not in out and "evil" in out
+
+
+def test_inspect_works_without_labels_and_says_so(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "CT").write_bytes(Path(get_testdata_file("CT_small.dcm", download=False)).read_bytes())
+    code, out, _ = run("inspect", tmp_path / "in")
+    assert code == cli.DONE and "1 cases of 1 patients: 1 dicom" in out and "No label table" in out
+
+
+def test_inspect_shows_what_was_found_before_it_complains_of_labels(run, export):
+    write_series(export / "S1", "one")
+    result = run("inspect", export, "--dim", 2)
+    assert_refused(result, "no case has a label")
+    assert "4 not_2d" in result[1] and "the 3D bundle" in result[1].replace("\n", " ")
+
+
+def test_inspect_reads_real_files(run, data_dir):
+    code, out, _ = run("inspect", data_dir / "pneumoniamnist.npz", "--labels", data_dir / "nope.csv")
+    assert code == cli.BAD_INPUT
+    code, out, _ = run("inspect", data_dir / "dicom_awkward")
+    assert code == cli.NOT_PROTECTED and "duplicate_uid" in out and "unsupported_photometric" in out
+
+
+# --------------------------------------------------------------------- bad input
+
+
+def test_a_wrong_folder_is_named(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("x")
+    assert_refused(run("inspect", tmp_path / "nope"), "does not exist", "check the path")
+    assert_refused(run("inspect", tmp_path / "empty"), "is empty")
+    assert_refused(run("inspect", tmp_path / "text"), "holds no 2D image", "unknown_file")
+    assert_refused(run("protect", tmp_path / "nope", tmp_path / "out"), "does not exist")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([*LABELS, "images/v9.nii.gz,a"], ["line 6", "name nothing in the export"]),
+        ([row.replace(",b", ",a") for row in LABELS], ["one class"]),
+        ([f"{row},holdout" for row in LABELS], ["split must be train, val or test", "lines 2, 3, 4, 5"]),
+        (["images/v0.nii.gz,a", "images/v0.nii.gz,b"], ["different labels", "lines 2, 3"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "protect"])
+def test_a_label_table_that_does_not_fit_is_told_by_line(run, export, stub, tmp_path, command, rows, words):
+    write_labels(export, rows)
+    if command == "inspect":
+        assert_refused(run("inspect", export, "--dim", 3), *words)
+    else:
+        assert_refused(run("protect", export, tmp_path / "out", "--bundle", stub), *words)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_label_table_is_named(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert_refused(run("inspect", export, "--labels", tmp_path / "no.csv"), "no.csv cannot be read")
+    assert_refused(run("protect", export, out, "--labels", tmp_path / "no.csv"), "no.csv cannot be read")
+    (export / "labels.csv").unlink()
+    assert_refused(run("protect", export, out, "--bundle", stub), "has no labels.csv", "case,label")
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "2", "8/255 parsec", "1/0"])
+def test_a_bad_epsilon_is_refused_at_once(run, export, tmp_path, epsilon):
+    assert_refused(run("protect", export, tmp_path / "out", f"--epsilon={epsilon}"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ratio", ["0", "-0.1", "1.5", "nan"])
+def test_a_bad_mask_ratio_is_refused_at_once(run, export, tmp_path, ratio):
+    assert_refused(run("protect", export, tmp_path / "out", f"--mask-ratio={ratio}"), "mask ratio", "(0, 1]")
+
+
+def test_an_output_folder_that_could_do_harm_is_refused(run, export, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.doc").write_text("x")
+    assert_refused(run("protect", export, export / "out"), "lies inside the export")
+    assert_refused(run("protect", export, export), "is the export itself")
+    assert_refused(run("protect", export, full), "choose an empty or new folder")
+    assert [path.name for path in full.iterdir()] == ["thesis.doc"]
+
+
+def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert_refused(run("protect", export, out, "--bundle", "nope"), "salm_2d_classification, salm_3d_classification")
+    assert_refused(run("bundle", "path", "nope"), "salm_2d_classification, salm_3d_classification")
+    assert_refused(run("protect", export, out, "--bundle", stub, "--set", "mask_rato=1"), "did you mean 'mask_ratio'")
+    assert_refused(run("protect", export, out, "--bundle", stub, "--set", "train::nope=1"), "'train::nope'")
+
+
+def test_constant_and_broken_images_are_refused_with_a_reason(run, tmp_path):
+    import nibabel as nib
+
+    folder = tmp_path / "in"
+    write_nifti(folder / "good.nii")
+    nib.save(nib.Nifti1Image(np.full((5, 5, 5), 7, np.int16), np.eye(4)), folder / "flat.nii")
+    (folder / "torn.nii").write_bytes((folder / "good.nii").read_bytes()[:500])
+    code, out, _ = run("inspect", folder, "--dim", 3)
+    assert code == cli.NOT_PROTECTED and "flat.nii" in out and "torn.nii" in out and "1 cases" in out
+
+
+# --------------------------------------------------- protect and verify, end to end
+
+
+def test_protect_writes_and_verify_alone_works_from_what_it_kept(run, export, stub, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    code, said, err = run("protect", "in", "out", "--bundle", "stub", "--no-verify", "--set", "seed=7")
+    assert code == cli.DONE, err
+    assert (out / "protected" / "labels.csv").is_file() and not (out / "report.json").exists()
+    kept = json.loads((out / "private" / "run-config.json").read_text())
+    assert kept["overrides"] == {"seed": 7, "dataset_dir": str(export), "output_dir": str(out)}
+    monkeypatch.chdir("/")
+    code, said, _ = run("verify", out)
+    assert code == cli.DONE and "verdict: protected" in said and "report.html" in said
+
+
+def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path):
+    for verdict in ("not protected", "inconclusive"):
+        arguments = ("protect", export, tmp_path / verdict, "--bundle", stub, "--set", f"verdict={verdict}")
+        code, out, _ = run(*arguments)
+        assert code == cli.NOT_PROTECTED and f"verdict: {verdict}" in out
+
+
+def test_a_refused_file_exits_with_3_and_says_where_the_reasons_are(run, export, stub, tmp_path):
+    (export / "note.txt").write_text("x")
+    code, out, _ = run("protect", export, tmp_path / "out", "--bundle", stub)
+    assert code == cli.NOT_PROTECTED and "1 unknown_file" in out and "refusals.jsonl" in out
+
+
+def test_the_code_that_a_stage_exits_with_is_kept(run, export, stub, tmp_path):
+    for code in (3, 5):
+        arguments = (
+            "protect",
+            export,
+            tmp_path / f"out{code}",
+            "--bundle",
+            stub,
+            "--set",
+            f"at_verify=$sys.exit({code})",
+        )
+        assert run(*arguments)[0] == code
+
+
+def test_a_changed_file_exits_with_4(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert run("protect", export, out, "--bundle", stub)[0] == cli.DONE
+    (out / "protected" / "images" / "v0.nii.gz").write_bytes(b"other")
+    check = "$monai_salm.release.protect.read_protected(@cohort, @output_dir)"
+    code, _, err = run("verify", out, "--set", f"at_verify={check}")
+    assert code == cli.INTEGRITY and "changed since it was written" in err and "Traceback" not in err
+
+
+def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path):
+    stop = "$(_ for _ in ()).throw(KeyboardInterrupt)"
+    code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={stop}")
+    assert code == cli.INTERRUPTED and "same command again" in err
+    code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub)
+    assert code == cli.DONE, err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(export, stub, tmp_path):
+    arguments = ["protect", str(export), str(tmp_path / "out"), "--bundle", stub]
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        cli.main([*arguments, "--set", "at_fit=$torch.dot(torch.ones(2), torch.ones(3))"])
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        cli.main([*arguments, "--set", "at_fit=$np.array([[1], [1, 2]])"])
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        cli.main(["--debug", "inspect", str(tmp_path / "nope")])
+
+
+def test_verify_of_a_folder_that_protect_did_not_write_says_what_to_do(run, tmp_path):
+    assert_refused(run("verify", tmp_path), "run-config.json is missing", "monai-salm protect")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "run-config.json").write_text("{")
+    assert_refused(run("verify", tmp_path), "cannot be understood")
+
+
+def test_verify_wants_the_export_where_it_was_or_its_new_place(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    export.rename(tmp_path / "moved")
+    assert_refused(run("verify", out), "--export")
+    assert run("verify", out, "--export", tmp_path / "moved")[0] == cli.DONE
+
+
+def test_a_label_table_outside_the_export_is_found_from_anywhere(run, export, stub, tmp_path, monkeypatch):
+    (export / "labels.csv").rename(tmp_path / "table.csv")
+    monkeypatch.chdir(tmp_path)
+    assert run("protect", "in", "out", "--labels", "table.csv", "--bundle", stub, "--no-verify")[0] == cli.DONE
+    monkeypatch.chdir("/")
+    assert run("verify", tmp_path / "out")[0] == cli.DONE
+
+
+# ------------------------------------------------------------------ the real bundles
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_shipped_bundles_refuse_one_class_before_they_fit(run, tmp_path, dim):
+    config = workflows.bundle_path(workflows.bundle_for(dim)) / "configs" / "train.yaml"
+    if not config.is_file() or "\nrun:" not in config.read_text():
+        pytest.skip("the bundle has no finished configs/train.yaml yet")
+    export, rows = tmp_path / "in", []
+    for name in ("one", "two"):
+        paths = write_series(export / name, name, 3, patient=name)
+        rows += [f"{path.relative_to(export).as_posix()},a" for path in paths] if dim == 2 else [f"{name},a"]
+    write_labels(export, rows)
+    assert_refused(run("protect", export, tmp_path / "out", "--dim", dim), "one class")
+    assert not (tmp_path / "out" / "protected").exists()

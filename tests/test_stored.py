@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of budget, lattice and stored codec, for every integer type, slope and intercept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from monai_salm.perturbations.budget import Budget, Lattice
+from monai_salm.stored import StoredCodec, auto_window, lattice_of
+
+TYPES = ["uint8", "int8", "int16", "uint16", "int32"]
+
+
+def to_tensor(stored: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(stored.astype(np.int64))
+
+
+@st.composite
+def images(draw: st.DrawFn) -> tuple[np.ndarray, StoredCodec, Budget]:
+    dtype = draw(st.sampled_from(TYPES))
+    info = np.iinfo(dtype)
+    stored = draw(hnp.arrays(dtype, (1, 3, 4)))
+    slope = draw(st.sampled_from([1.0, -1.0, 0.5, 0.0458, 2.0, -0.1]))
+    intercept = draw(st.sampled_from([0.0, -1024.0, 0.3]))
+    ends = sorted(draw(st.lists(st.integers(info.min, info.max), min_size=2, max_size=2, unique=True)))
+    window = tuple(sorted(slope * end + intercept for end in ends))
+    pad = draw(st.none() | st.integers(info.min, info.max))
+    codec = StoredCodec(dtype, window, slope, intercept, padding=None if pad is None else (pad, pad))
+    levels = draw(st.integers(1, 300))
+    assume(levels <= ends[1] - ends[0])
+    return stored, codec, Budget(levels, "stored")
+
+
+class TestCodec:
+    @given(images(), st.integers(0, 2**31))
+    def test_a_snapped_perturbation_keeps_every_promise(self, image, seed):
+        stored, codec, budget = image
+        lattice = lattice_of([to_tensor(stored)], [codec], budget)
+        wish = torch.randn(lattice.lower.shape, generator=torch.Generator().manual_seed(seed)) * 1000
+        delta = lattice.snap(wish)[0].numpy()
+        protected = codec.add(stored, delta)
+        difference = protected.astype(np.int64) - stored.astype(np.int64)
+        assert np.abs(difference).max() <= codec.levels(budget)
+        assert np.array_equal(difference, delta)
+        physical = np.sort((np.array(codec.window) - codec.intercept) / codec.slope)
+        outside = (stored < physical[0] - 1e-6) | (stored > physical[1] + 1e-6)
+        assert not difference[outside].any()
+        moved = difference != 0
+        assert ((protected[moved] >= physical[0] - 1e-6) & (protected[moved] <= physical[1] + 1e-6)).all()
+        if codec.padding is not None:
+            assert np.array_equal(protected == codec.padding[0], stored == codec.padding[0])
+
+    @given(images())
+    def test_unit_intensity_is_the_window_clipped(self, image):
+        stored, codec, _ = image
+        physical = stored.astype(np.float64) * codec.slope + codec.intercept
+        expected = np.clip((physical - codec.window[0]) / codec.width, 0, 1)
+        assert np.allclose(codec.to_unit(to_tensor(stored)).numpy(), expected, atol=1e-6)
+
+    def test_padding_is_never_crossed_from_either_side(self):
+        codec = StoredCodec("int16", (0.0, 100.0), padding=(50, 52))
+        stored = torch.tensor([[49, 50, 51, 52, 53, 47]], dtype=torch.int16)
+        lower, upper = codec.bounds(stored, Budget(5, "stored"))
+        assert lower.tolist() == [[-5, 0, 0, 0, 0, -5]]
+        assert upper.tolist() == [[0, 0, 0, 0, 5, 2]]
+
+    def test_inverted_images_are_bright_where_values_are_low(self):
+        codec = StoredCodec("uint8", (0.0, 255.0), inverted=True)
+        assert codec.to_unit(torch.tensor([0, 255])).tolist() == [1.0, 0.0]
+        assert codec.unit_step < 0
+
+    def test_nan_is_never_moved(self):
+        codec = StoredCodec("float32", (0.0, 1.0))
+        stored = np.array([[np.nan, 0.5]], dtype=np.float32)
+        lower, upper = codec.bounds(torch.from_numpy(stored), Budget.parse("8/255"))
+        assert lower[0, 0] == upper[0, 0] == 0 and upper[0, 1] > 0
+        assert np.isfinite(codec.to_unit(torch.from_numpy(stored)).numpy()).all()
+
+    @given(st.sampled_from(["float32", "float64"]), st.integers(0, 2**31))
+    def test_float_files_stay_inside_the_budget(self, dtype, seed):
+        rng = np.random.default_rng(seed)
+        stored = rng.normal(0, 1000, (1, 6, 6)).astype(dtype)
+        codec = StoredCodec(dtype, auto_window(stored, 1.0, 0.0))
+        budget = Budget.parse("8/255")
+        lattice = lattice_of([torch.from_numpy(stored)], [codec], budget)
+        protected = codec.add(stored, lattice.snap(torch.full((1, 1, 6, 6), 1e6))[0].numpy())
+        assert np.abs(protected.astype(np.float64) - stored).max() <= budget.epsilon * codec.width * (1 + 1e-5)
+
+    def test_meta_round_trip(self):
+        codec = StoredCodec("uint16", (1.0, 9.0), 0.5, -3.0, (0, 4095), (7, 9), True, "HU")
+        assert StoredCodec.from_meta(codec.to_meta()) == codec
+
+    @pytest.mark.parametrize(
+        "arguments", [{"window": (1.0, 1.0)}, {"window": (0.0, 1.0), "slope": 0.0}, {"window": (0.0, float("nan"))}]
+    )
+    def test_impossible_codecs_are_refused(self, arguments):
+        with pytest.raises(ValueError):
+            StoredCodec("int16", **arguments)
+
+    def test_a_sum_outside_the_stored_range_is_refused(self):
+        codec = StoredCodec("uint8", (0.0, 255.0))
+        with pytest.raises(ValueError, match="stored range"):
+            codec.add(np.full((1, 1), 255, np.uint8), np.ones((1, 1), np.int8))
+
+    def test_constant_images_have_no_window(self):
+        with pytest.raises(ValueError, match="constant"):
+            auto_window(np.full((4, 4), 7, np.int16), 1.0, 0.0)
+
+
+class TestBudget:
+    @pytest.mark.parametrize("text", ["0", "-1/255", "nan", "abc", "8/0", "300/255", "5 cm"])
+    def test_what_makes_no_sense_is_refused(self, text):
+        with pytest.raises(ValueError):
+            Budget.parse(text)
+
+    def test_below_one_step_names_the_epsilon_that_works(self):
+        codec = StoredCodec("uint8", (0.0, 255.0))
+        with pytest.raises(ValueError, match="smallest epsilon") as caught:
+            codec.levels(Budget.parse("0.5/255"))
+        least = float(str(caught.value).split("works here is ")[1].split()[0])
+        assert codec.levels(Budget(least * 1.00001)) == 1
+
+    def test_over_the_window_is_refused(self):
+        with pytest.raises(ValueError, match="over the whole"):
+            StoredCodec("int16", (0.0, 10.0)).levels(Budget.parse("11 HU"))
+
+    @given(st.integers(1, 255))
+    def test_fractions_of_255_are_whole_levels_of_eight_bits(self, k):
+        assert StoredCodec("uint8", (0.0, 255.0)).levels(Budget.parse(f"{k}/255")) == k
+
+    def test_units_agree(self):
+        codec = StoredCodec("int16", (-160.0, 240.0), slope=2.0)
+        assert codec.levels(Budget.parse("12 HU")) == codec.levels(Budget.parse("6 stored")) == 6
+
+
+def test_lattice_levels_are_per_image():
+    lower, upper = -torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 0], [0, 5]])
+    assert Lattice(lower, upper, torch.ones(2, 1)).levels.tolist() == [[3], [5]]
