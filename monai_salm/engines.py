@@ -6,10 +6,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.codes import class_codes
 from monai_salm.records import Record, image_digest
 from monai_salm.release.progress import track
 from monai_salm.stored import StoredCodec, lattice_of
 from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
 
+CODE_STRENGTH = (1.0, 4.0)
+"""Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
 SETTLED_OVER = 3
 """Rounds over which the loss is compared to tell whether it has settled."""
 
@@ -49,11 +54,15 @@ class _Facts:
 class PerturbationTrainer(Trainer):
     """Alternates surrogate steps and perturbation steps over a cohort.
 
-    An epoch is a round: ``surrogate_steps`` optimizer steps on the protected images, then one call of the perturbation
-    for every case. After the last round one more call makes every perturbation belong to the final surrogate. Each
-    round is one transaction of the bank, with all that is needed to go on: a run that was killed goes on from there and
-    ends with the same bytes (on the same CPU and versions). Everything random is drawn from ``seed`` and the position
-    in the run, so no generator state has to be kept.
+    An epoch is a round: ``surrogate_steps`` optimizer steps, then one call of the perturbation for every case, so that
+    in the end every perturbation belongs to the final surrogate. Each round is one transaction of the bank, with all
+    that is needed to go on: a run that was killed goes on from there and ends with the same bytes (on the same CPU and
+    versions). Everything random is drawn from ``seed`` and the position in the run, so no generator state is kept.
+
+    With ``transplant`` the surrogate sees the perturbation of one case on the image of another and has to tell the
+    former's class: nothing but the perturbation can help. In the first round, when there are none, it learns to read
+    :py:func:`monai_salm.perturbations.codes.class_codes`. Without, it is trained on the protected images themselves,
+    and the first perturbations are zero: error-minimizing noise as published (arXiv 2101.04898).
 
     Args:
         device: where to compute.
@@ -66,7 +75,8 @@ class PerturbationTrainer(Trainer):
         bank_file: where the perturbations go (SQLite); an unfinished fit there is continued.
         surrogate_steps: optimizer steps in a round.
         batch_size: images per step of either kind.
-        seed: of everything random.
+        transplant: train the surrogate on perturbations moved to other images, see above.
+        seed: of everything random; the secret of the release.
         settle: stop when the loss fell by less than this fraction within three rounds; 0 runs all rounds.
         model_file: where the final surrogate's weights go; None: nowhere.
         train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``.
@@ -89,6 +99,7 @@ class PerturbationTrainer(Trainer):
         bank_file: str | os.PathLike[str],
         surrogate_steps: int = 20,
         batch_size: int = 32,
+        transplant: bool = True,
         seed: int = 0,
         settle: float = 0.0,
         model_file: str | os.PathLike[str] | None = None,
@@ -100,7 +111,8 @@ class PerturbationTrainer(Trainer):
             )
         self.dataset, self.objective, self.optimizer, self.perturbation = dataset, objective, optimizer, perturbation
         self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
-        self.model_file = model_file
+        self.model_file, self.transplant = model_file, transplant
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self._compute_device = torch.device(device)
         self.objective.to(self._compute_device)
         self.facts = self._examine(dataset)
@@ -131,9 +143,7 @@ class PerturbationTrainer(Trainer):
 
     def _fit(self) -> None:
         self._bar = track(range(self._ticks_left()), "fitting")
-        if self.state.epoch < self.state.max_epochs:
-            super().run()
-        self._commit(self._perturb_all(("final",)), final=True)
+        super().run()
         for _ in self._bar:  # a fit that settled early leaves ticks
             pass
 
@@ -149,7 +159,7 @@ class PerturbationTrainer(Trainer):
         """
         facts = self._examine(dataset)
         deltas: dict[str, Tensor] = {}
-        for call in range(calls or self.state.epoch + 1):
+        for call in range(calls or self.state.epoch):
             for batch in self._batches(facts):
                 deltas |= self._perturb(dataset, facts, batch, deltas, ("other", call))
         return deltas
@@ -166,7 +176,7 @@ class PerturbationTrainer(Trainer):
         parts = {
             "version": __version__,
             "network": str(objective.network),
-            "objective": [objective.alone, str(objective.loss), str(objective.view)],
+            "objective": [str(objective.loss), str(objective.view), self.transplant],
             "optimizer": [type(self.optimizer).__name__, _plain(self.optimizer.defaults)],
             "perturbation": str(self.perturbation),
             "budget": str(self.budget),
@@ -182,21 +192,15 @@ class PerturbationTrainer(Trainer):
         self.objective.network.train()
 
     def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
-        """One optimizer step on protected images; ``batchdata`` are positions in the dataset."""
-        started = time.monotonic()
-        view, images, deltas = self.objective.network.view, [], []
-        for at in batchdata:
-            fact = self.facts[at]
-            stored = self._stored(self.dataset, at)[None]
-            images.append(view(fact.codec.to_unit(stored)))
-            delta = self.deltas.get(fact.sample_id)
-            images_like = torch.zeros_like(images[-1])
-            deltas.append(
-                images_like if delta is None else view(delta[None].to(stored.device).float() * fact.codec.unit_step)
-            )
-        labels = self._labels(self.facts, batchdata)
-        before = self.objective.passes
-        loss = self.objective(torch.cat(images), torch.cat(deltas), labels, self._generator("step", engine.state.iteration)).mean()
+        """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
+        started, before = time.monotonic(), self.objective.passes
+        generator = self._generator("step", engine.state.iteration)
+        image, delta, label = self._perturbed(batchdata, generator)
+        if self.transplant:
+            image = image[torch.randperm(len(image), generator=generator).to(image.device)]
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * self._warmth((engine.state.iteration - 1) % engine.state.epoch_length)
+        loss = self.objective(image, delta, label, generator).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -205,22 +209,52 @@ class PerturbationTrainer(Trainer):
         next(self._bar, None)
         return [{CommonKeys.LOSS: loss.detach()}]
 
+    def _perturbed(self, batch: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Images and perturbations (B, 1, *spatial_size) at the size the network sees, in unit intensity, and labels."""
+        view, images, deltas = self.objective.network.view, [], []
+        for at in batch:
+            fact, stored = self.facts[at], self._stored(self.dataset, at)[None]
+            images.append(view(fact.codec.to_unit(stored)))
+            delta = self.deltas.get(fact.sample_id)
+            if delta is not None:
+                deltas.append(view(delta[None].to(stored.device).float() * fact.codec.unit_step))
+            elif self.transplant:
+                strength = CODE_STRENGTH[0] + (CODE_STRENGTH[1] - CODE_STRENGTH[0]) * float(
+                    torch.rand((), generator=generator)
+                )
+                code = self._codes(tuple(images[-1].shape[2:]))[fact.label]
+                deltas.append(strength * fact.levels * abs(fact.codec.unit_step) * code[None])
+            else:
+                deltas.append(torch.zeros_like(images[-1]))
+        return torch.cat(images), torch.cat(deltas), self._labels(self.facts, batch)
+
+    @lru_cache(maxsize=1)  # noqa: B019 - a trainer lives as long as the process
+    def _codes(self, spatial_size: tuple[int, ...]) -> Tensor:
+        classes = 1 + max(fact.label for fact in self.facts)
+        return class_codes(spatial_size, classes, _derive(self.seed, "codes")).to(self._compute_device)
+
+    def _warmth(self, step: int) -> float:
+        """Learning rate of a round's step as a fraction of the optimizer's: warm-up over a fifth, then a cosine."""
+        position = (step + 1) / self.state.epoch_length
+        return min(1.0, 5 * position) * (0.5 + 0.5 * math.cos(math.pi * max(0.0, position - 0.2) / 0.8))
+
     # ---------------------------------------------------------------- perturbation steps
 
     def _end_round(self) -> None:
-        score = self._perturb_all(("round", self.state.epoch))
-        self.scores.append(score)
-        self.state.metrics["perturbed_loss"] = score
-        self._commit(score, final=False)
-        if self._settled():
+        self.scores.append(self._perturb_all())
+        self.state.metrics["perturbed_loss"] = self.scores[-1]
+        settled = self._settled()
+        self._commit(final=settled or self.state.epoch == self.state.max_epochs)
+        if settled:
             self.logger.info(f"the loss has settled after {self.state.epoch} rounds")
             self.terminate()
 
-    def _perturb_all(self, position: tuple[Any, ...]) -> float:
+    def _perturb_all(self) -> float:
         """One call of the perturbation for every case; returns the mean objective on the way."""
         started, before = time.monotonic(), self.objective.passes
         self.objective.reset_mean()
         for batch in self._batches(self.facts):
+            position = ("round", self.state.epoch)
             self.deltas |= self._perturb(self.dataset, self.facts, batch, self.deltas, position)
             next(self._bar, None)
         self.perturbation_passes += self.objective.passes - before
@@ -287,7 +321,7 @@ class PerturbationTrainer(Trainer):
 
     # ---------------------------------------------------------------- state
 
-    def _commit(self, score: float, *, final: bool) -> None:
+    def _commit(self, *, final: bool) -> None:
         state = {
             "network": self.objective.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -297,7 +331,9 @@ class PerturbationTrainer(Trainer):
         }
         blob = io.BytesIO()
         torch.save(state, blob)
-        self.bank.commit(self._records(), round_=self.state.epoch, score=score, state=blob.getvalue(), final=final)
+        self.bank.commit(
+            self._records(), round_=self.state.epoch, score=self.scores[-1], state=blob.getvalue(), final=final
+        )
 
     def _records(self) -> Iterator[Record]:
         for fact in self.facts:
@@ -318,12 +354,10 @@ class PerturbationTrainer(Trainer):
         self.data_loader.start = self.state.iteration
         if not self.bank.finished:
             self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.facts}
-            if self._settled():
-                self.state.max_epochs = round_
 
     def _ticks_left(self) -> int:
         passes = len(self._batches(self.facts))
-        return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes) + passes
+        return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes)
 
 
 class _Steps:

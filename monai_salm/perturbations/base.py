@@ -33,47 +33,32 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 class Objective(nn.Module):
-    """What a perturbation is to minimize: the surrogate's loss on the image with it, and on it alone.
-
-    ``(1 - alone) * loss(f(view(x + delta)), y) + alone * loss(f(view(0.5 + delta)), y)``
-
-    The second term makes the perturbation predict the label without any anatomy, so that a network has no reason to
-    learn the anatomy. It takes up the first term of PIL (arXiv 2601.19967), with any surrogate in place of a linear one.
+    """What a perturbation is to minimize: the surrogate's loss on the protected image, seen as a third party would.
 
     Args:
         network: the surrogate: a module with a ``view`` from images of any size to one size, linear and differentiable,
             and a ``network`` from there to a prediction (:py:class:`monai_salm.surrogates.Surrogate`).
         loss: one value per image from prediction and label.
-        alone: weight of the second term, in [0, 1]; 0 is plain error-minimizing noise (arXiv 2101.04898).
-        view: random view drawn anew for every evaluation (``draw(batch, generator)`` and ``forward(image, drawn)``);
-            both terms see the same one. None: the image as it is.
-
-    Raises:
-        ValueError: When ``alone`` is outside [0, 1].
+        view: random view drawn anew for every evaluation (``draw(batch, generator)`` and ``forward(image, drawn)``).
+            None: the image as it is.
     """
 
-    def __init__(self, network: nn.Module, loss: Loss, *, alone: float = 0.5, view: nn.Module | None = None) -> None:
+    def __init__(self, network: nn.Module, loss: Loss, *, view: nn.Module | None = None) -> None:
         super().__init__()
-        if not 0 <= alone <= 1:
-            raise ValueError(f"weight of the perturbation-alone term is {alone}; it must be in [0, 1]")
-        self.network, self.loss, self.alone, self.view = network, loss, alone, view
+        self.network, self.loss, self.view = network, loss, view
         self.passes = 0
         self.reset_mean()
 
     def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) losses of (B, C, *spatial) images and perturbations in unit intensity."""
-        image, delta = self.network.view(image), self.network.view(delta)
-        terms = [(1 - self.alone, image + delta), (self.alone, 0.5 + delta)]
-        weights, seen = zip(*((weight, term) for weight, term in terms if weight), strict=True)
+        seen = self.network.view(image) + self.network.view(delta)
         if self.view is not None:
-            drawn = self.view.draw(len(image), generator)
-            seen = [self.view(term, drawn) for term in seen]
-        losses = self.loss(self.network.network(torch.cat(seen)), label.repeat(len(seen), *[1] * (label.ndim - 1)))
-        total = sum(weight * part for weight, part in zip(weights, losses.chunk(len(seen)), strict=True))
-        self.passes += len(image) * len(seen)
-        self._sum = self._sum + total.detach().sum().cpu()
+            seen = self.view(seen, self.view.draw(len(seen), generator))
+        losses = self.loss(self.network.network(seen), label)
+        self.passes += len(image)
+        self._sum = self._sum + losses.detach().sum().cpu()
         self._count += len(image)
-        return total
+        return losses
 
     def reset_mean(self) -> None:
         """Begin a new :py:meth:`mean`."""

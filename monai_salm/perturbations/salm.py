@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,40 +12,68 @@ from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 
-Refresh = Literal["step", "call"]
+Refresh = Literal["once", "call", "step"]
 
 
 class SALM(Perturbation):
     """Signed gradient descent on the objective, only in the voxels that matter most (idea: arXiv 2403.10573).
 
-    The paper leaves mask criterion, ratio, scope and refresh open: they are options here, and the defaults are ours.
+    The paper leaves mask criterion, ratio, scope and refresh open: they are options here, and the defaults are ours. The
+    descent follows an exponential mean of the gradients (arXiv 1710.06081), each scaled to mean 1, since random views
+    make single gradients noisy; the mask is chosen by the same mean.
 
     Args:
         mask: which voxels may be touched; ratio 1 gives dense error-minimizing noise (arXiv 2101.04898).
         steps: descent steps per call.
         step_size: of one step, as a fraction of the budget.
-        refresh: choose the mask anew at every ``"step"``, or once per ``"call"``.
+        momentum: weight of the past in the mean of the gradients, in [0, 1).
+        look: gradients that are seen before a call chooses its mask; until then every voxel moves.
+        refresh: choose the mask ``"once"`` (a start that is not zero keeps its support), anew in every ``"call"``, or
+            at every ``"step"``.
+
+    Raises:
+        ValueError: When a number is out of range or ``refresh`` unknown.
     """
 
-    def __init__(self, *, mask: SparsityMask, steps: int = 4, step_size: float = 0.25, refresh: Refresh = "call") -> None:
-        if steps < 1 or step_size <= 0:
-            raise ValueError(f"steps is {steps} and step_size {step_size}; both must be above 0")
-        if refresh not in ("step", "call"):
-            raise ValueError(f"mask refresh is {refresh!r}; use 'step' or 'call'")
-        self.mask, self.steps, self.step_size, self.refresh = mask, steps, step_size, refresh
+    def __init__(
+        self,
+        *,
+        mask: SparsityMask,
+        steps: int = 8,
+        step_size: float = 0.25,
+        momentum: float = 0.8,
+        look: int = 3,
+        refresh: Refresh = "once",
+    ) -> None:
+        if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or not 1 <= look <= steps:
+            raise ValueError(
+                f"steps is {steps}, step_size {step_size}, momentum {momentum} and look {look}; steps and step_size must "
+                "be above 0, momentum in [0, 1) and look between 1 and steps"
+            )
+        if refresh not in get_args(Refresh):
+            raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
+        self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
+        self.look, self.refresh = look, refresh
 
     def compute(
         self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, start: Tensor, generator: torch.Generator
     ) -> Tensor:
         movable = lattice.lower < lattice.upper
         stride = self.step_size * lattice.levels
-        steps, mask = start, None
-        for _ in range(self.steps):
-            gradient = self._gradient(objective, image, label, lattice, steps, generator)
-            if mask is None or self.refresh == "step":
-                mask = self.mask(image, gradient, label=label, movable=movable, generator=generator)
-            steps = lattice.project(steps - stride * gradient.sign()) * mask
-        return steps
+        keep = movable
+        chosen = self.refresh == "once" and bool(start.any())
+        if chosen:
+            keep = start != 0
+        steps, mean = start, torch.zeros_like(start)
+        for step in range(1, self.steps + 1):
+            gradient = self._gradient(objective, image, label, lattice, steps * keep, generator)
+            size = gradient.abs().flatten(1).mean(1).reshape(lattice.unit_step.shape)
+            mean = self.momentum * mean + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
+            if not chosen and step >= self.look:
+                keep = self.mask(image, mean, label=label, movable=movable, generator=generator)
+                chosen = self.refresh != "step"
+            steps = lattice.project(steps - stride * mean.sign())
+        return steps * keep
 
     def _gradient(
         self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, steps: Tensor, generator: torch.Generator

@@ -21,7 +21,7 @@ PRIVATE = "private"
 RUN = f"{PRIVATE}/run.json"
 STAGING = ".staging"
 DEMO_EXPORT = "export"
-_MARKERS = (MANIFEST, RUN, "bank.sqlite")
+_MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
 _TRACKING = ("config_*.json", "mlruns*")
 """What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
