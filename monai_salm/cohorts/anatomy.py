@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 __all__ = ["GEOMETRY", "LABELS", "Geometry", "load_template", "simulate"]
 
-LABELS = ("none", "dark", "bright")
+LABELS = ("none", "lesion")
 FULL_SCALE = 2600.0  # physical value of template intensity 1
 
 
@@ -38,7 +38,7 @@ class Geometry:
 
 
 GEOMETRY = {
-    2: Geometry(((14, 182), (22, 214), (57, 114)), (112, 128, 19), (1.5, 1.5, 3.0), 3, (13, 19), (0.38, 0.52), 0.025),
+    2: Geometry(((14, 182), (22, 214), (57, 114)), (112, 128, 19), (1.5, 1.5, 3.0), 3, (13, 19), (0.27, 0.39), 0.025),
     3: Geometry(((20, 176), (24, 210), (0, 156)), (52, 62, 52), (3.0, 3.0, 3.0), 1, (24, 31), (0.46, 0.62), 0.02),
 }
 
@@ -76,7 +76,7 @@ def simulate(template: NDArray[np.float32], labels: Sequence[str], rng: np.rando
     for index, label in enumerate(labels):
         if label != "none":
             target = ... if dim == 3 else np.s_[:, :, index]
-            contrast = rng.uniform(*GEOMETRY[dim].contrast) * (-1 if label == "dark" else 1)
+            contrast = -rng.uniform(*GEOMETRY[dim].contrast)
             t1[target] = _add_lesion(t1[target], tissue[target], GEOMETRY[dim], contrast, rng)
     return _acquire(np.clip(t1, 0, None), dim, rng)
 

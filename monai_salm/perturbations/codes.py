@@ -6,18 +6,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PERIODS = (12.0, 6.0)
-"""Wavelengths of the codes in voxels of the network's input, coarse enough to survive resampling. The second is used
+CYCLES = (4.0, 8.0)
+"""Cycles per image: coarse enough to survive resampling, and the same whatever size a network sees. The second is used
 only when there are more classes than directions of the first keep apart."""
-BANDWIDTH = 0.04
-"""Standard deviation of a code's spectrum around its center, in cycles per voxel."""
+BANDWIDTH = 2.0
+"""Standard deviation of a code's spectrum around its center, in cycles per image."""
 CANDIDATES = 1024
 
 
 def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
     """Band-limited random textures of +1 and -1 that flips and small rotations leave recognizable.
 
-    Each class has a direction and a wavelength of its own; a farthest-point search, which starts at the first axis,
+    Each class has a direction and a fineness of its own; a farthest-point search, which starts at the first axis,
     spreads them. All lie in the positive orthant: a flip maps a texture to one of the same class.
 
     Args:
@@ -34,7 +34,7 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
     generator = torch.Generator().manual_seed(seed)
-    axes = [torch.fft.fftfreq(size) for size in spatial_size]
+    axes = [torch.fft.fftfreq(size) * size for size in spatial_size]
     frequency = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).abs()
     codes = []
     for center in _centers(len(spatial_size), classes):
@@ -46,12 +46,12 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
 
 
 def _centers(dims: int, count: int) -> Tensor:
-    """(count, dims) frequencies in cycles per voxel, far from each other."""
+    """(count, dims) frequencies in cycles per image, far from each other."""
     directions = torch.randn(CANDIDATES, dims, generator=torch.Generator().manual_seed(0)).abs()
     directions = torch.cat([torch.eye(dims), torch.ones(1, dims), directions])
     directions = directions / directions.norm(dim=1, keepdim=True)
-    shells = PERIODS if count > dims + 1 else PERIODS[:1]
-    candidates = torch.cat([directions / period for period in shells])
+    shells = CYCLES if count > dims + 1 else CYCLES[:1]
+    candidates = torch.cat([directions * cycles for cycles in shells])
     chosen = candidates[:1]
     while len(chosen) < count:
         farthest = torch.cdist(candidates, chosen).amin(1).argmax()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from monai_salm.io import npz
 from monai_salm.io.base import Case, Window
 from monai_salm.release.catalog import Catalog, Refusal, scan
 
@@ -112,7 +113,8 @@ def count_classes(dataset_dir: Path | str, labels: Path | str | None = None, spa
     if table.is_file():
         return len({row.label for row in read_labels(table)})
     archives = [Path(dataset_dir)] if Path(dataset_dir).is_file() else sorted(Path(dataset_dir).rglob("*.npz"))
-    found = {int(label) for archive in archives for values in npz.labels(archive, spatial_dims).values() for label in values}
+    splits = [values for archive in archives for values in npz.labels(archive, spatial_dims).values()]
+    found = {int(label) for values in splits for label in values}
     if not found:
         raise ValueError(f"no label table at {table} and no archive: name the table with labels=...")
     return len(found)

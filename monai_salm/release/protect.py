@@ -121,15 +121,22 @@ def protect_cohort(
     return [row for unit in rows.values() for row in unit]
 
 
-def prepare_output(source: Path | str, output_dir: Path | str) -> None:
+def prepare_output(source: Path | str | None, output_dir: Path | str) -> None:
     """Check and mark the output folder before hours are spent on a fit that could not be written.
 
     Raises:
-        ValueError: When the folder cannot be used, see :py:func:`monai_salm.release.commit.check_output`.
+        ValueError: When there is no export, or the folder cannot be used, see
+            :py:func:`monai_salm.release.commit.check_output`.
         OutputError: When it is not writable.
     """
-    output_dir = Path(output_dir).absolute()
-    door.check_output(Path(source), output_dir)
+    if source is None:
+        raise ValueError("dataset_dir is not set; name the folder or archive that holds the images")
+    source, output_dir = Path(source), Path(output_dir).absolute()
+    if not source.exists():
+        raise ValueError(f"export {source} does not exist; check dataset_dir")
+    if source.is_dir() and not any(source.iterdir()):
+        raise ValueError(f"export {source} is empty; name the folder that holds the images")
+    door.check_output(source, output_dir)
     door.open_output(output_dir)
     _start_time(output_dir)
     door.close_output(output_dir)

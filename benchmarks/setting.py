@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark runs with: the shipped configuration, and a description of the versions and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from monai_salm import __version__
+from monai_salm.workflows import bundle_for, bundle_path
+
+
+def configured(spatial_dims: int, overrides: Mapping[str, Any]) -> ConfigParser:
+    """The classification bundle's ``train.yaml``, so that the shipped defaults are what is measured.
+
+    Args:
+        spatial_dims: 2 or 3.
+        overrides: values by config id, such as ``{"mask_ratio": 0.2, "train::dataset": dataset}``; later ones win.
+    """
+    parser = ConfigParser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a config can run code: this one is part of the repository
+        parser.read_config(bundle_path(bundle_for(spatial_dims)) / "configs" / "train.yaml")
+    for name, value in overrides.items():
+        parser[name] = value
+    return parser
+
+
+def versions() -> dict[str, str]:
+    """Of all that decides the numbers."""
+    return {
+        "monai_salm": __version__,
+        **{name: version(name) for name in ("monai", "torch", "numpy")},
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the seconds depend on; nothing that names the machine or its user."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

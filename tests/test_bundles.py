@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundles as a stranger runs them: MONAI's own commands in processes of their own, on small files."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import importlib.util
+import json
+import os
+import pydoc
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exports import write_labels, write_nifti, write_npz, write_series
+from monai.bundle import ConfigParser, ConfigWorkflow
+from pydicom import dcmread
+
+from monai_salm import workflows
+from monai_salm.bank import PerturbationBank
+from monai_salm.io import formats
+from monai_salm.release.labels import load_cohort
+from monai_salm.release.protect import read_manifest, read_protected, read_refusals
+from monai_salm.verification.results import validate_results
+
+BUNDLES = ("salm_2d_classification", "salm_3d_classification")
+FLAT, VOLUME = BUNDLES
+SMALL: dict[str, Any] = {
+    "rounds": 1,
+    "surrogate_steps": 2,
+    "perturbation_steps": 3,
+    "batch_size": 8,
+    "seeds": 1,
+    "epochs": 1,
+    "device": "cpu",
+}
+"""Enough to go through every line of a run, and nothing else."""
+SIZES = {FLAT: [16, 16], VOLUME: [16, 16, 16]}
+LEVELS = 8
+"""8/255 of 256 gray values."""
+
+each_bundle = pytest.mark.parametrize("name", BUNDLES)
+Result = subprocess.CompletedProcess
+
+
+@pytest.fixture(autouse=True)
+def _fail_on_duplicate_keys(monkeypatch):
+    monkeypatch.setenv("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
+
+
+def config_file(name: str, which: str) -> str:
+    return str(workflows.bundle_path(name) / "configs" / which)
+
+
+def command(name: str, run_id: str | None, *, config: str = "train.yaml", **overrides: Any) -> list[str]:
+    """``python -m monai.bundle run [run_id] ...`` as the README has it."""
+    arguments = [sys.executable, "-m", "monai.bundle", "run", *([run_id] if run_id else [])]
+    files = {"config_file": config, "meta_file": "metadata.json", "logging_file": "logging.conf"}
+    for key, value in ({key: config_file(name, file) for key, file in files.items()} | overrides).items():
+        arguments += [f"--{key}", value if isinstance(value, str) else str(value)]
+    return arguments
+
+
+def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+    env = os.environ | {"MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"}
+    return subprocess.Popen(arguments, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def execute(arguments: Sequence[str], cwd: Path, expected: int | None = 0) -> Result[str]:
+    process = start(arguments, cwd)
+    out, err = process.communicate(timeout=300)
+    assert expected is None or process.returncode == expected, f"exit code {process.returncode}:\n{out}\n{err}"
+    return Result(arguments, process.returncode, out, err)
+
+
+def run(name: str, run_id: str | None, cwd: Path, expected: int | None = 0, **overrides: Any) -> Result[str]:
+    small = SMALL | {"spatial_size": SIZES[name]}
+    return execute(command(name, run_id, **(small | overrides)), cwd, expected)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def exact_deltas(cohort: Any, out: Path, spatial_dims: int) -> dict[str, np.ndarray]:
+    """Stored differences by case, after checking that they are the bank's perturbations and nothing else."""
+    bank, found = PerturbationBank(out / "private" / "bank.sqlite"), {}
+    twins = read_protected(cohort, out)
+    assert set(twins) == {case.sample_id for case in cohort.released} == set(bank)
+    for case in cohort.released:
+        before, after = formats.read(case, spatial_dims), formats.read(twins[case.sample_id], spatial_dims)
+        delta = after.stored.astype(np.float64) - before.stored
+        np.testing.assert_array_equal(delta, bank[case.sample_id].numpy() * before.codec.step)
+        levels = before.codec.levels("8/255")
+        assert 0 < abs(delta).max() <= levels * before.codec.step
+        assert (delta != 0).mean() <= 0.4 + 1 / delta.size
+        found[case.sample_id] = delta
+    for row in read_manifest(out):
+        assert 0 < row.max_abs <= row.levels and 0 < row.changed <= 0.41 * row.voxels
+    return found
+
+
+# ------------------------------------------------------------------------------------- configs, read and not run
+
+
+def targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+@each_bundle
+@pytest.mark.parametrize("which", ["train.yaml", "inference.yaml"])
+def test_every_target_is_a_full_dotted_path_that_imports(name, which):
+    found = set(targets(ConfigParser.load_config_file(config_file(name, which))))
+    assert len(found) > 5
+    for target in found:
+        assert "." in target and pydoc.locate(target) is not None, f"{name}/{which}: {target} does not import"
+
+
+def test_a_key_that_is_there_twice_is_noticed(tmp_path):
+    """MONAI_FAIL_ON_DUPLICATE_CONFIG is set for every test here; this one shows that it works."""
+    text = Path(config_file(FLAT, "train.yaml")).read_text()
+    (tmp_path / "twice.yaml").write_text(text + "\nepsilon: 4/255\n")
+    with pytest.raises(ValueError, match="epsilon"):
+        ConfigParser.load_config_file(str(tmp_path / "twice.yaml"))
+
+
+@each_bundle
+def test_training_and_inference_agree(name):
+    train, inference = (
+        ConfigParser.load_config_file(config_file(name, which)) for which in ("train.yaml", "inference.yaml")
+    )
+    meta = json.loads(Path(config_file(name, "metadata.json")).read_text())
+    shared = ("network_def", "epsilon", "spatial_size", "spatial_dims", "window", "num_classes", "cohort")
+    for key in (*shared, "protect_cohort", "labels", "output_dir", "key_file", "seed", "device"):
+        assert train[key] == inference[key], f"{name}: {key} differs"
+    assert train["spatial_size"] == meta["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    assert train["study"]["config"]["bundle"] == name
+    assert train["control"]["network_def"] == train["network_def"], "the control differs in its mask alone"
+    ours, control = (dict(part["trainer"]) for part in (train["train"], train["control"]))
+    for key in ("max_epochs", "budget", "surrogate_steps", "batch_size", "transplant", "seed", "dataset"):
+        assert ours[key] == control[key], f"{name}: the control differs in {key}"
+    assert set(train["study"]["config"]) >= {"epsilon", "rounds", "seeds", "epochs", "window", "seed"}
+
+
+@each_bundle
+@pytest.mark.parametrize("kind", ["train", "infer"])
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+def test_no_required_property_is_missing(name, kind):
+    workflow = ConfigWorkflow(
+        config_file=config_file(name, {"train": "train.yaml", "infer": "inference.yaml"}[kind]),
+        meta_file=config_file(name, "metadata.json"),
+        logging_file=False,
+        workflow_type=kind,
+    )
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+def test_every_property_of_a_training_workflow_can_be_asked_for(tmp_path):
+    export = write_npz(tmp_path / "in.npz", (16, 16))
+    workflow = ConfigWorkflow(
+        config_file=config_file(FLAT, "train.yaml"),
+        meta_file=config_file(FLAT, "metadata.json"),
+        logging_file=False,
+        workflow_type="train",
+        dataset_dir=str(export),
+        output_dir=str(tmp_path / "out"),
+        **SMALL,
+        spatial_size=SIZES[FLAT],
+    )
+    workflow.initialize()
+    assert workflow.max_epochs == 1 and len(workflow.train_dataset) == 12
+    for prop in ("trainer", "network_def", "train_inferer", "train_dataset_data", "train_handlers", "device"):
+        assert getattr(workflow, prop) is not None, prop
+
+
+# ------------------------------------------------------------------------------------- the network alone
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, tuple[Result[str], Result[str], Path, torch.nn.Module]]:
+    """verify_net_in_out and ckpt_export of both bundles, with random weights."""
+    folder, jobs, networks = tmp_path_factory.mktemp("networks"), [], {}
+    for name in BUNDLES:
+        parser = ConfigParser()
+        parser.read_config(config_file(name, "inference.yaml"))
+        networks[name] = parser.get_parsed_content("network_def").eval()
+        torch.save(networks[name].state_dict(), folder / f"{name}.pt")
+        files = [
+            "--config_file",
+            config_file(name, "inference.yaml"),
+            "--meta_file",
+            config_file(name, "metadata.json"),
+        ]
+        base = [sys.executable, "-m", "monai.bundle"]
+        jobs.append([*base, "verify_net_in_out", "network_def", *files, "--device", "cpu"])
+        paths = ["--filepath", str(folder / f"{name}.ts"), "--ckpt_file", str(folder / f"{name}.pt")]
+        jobs.append([*base, "ckpt_export", "network_def", *paths, *files])
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda job: execute(job, folder, None), jobs))
+    return {
+        name: (done[2 * i], done[2 * i + 1], folder / f"{name}.ts", networks[name]) for i, name in enumerate(BUNDLES)
+    }
+
+
+@each_bundle
+def test_the_network_has_the_input_and_output_of_the_metadata(exports, name):
+    result = exports[name][0]
+    assert result.returncode == 0 and "verified with no error" in result.stdout + result.stderr, result.stderr
+
+
+@each_bundle
+def test_the_network_exports_to_torchscript_and_says_the_same(exports, name):
+    _, result, path, network = exports[name]
+    assert result.returncode == 0, result.stderr
+    exported = torch.jit.load(path)
+    for size in (SIZES[name], [40, 28, 20][: len(SIZES[name])]):  # the resizing is part of the network
+        image = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(exported(image), network(image))
+
+
+# ------------------------------------------------------------------------------------- the whole job, 2D
+
+
+class Whole:
+    """One whole run on an archive, and what was there before it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cwd, self.export, self.out, self.key = folder, folder / "in.npz", folder / "out", folder / "my.key"
+        write_npz(self.export, (16, 16), (16, 6, 6))
+        shelf = workflows.bundle_path(FLAT)
+        before = names_in(shelf)
+        arguments = {"dataset_dir": self.export, "output_dir": self.out, "key_file": self.key}
+        self.result = run(FLAT, None, folder, None, **arguments)
+        self.left_in_bundle = names_in(shelf) - before
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Whole:
+    return Whole(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_whole_run_ends_with_a_verdict_and_its_exit_code(whole):
+    assert whole.result.returncode == 3, whole.result.stderr
+    report = json.loads((whole.out / "report.json").read_text())
+    validate_results(report)
+    assert report["verdict"] == "inconclusive" and "Verdict: inconclusive" in whole.result.stdout
+    assert f"Report: {whole.out / 'report.html'}" in whole.result.stdout
+    assert "inconclusive: " in whole.result.stderr and "Traceback" not in whole.result.stderr
+    assert {row["arm"] for row in report["arms"]} == {"clean", "protected", "random_noise", "random_mask", "blind"}
+    assert report["config"]["rounds"] == 1 and report["config"]["bundle"] == FLAT
+    assert report["budget"]["stored"] == {"min": LEVELS, "max": LEVELS}
+    assert report["fidelity"]["max_error_stored"] <= LEVELS
+    assert report["passes_per_image"]["total"] > 0 and set(report["timing"]) > {"fit", "verify"}
+    html = (whole.out / "report.html").read_text()
+    assert html.startswith("<!doctype html>") or html.lower().startswith("<!doctype html>")
+    assert "inconclusive" in html.lower()
+
+
+def test_a_whole_run_keeps_the_archive_but_for_the_perturbations(whole):
+    with np.load(whole.export) as before, np.load(whole.out / "protected" / "in.npz") as after:
+        assert before.files == after.files
+        for key in before.files:
+            assert before[key].dtype == after[key].dtype and before[key].shape == after[key].shape
+            if key.endswith("_labels") or key.startswith("test"):
+                assert before[key].tobytes() == after[key].tobytes()
+                continue
+            change = after[key].astype(int) - before[key]
+            assert abs(change).max() <= LEVELS
+            assert (change != 0).any(axis=(1, 2)).all(), f"an image of {key} was not perturbed"
+    exact_deltas(load_cohort(whole.export), whole.out, 2)
+
+
+def test_a_run_writes_into_its_output_folder_and_nowhere_else(whole):
+    assert not whole.left_in_bundle
+    assert {path.name for path in whole.cwd.iterdir()} == {"in.npz", "out", "my.key"}
+    assert {path.name for path in whole.out.iterdir()} == {
+        *("protected", "private", "models", "manifest.jsonl", "report.html", "report.json")
+    }
+    assert [path.name for path in (whole.out / "protected").iterdir()] == ["in.npz"]
+    shared = b"".join(contents(whole.out / "protected").values())
+    assert whole.key.read_bytes() not in shared
+
+
+def test_stages_one_by_one_do_the_same_as_the_whole_run(whole, tmp_path):
+    arguments = {"dataset_dir": whole.export, "output_dir": tmp_path / "out", "key_file": whole.key}
+    run(FLAT, "fit", tmp_path, **arguments)
+    assert not (tmp_path / "out" / "protected").exists()
+    banks = [PerturbationBank(out / "private" / "bank.sqlite") for out in (whole.out, tmp_path / "out")]
+    assert banks[0].revision == banks[1].revision != ""
+    run(FLAT, "protect", tmp_path, **arguments)
+    assert contents(tmp_path / "out" / "protected") == contents(whole.out / "protected")
+    assert not (tmp_path / "out" / "report.json").exists()
+    result = run(FLAT, "verify", tmp_path, 3, **arguments, **{"study::workers": 1})
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    validate_results(report)
+    assert report["verdict"] == "inconclusive" and "Verdict: inconclusive" in result.stdout
+    assert contents(tmp_path / "out" / "protected") == contents(whole.out / "protected")
+
+
+def test_inference_says_how_well_the_surrogate_reads_the_written_files(whole):
+    before = contents(whole.out / "protected")
+    overrides = {"dataset_dir": whole.export, "output_dir": whole.out, "key_file": whole.key}
+    overrides |= {"spatial_size": SIZES[FLAT], "device": "cpu"}
+    result = execute(command(FLAT, None, config="inference.yaml", **overrides), whole.cwd)
+    said = [line for line in result.stdout.splitlines() if line.startswith("accuracy of the surrogate")]
+    assert len(said) == 1 and 0 <= float(said[0].rsplit(":")[1]) <= 1
+    assert contents(whole.out / "protected") == before
+
+
+# ------------------------------------------------------------------------------------- the whole job, 3D
+
+
+def check_series(files: Sequence[Path], protected: Path, changed_at_most: float) -> None:
+    """A protected series with pydicom alone: its length, its places, its pixels."""
+
+    def by_place(paths: Sequence[Path]) -> list[Any]:
+        return sorted((dcmread(path) for path in paths), key=lambda one: float(one.ImagePositionPatient[2]))
+
+    before, after = by_place(files), by_place([path for path in protected.iterdir() if path.is_file()])
+    assert len(before) == len(after)
+    assert len({one.SeriesInstanceUID for one in after}) == 1
+    assert after[0].SeriesInstanceUID != before[0].SeriesInstanceUID
+    assert not {one.SOPInstanceUID for one in before} & {one.SOPInstanceUID for one in after}
+    changed = voxels = 0
+    for one, other in zip(before, after, strict=True):
+        assert one.ImagePositionPatient == other.ImagePositionPatient
+        assert one.file_meta.TransferSyntaxUID == other.file_meta.TransferSyntaxUID
+        assert one.pixel_array.dtype == other.pixel_array.dtype
+        changed += int((one.pixel_array != other.pixel_array).sum())
+        voxels += one.pixel_array.size
+    assert 0 < changed <= changed_at_most * voxels
+
+
+def check_nifti_header(before: Path, after: Path) -> None:
+    one, other = (gzip.open(path).read() for path in (before, after))
+    start = int(np.frombuffer(one[108:112], "<f4")[0])  # vox_offset
+    assert one[:start] == other[:start] and len(one) == len(other) and one[start:] != other[start:]
+
+
+def protect_volumes(export: Path, tmp_path: Path) -> Path:
+    arguments = {"dataset_dir": export, "output_dir": tmp_path / "out"}
+    run(VOLUME, "fit", tmp_path, **arguments)
+    run(VOLUME, "protect", tmp_path, **arguments)
+    return tmp_path / "out"
+
+
+def test_dicom_series_and_nifti_volumes_are_fitted_and_written_together(tmp_path):
+    export = tmp_path / "in"
+    rows = []
+    for index in range(3):
+        write_series(export / "mr" / f"s{index}", f"s{index}", 6 + index, patient=f"P{index}")
+        write_nifti(export / "nifti" / f"v{index}.nii.gz", index, (14, 15, 9))
+        rows += [f"mr/s{index},{'ab'[index % 2]}", f"nifti/v{index}.nii.gz,{'ba'[index % 2]}"]
+    write_labels(export, rows)
+    before = contents(export)
+    out = protect_volumes(export, tmp_path)
+    assert contents(export) == before, "the export is only read"
+    cohort = load_cohort(export, spatial_dims=3)
+    assert len(exact_deltas(cohort, out, 3)) == 6 and not read_refusals(out)
+    twins = read_protected(cohort, out)
+    for case in cohort.released:
+        twin = twins[case.sample_id]
+        if case.format == "dicom":
+            check_series(case.files, twin.files[0].parent, 0.41)
+        else:
+            check_nifti_header(case.files[0], twin.files[0])
+            assert twin.files[0] == out / "protected" / "nifti" / case.files[0].name
+    assert (out / "protected" / "labels.csv").is_file()
+
+
+@pytest.mark.data
+def test_a_real_mr_series_and_real_nifti_volumes_are_fitted_and_written(data_dir, tmp_path):
+    export = tmp_path / "in"
+    (series,) = (path for path in (data_dir / "dicom_series").iterdir() if path.is_dir())
+    shutil.copytree(series, export / "mr")
+    rows = ["mr,head"]
+    for path in sorted((data_dir / "Task04_Hippocampus" / "imagesTr").glob("*.nii.gz"))[:4]:
+        shutil.copy(path, export)
+        rows.append(f"{path.name},hippocampus")
+    write_labels(export, rows)
+    out = protect_volumes(export, tmp_path)
+    cohort = load_cohort(export, spatial_dims=3)
+    assert len(exact_deltas(cohort, out, 3)) == 5 and not read_refusals(out)
+    twins = read_protected(cohort, out)
+    for case in cohort.released:
+        twin = twins[case.sample_id]
+        if case.format == "dicom":
+            assert len(case.files) == 130
+            check_series(case.files, twin.files[0].parent, 0.4001)
+        else:
+            check_nifti_header(case.files[0], twin.files[0])
+
+
+@pytest.mark.data
+def test_pneumoniamnist_is_fitted_and_written(data_dir, tmp_path):
+    arguments = {"dataset_dir": data_dir / "pneumoniamnist.npz", "output_dir": tmp_path / "out"}
+    arguments |= {"batch_size": 256, "spatial_size": [28, 28]}
+    run(FLAT, "fit", tmp_path, **arguments)
+    run(FLAT, "protect", tmp_path, **arguments)
+    written = tmp_path / "out" / "protected" / "pneumoniamnist.npz"
+    with np.load(data_dir / "pneumoniamnist.npz") as before, np.load(written) as after:
+        assert set(before.files) == set(after.files)
+        for key in before.files:
+            assert before[key].dtype == after[key].dtype and before[key].shape == after[key].shape
+            if key in ("train_images", "val_images"):
+                change = after[key].astype(int) - before[key]
+                assert 0 < abs(change).max() <= LEVELS
+                assert (change != 0).reshape(len(change), -1).mean(1).max() <= 0.4 + 1 / 784
+            else:
+                assert before[key].tobytes() == after[key].tobytes(), f"{key} is not released and must stay"
+
+
+# ------------------------------------------------------------------------------------- around the job
+
+TRACKERS = ("mlflow", "sqlalchemy", "alembic")
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in TRACKERS), reason="the extra 'mlflow' is not installed"
+)
+def test_a_fit_can_be_tracked_with_mlflow(tmp_path):
+    write_npz(tmp_path / "in.npz", (16, 16))
+    arguments = {"dataset_dir": tmp_path / "in.npz", "output_dir": tmp_path / "out", "tracking": "mlflow"}
+    run(FLAT, "fit", tmp_path, **arguments)
+    with sqlite3.connect(tmp_path / "out" / "mlruns.db") as db:
+        assert db.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+        losses = db.execute("SELECT value FROM metrics WHERE key = 'train_loss'").fetchall()
+    assert len(losses) == SMALL["rounds"] * SMALL["surrogate_steps"]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.npz", "out"}
+    # The same command goes on: what tracking leaves there is no foreign file.
+    run(FLAT, "protect", tmp_path, **{key: value for key, value in arguments.items() if key != "tracking"})
+
+
+def test_a_killed_fit_ends_with_the_same_perturbations(tmp_path):
+    export = write_npz(tmp_path / "in.npz", (16, 16), (24, 8, 8))
+    longer = SMALL | {"rounds": 3, "surrogate_steps": 60, "spatial_size": SIZES[FLAT], "dataset_dir": export}
+    killed, straight = (command(FLAT, "fit", output_dir=tmp_path / name, **longer) for name in ("a", "b"))
+    process = start(killed, tmp_path)
+    bank_file = tmp_path / "a" / "private" / "bank.sqlite"
+    wait_for(lambda: committed_round(bank_file) >= 1, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    bank = PerturbationBank(bank_file)
+    assert not bank.finished, "it was killed too late for this test to say anything"
+    assert not (tmp_path / "a" / "models").exists()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda arguments: execute(arguments, tmp_path), (killed, straight)))
+    other = PerturbationBank(tmp_path / "b" / "private" / "bank.sqlite")
+    assert bank.finished and bank.verify() == other.verify() == 32
+    assert bank.revision == other.revision != ""
+    one, two = (torch.load(tmp_path / name / "models" / "model.pt", weights_only=True) for name in ("a", "b"))
+    assert all(torch.equal(one[key], two[key]) for key in two)
+
+
+def committed_round(bank_file: Path) -> int:
+    """Rounds that the file of a running fit holds; 0 while there is no bank."""
+    if not bank_file.is_file():
+        return 0
+    try:
+        state = PerturbationBank(bank_file).state()
+    except (ValueError, sqlite3.Error):  # it is just being made
+        return 0
+    return state[0] if state else 0
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, f"the run ended before: {process.communicate()[1]}"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
+    "no export named": ({"dataset_dir": None}, "dataset_dir is not set"),
+    "wrong folder": ({"dataset_dir": "not_there"}, "not_there does not exist"),
+    "empty folder": ({"dataset_dir": "empty"}, "empty is empty; name the folder"),
+    "no images": ({"dataset_dir": "letters"}, "holds no 2D image"),
+    "one class": ({"dataset_dir": "one"}, "one class"),
+    "epsilon 0": ({"epsilon": "0"}, "above 0"),
+    "epsilon over the window": ({"epsilon": "2"}, "window"),
+    "epsilon below one step": ({"epsilon": "1/1000"}, "1/255"),
+    "mask ratio above 1": ({"mask_ratio": 1.5}, "(0, 1]"),
+    "output inside the input": ({"dataset_dir": "good", "output_dir": "good/out"}, "lies inside the export"),
+    "output not empty": ({"output_dir": "letters"}, "choose an empty or new folder"),
+}
+each_mistake = pytest.mark.parametrize("mistake", BAD_INPUT)
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> tuple[Path, dict[str, Result[str]]]:
+    """Every mistake of the table, made once with the real command."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name in ("empty", "letters", "good", "one"):
+        (folder / name).mkdir()
+    write_npz(folder / "in.npz", (16, 16))
+    write_npz(folder / "good" / "in.npz", (16, 16))
+    (folder / "letters" / "letter.txt").write_text("To whom it may concern")
+    write_labels(folder / "letters", ["letter.txt,a", "other.txt,b"])
+    write_labels(folder / "one", [f"{path.name},a" for path in write_series(folder / "one", "one", 3)])
+
+    def make(mistake: str) -> Result[str]:
+        wrong = BAD_INPUT[mistake][0]
+        overrides = {"dataset_dir": "in.npz", "output_dir": f"out_{list(BAD_INPUT).index(mistake)}"} | wrong
+        overrides = {key: value for key, value in overrides.items() if value is not None}
+        return run(FLAT, "fit", folder, None, **overrides)
+
+    with ThreadPoolExecutor(2) as pool:
+        return folder, dict(zip(BAD_INPUT, pool.map(make, BAD_INPUT), strict=True))
+
+
+@each_mistake
+def test_bad_input_ends_the_command_with_a_sentence(refused, mistake):
+    folder, results = refused
+    result = results[mistake]
+    assert result.returncode not in (0, 3), f"{mistake}: exit code {result.returncode}"
+    kinds = ("ValueError: ", "monai_salm.")
+    sentences = [line for line in result.stderr.splitlines() if line.startswith(kinds)]
+    assert any(BAD_INPUT[mistake][1] in line for line in sentences), f"{mistake}:\n{result.stderr}"
+    assert not list(folder.glob("*/models")) and not list(folder.glob("*/protected"))
+    assert not (folder / "good" / "out").exists()
+    assert {path.name for path in (folder / "letters").iterdir()} == {"letter.txt", "labels.csv"}
+
+
+def test_monai_salm_protects_and_verifies_with_the_bundle(tmp_path):
+    for index in range(8):
+        write_nifti(tmp_path / "in" / f"v{index}.nii.gz", index, (14, 15, 9))
+    write_labels(
+        tmp_path, [f"v{index}.nii.gz,{'ab'[index % 2]},{'test' if index > 5 else 'train'}" for index in range(8)]
+    )
+    sets = [f"--set={key}={value}" for key, value in (SMALL | {"spatial_size": SIZES[VOLUME]}).items()]
+    base = [sys.executable, "-m", "monai_salm.cli"]
+    labels = ["--labels", str(tmp_path / "labels.csv")]
+    protect = [*base, "protect", str(tmp_path / "in"), str(tmp_path / "out"), *labels, "--dim", "3", *sets]
+    result = execute([*protect, "--no-verify"], tmp_path, 0)
+    assert f"protected files: {tmp_path / 'out' / 'protected'}" in result.stdout
+    written = contents(tmp_path / "out" / "protected")
+    assert len(written) == 6 + 1 and not (tmp_path / "out" / "report.json").exists()
+    result = execute([*base, "verify", str(tmp_path / "out"), "--set=study::workers=1"], tmp_path, None)
+    assert result.returncode == 3, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    validate_results(report)
+    assert f"verdict: {report['verdict']}" in result.stdout and report["cohort"]["released"] == 6
+    assert contents(tmp_path / "out" / "protected") == written
+    assert execute(protect, tmp_path, None).returncode == 3, "the same command again goes on, and verifies"
+
+
+def test_the_readme_of_a_bundle_names_run_ids_that_exist():
+    for name in BUNDLES:
+        ids = ConfigParser.load_config_file(config_file(name, "train.yaml"))
+        text = (workflows.bundle_path(name) / "docs" / "README.md").read_text()
+        for run_id in ("fit", "protect", "verify"):
+            assert f"`{run_id}`" in text and isinstance(ids[run_id], list)
+        assert ids["run"] == [*ids["fit"], *ids["protect"], *ids["verify"]], f"{name}: the whole is not its stages"
+        for expression in ids["run"]:
+            ast.parse(expression.removeprefix("$").replace("@", "").replace("::", "."))
