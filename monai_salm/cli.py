@@ -205,7 +205,7 @@ def _protect(options: argparse.Namespace) -> int:
         code = _stages(bundle, stages, overrides)
     finally:
         workflows.save_run(options.out, bundle, overrides)
-    return code or _outcome(options.out, verified=not options.no_verify)
+    return _outcome(options.out, verified=not options.no_verify) if code in (DONE, NOT_PROTECTED) else code
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -216,7 +216,8 @@ def _verify(options: argparse.Namespace) -> int:
     if not export.exists():
         raise ValueError(f"the export is not at {export}; name its folder with --export")
     overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
-    return _stages(bundle, workflows.VERIFY, overrides) or _outcome(options.out, verified=True)
+    code = _stages(bundle, workflows.VERIFY, overrides)
+    return _outcome(options.out, verified=True) if code in (DONE, NOT_PROTECTED) else code
 
 
 def _bundle_list(options: argparse.Namespace) -> int:

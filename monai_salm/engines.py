@@ -177,7 +177,7 @@ class PerturbationTrainer(Trainer):
             "version": __version__,
             "network": str(objective.network),
             "objective": [str(objective.loss), str(objective.view), self.transplant],
-            "optimizer": [type(self.optimizer).__name__, _plain(self.optimizer.defaults)],
+            "optimizer": [type(self.optimizer).__name__, str(sorted(self.optimizer.defaults.items()))],
             "perturbation": str(self.perturbation),
             "budget": str(self.budget),
             "rounds": [self.state.max_epochs, self.state.epoch_length, self.batch_size, self.seed, self.settle],
@@ -210,7 +210,7 @@ class PerturbationTrainer(Trainer):
         return [{CommonKeys.LOSS: loss.detach()}]
 
     def _perturbed(self, batch: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Images and perturbations (B, 1, *spatial_size) at the size the network sees, in unit intensity, and labels."""
+        """Images and perturbations (B, 1, *spatial_size) as the network sees them, in unit intensity, and labels."""
         view, images, deltas = self.objective.network.view, [], []
         for at in batch:
             fact, stored = self.facts[at], self._stored(self.dataset, at)[None]
@@ -262,7 +262,12 @@ class PerturbationTrainer(Trainer):
         return self.objective.mean()
 
     def _perturb(
-        self, dataset: Dataset, facts: Sequence[_Facts], batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
+        self,
+        dataset: Dataset,
+        facts: Sequence[_Facts],
+        batch: Sequence[int],
+        deltas: Mapping[str, Tensor],
+        position: tuple,
     ) -> dict[str, Tensor]:
         stored = [self._stored(dataset, at) for at in batch]
         codecs = [facts[at].codec for at in batch]
@@ -303,11 +308,11 @@ class PerturbationTrainer(Trainer):
             codec = codec_of(image, None)
             stored = stored_array(image, codec)
             sample_id, label = meta_of(image, "sample_id"), int(item[CommonKeys.LABEL])
-            facts.append(
-                _Facts(sample_id, label, codec, stored.shape, image_digest(stored), codec.levels(self.budget))
-            )
+            facts.append(_Facts(sample_id, label, codec, stored.shape, image_digest(stored), codec.levels(self.budget)))
         if not facts or len({fact.sample_id for fact in facts}) < len(facts):
-            raise ValueError(f"the dataset has {len(facts)} cases; it needs at least one, and every sample_id only once")
+            raise ValueError(
+                f"the dataset has {len(facts)} cases; it needs at least one, and every sample_id only once"
+            )
         return facts
 
     def _stored(self, dataset: Dataset, at: int) -> Tensor:
@@ -383,10 +388,6 @@ def _derive(*position: Any) -> int:
 
 def _compact(delta: Tensor, levels: int) -> Tensor:
     return delta.to(torch.int8 if levels < 128 else torch.int16 if levels < 32768 else torch.int32).cpu()
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in sorted(values.items())}
 
 
 def _save_weights(network: torch.nn.Module, path: Path) -> None:

@@ -21,7 +21,8 @@ FLOAT_STEPS = 4096
 class StoredCodec:
     """How one image's stored values are to be read, and which of them may move.
 
-    ``physical = slope * stored + intercept``; the window's ends become unit intensity 0 and 1 (1 and 0 if ``inverted``).
+    ``physical = slope * stored + intercept``; the window's ends become unit intensity 0 and 1 (1 and 0 if
+    ``inverted``).
 
     Args:
         dtype: numpy name of the file's type, ``"int16"``, ``"float32"``, ...
@@ -56,7 +57,9 @@ class StoredCodec:
         if kind not in "iuf":
             raise ValueError(f"stored type {self.dtype!r} is not an integer or float type")
         if not np.isfinite([self.slope, self.intercept, *self.window]).all() or self.slope == 0:
-            raise ValueError(f"slope {self.slope}, intercept {self.intercept} and window {self.window} must be finite, slope not 0")
+            raise ValueError(
+                f"slope {self.slope}, intercept {self.intercept} and window {self.window} must be finite, slope not 0"
+            )
         if not self.window[0] < self.window[1]:
             raise ValueError(f"window {self.window} is empty: a constant image cannot be protected")
         if self.stored_range is None:
@@ -133,7 +136,9 @@ class StoredCodec:
             ValueError: When shapes or types differ or the sum would not fit the stored range.
         """
         if stored.shape != delta.shape or delta.dtype.kind not in "iu":
-            raise ValueError(f"delta {delta.dtype}{delta.shape} does not fit the stored image {stored.dtype}{stored.shape}")
+            raise ValueError(
+                f"delta {delta.dtype}{delta.shape} does not fit the stored image {stored.dtype}{stored.shape}"
+            )
         if stored.dtype.newbyteorder("=") != np.dtype(self.dtype):
             raise ValueError(f"stored image is {stored.dtype}, its codec says {self.dtype}")
         moved = delta != 0
@@ -156,7 +161,9 @@ class StoredCodec:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> StoredCodec:
         """Inverse of :py:meth:`to_meta`."""
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in meta.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in meta.items()
+        }
         return cls(**fields | {"padding": None if np.isnan(fields["padding"][0]) else fields["padding"]})
 
     def _open_range(self) -> tuple[float, float]:
@@ -166,7 +173,9 @@ class StoredCodec:
         return max(ends[0], self.stored_range[0]), min(ends[1], self.stored_range[1])
 
 
-def auto_window(stored: np.ndarray, slope: float, intercept: float, padding: tuple[float, float] | None = None) -> tuple[float, float]:
+def auto_window(
+    stored: np.ndarray, slope: float, intercept: float, padding: tuple[float, float] | None = None
+) -> tuple[float, float]:
     """Percentiles 0.5 and 99.5 of the finite, non-padding values in physical units (the usual choice for MR).
 
     Raises:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import ResNet
 from monai.networks.layers import Conv, Pool
+from monai.networks.nets import ResNet
 from torch import Tensor, nn
 
 

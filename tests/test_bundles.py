@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pydicom import dcmread
 from monai_salm import workflows
 from monai_salm.bank import PerturbationBank
 from monai_salm.io import formats
+from monai_salm.perturbations.budget import Budget
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.protect import read_manifest, read_protected, read_refusals
 from monai_salm.verification.results import validate_results
@@ -73,7 +75,7 @@ def command(name: str, run_id: str | None, *, config: str = "train.yaml", **over
 
 
 def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
-    env = os.environ | {"MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"}
+    env = os.environ | {"MONAI_FAIL_ON_DUPLICATE_CONFIG": "1", "OMP_NUM_THREADS": "1"}  # processes side by side
     return subprocess.Popen(arguments, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -105,13 +107,13 @@ def exact_deltas(cohort: Any, out: Path, spatial_dims: int) -> dict[str, np.ndar
     for case in cohort.released:
         before, after = formats.read(case, spatial_dims), formats.read(twins[case.sample_id], spatial_dims)
         delta = after.stored.astype(np.float64) - before.stored
-        np.testing.assert_array_equal(delta, bank[case.sample_id].numpy() * before.codec.step)
-        levels = before.codec.levels("8/255")
-        assert 0 < abs(delta).max() <= levels * before.codec.step
+        rounding = np.spacing(abs(after.stored)) if after.stored.dtype.kind == "f" else 0
+        assert (abs(delta - bank[case.sample_id].numpy() * before.codec.step) <= rounding).all()
+        levels = before.codec.levels(Budget.parse("8/255"))
+        assert 0 < abs(delta).max() <= levels * before.codec.step * (1 + 1e-6)
         assert (delta != 0).mean() <= 0.4 + 1 / delta.size
         found[case.sample_id] = delta
-    for row in read_manifest(out):
-        assert 0 < row.max_abs <= row.levels and 0 < row.changed <= 0.41 * row.voxels
+    assert all(row.max_abs > 0 and row.changed > 0 for row in read_manifest(out))
     return found
 
 
@@ -167,33 +169,25 @@ def test_training_and_inference_agree(name):
 @each_bundle
 @pytest.mark.parametrize("kind", ["train", "infer"])
 @pytest.mark.filterwarnings("ignore:parsing config_file")
-def test_no_required_property_is_missing(name, kind):
+def test_no_property_is_missing(request, tmp_path, name, kind):
+    """MONAI evaluates each property for this, so an inference needs a run that was fitted and written."""
+    made = request.getfixturevalue("whole" if name == FLAT else "volumes")
     workflow = ConfigWorkflow(
         config_file=config_file(name, {"train": "train.yaml", "infer": "inference.yaml"}[kind]),
         meta_file=config_file(name, "metadata.json"),
         logging_file=False,
         workflow_type=kind,
-    )
-    assert workflow.check_properties() == []
-
-
-@pytest.mark.filterwarnings("ignore:parsing config_file")
-def test_every_property_of_a_training_workflow_can_be_asked_for(tmp_path):
-    export = write_npz(tmp_path / "in.npz", (16, 16))
-    workflow = ConfigWorkflow(
-        config_file=config_file(FLAT, "train.yaml"),
-        meta_file=config_file(FLAT, "metadata.json"),
-        logging_file=False,
-        workflow_type="train",
-        dataset_dir=str(export),
-        output_dir=str(tmp_path / "out"),
-        **SMALL,
-        spatial_size=SIZES[FLAT],
+        dataset_dir=str(made.export),
+        output_dir=str(made.out if kind == "infer" else tmp_path / "out"),
+        spatial_size=SIZES[name],
+        device="cpu",
+        **({"rounds": 2} if kind == "train" else {}),
     )
     workflow.initialize()
-    assert workflow.max_epochs == 1 and len(workflow.train_dataset) == 12
-    for prop in ("trainer", "network_def", "train_inferer", "train_dataset_data", "train_handlers", "device"):
-        assert getattr(workflow, prop) is not None, prop
+    assert workflow.check_properties() == []
+    also = {"train": ("network_def", "train_dataset_data", "train_handlers"), "infer": ("dataset_data", "handlers")}
+    assert all(getattr(workflow, prop) is not None for prop in (*also[kind], "device"))
+    assert kind == "infer" or workflow.max_epochs == 2
 
 
 # ------------------------------------------------------------------------------------- the network alone
@@ -361,24 +355,37 @@ def check_nifti_header(before: Path, after: Path) -> None:
     assert one[:start] == other[:start] and len(one) == len(other) and one[start:] != other[start:]
 
 
-def protect_volumes(export: Path, tmp_path: Path) -> Path:
-    arguments = {"dataset_dir": export, "output_dir": tmp_path / "out"}
-    run(VOLUME, "fit", tmp_path, **arguments)
-    run(VOLUME, "protect", tmp_path, **arguments)
-    return tmp_path / "out"
+BOTH = ["$@train::trainer.run()", "$@protect_cohort()"]
+"""Fit and protect in one process."""
 
 
-def test_dicom_series_and_nifti_volumes_are_fitted_and_written_together(tmp_path):
-    export = tmp_path / "in"
-    rows = []
+@dataclass(frozen=True)
+class Volumes:
+    """An export of volumes that was fitted and written, and what it held before that."""
+
+    export: Path
+    out: Path
+    before: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Volumes:
+    folder = tmp_path_factory.mktemp("volumes")
+    export, out, rows = folder / "in", folder / "out", []
     for index in range(3):
         write_series(export / "mr" / f"s{index}", f"s{index}", 6 + index, patient=f"P{index}")
         write_nifti(export / "nifti" / f"v{index}.nii.gz", index, (14, 15, 9))
         rows += [f"mr/s{index},{'ab'[index % 2]}", f"nifti/v{index}.nii.gz,{'ba'[index % 2]}"]
     write_labels(export, rows)
     before = contents(export)
-    out = protect_volumes(export, tmp_path)
-    assert contents(export) == before, "the export is only read"
+    for stage in ("fit", "protect"):
+        run(VOLUME, stage, folder, dataset_dir=export, output_dir=out)
+    return Volumes(export, out, before)
+
+
+def test_dicom_series_and_nifti_volumes_are_fitted_and_written_together(volumes):
+    export, out = volumes.export, volumes.out
+    assert contents(export) == volumes.before, "the export is only read"
     cohort = load_cohort(export, spatial_dims=3)
     assert len(exact_deltas(cohort, out, 3)) == 6 and not read_refusals(out)
     twins = read_protected(cohort, out)
@@ -402,7 +409,8 @@ def test_a_real_mr_series_and_real_nifti_volumes_are_fitted_and_written(data_dir
         shutil.copy(path, export)
         rows.append(f"{path.name},hippocampus")
     write_labels(export, rows)
-    out = protect_volumes(export, tmp_path)
+    out = tmp_path / "out"
+    run(VOLUME, "both", tmp_path, both=BOTH, dataset_dir=export, output_dir=out)
     cohort = load_cohort(export, spatial_dims=3)
     assert len(exact_deltas(cohort, out, 3)) == 5 and not read_refusals(out)
     twins = read_protected(cohort, out)
@@ -418,9 +426,7 @@ def test_a_real_mr_series_and_real_nifti_volumes_are_fitted_and_written(data_dir
 @pytest.mark.data
 def test_pneumoniamnist_is_fitted_and_written(data_dir, tmp_path):
     arguments = {"dataset_dir": data_dir / "pneumoniamnist.npz", "output_dir": tmp_path / "out"}
-    arguments |= {"batch_size": 256, "spatial_size": [28, 28]}
-    run(FLAT, "fit", tmp_path, **arguments)
-    run(FLAT, "protect", tmp_path, **arguments)
+    run(FLAT, "both", tmp_path, both=BOTH, **arguments, batch_size=256, spatial_size=[28, 28])
     written = tmp_path / "out" / "protected" / "pneumoniamnist.npz"
     with np.load(data_dir / "pneumoniamnist.npz") as before, np.load(written) as after:
         assert set(before.files) == set(after.files)
@@ -451,8 +457,6 @@ def test_a_fit_can_be_tracked_with_mlflow(tmp_path):
         losses = db.execute("SELECT value FROM metrics WHERE key = 'train_loss'").fetchall()
     assert len(losses) == SMALL["rounds"] * SMALL["surrogate_steps"]
     assert {path.name for path in tmp_path.iterdir()} == {"in.npz", "out"}
-    # The same command goes on: what tracking leaves there is no foreign file.
-    run(FLAT, "protect", tmp_path, **{key: value for key, value in arguments.items() if key != "tracking"})
 
 
 def test_a_killed_fit_ends_with_the_same_perturbations(tmp_path):
@@ -504,11 +508,28 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "one class": ({"dataset_dir": "one"}, "one class"),
     "epsilon 0": ({"epsilon": "0"}, "above 0"),
     "epsilon over the window": ({"epsilon": "2"}, "window"),
-    "epsilon below one step": ({"epsilon": "1/1000"}, "1/255"),
+    "epsilon below one step": ({"epsilon": "1/1000"}, "The smallest epsilon that works here"),
     "mask ratio above 1": ({"mask_ratio": 1.5}, "(0, 1]"),
     "output inside the input": ({"dataset_dir": "good", "output_dir": "good/out"}, "lies inside the export"),
     "output not empty": ({"output_dir": "letters"}, "choose an empty or new folder"),
 }
+ONE_BY_ONE = """
+import contextlib, io, json, runpy, sys, traceback
+done = []
+for arguments in json.load(open(sys.argv[1])):
+    sys.argv, code = ["monai.bundle", *arguments], 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_module("monai.bundle", run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    done.append(json.dumps([code, out.getvalue(), err.getvalue()]))
+print(*done, sep="\\n")
+"""
+"""``python -m monai.bundle`` for many command lines; the imports, which take most of the time, are done once."""
 each_mistake = pytest.mark.parametrize("mistake", BAD_INPUT)
 
 
@@ -524,14 +545,21 @@ def refused(tmp_path_factory) -> tuple[Path, dict[str, Result[str]]]:
     write_labels(folder / "letters", ["letter.txt,a", "other.txt,b"])
     write_labels(folder / "one", [f"{path.name},a" for path in write_series(folder / "one", "one", 3)])
 
-    def make(mistake: str) -> Result[str]:
-        wrong = BAD_INPUT[mistake][0]
-        overrides = {"dataset_dir": "in.npz", "output_dir": f"out_{list(BAD_INPUT).index(mistake)}"} | wrong
-        overrides = {key: value for key, value in overrides.items() if value is not None}
-        return run(FLAT, "fit", folder, None, **overrides)
+    jobs = []
+    for index, (wrong, _) in enumerate(BAD_INPUT.values()):
+        overrides = SMALL | {"dataset_dir": "in.npz", "output_dir": f"out_{index}", "spatial_size": SIZES[FLAT]} | wrong
+        given = {key: value for key, value in overrides.items() if value is not None}
+        jobs.append(command(FLAT, "fit", **given)[3:])
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    out = execute([sys.executable, "-c", ONE_BY_ONE, "jobs.json"], folder).stdout
+    results = [Result(job, *json.loads(line)) for job, line in zip(jobs, out.splitlines()[-len(jobs) :], strict=True)]
+    return folder, dict(zip(BAD_INPUT, results, strict=True))
 
-    with ThreadPoolExecutor(2) as pool:
-        return folder, dict(zip(BAD_INPUT, pool.map(make, BAD_INPUT), strict=True))
+
+def test_a_wrong_path_ends_the_process_with_an_error(tmp_path):
+    result = run(FLAT, None, tmp_path, 1, dataset_dir="not_there", output_dir="out")
+    assert "ValueError: export not_there does not exist; check dataset_dir" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @each_mistake
@@ -561,7 +589,7 @@ def test_monai_salm_protects_and_verifies_with_the_bundle(tmp_path):
     assert f"protected files: {tmp_path / 'out' / 'protected'}" in result.stdout
     written = contents(tmp_path / "out" / "protected")
     assert len(written) == 6 + 1 and not (tmp_path / "out" / "report.json").exists()
-    result = execute([*base, "verify", str(tmp_path / "out"), "--set=study::workers=1"], tmp_path, None)
+    result = execute([*base, "verify", str(tmp_path / "out")], tmp_path, None)
     assert result.returncode == 3, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     validate_results(report)

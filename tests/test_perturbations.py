@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from monai_salm.perturbations.base import Objective, Perturbation, frozen
 from monai_salm.perturbations.budget import Lattice
+from monai_salm.perturbations.codes import class_codes
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM, RandomSign
 from monai_salm.surrogates import RandomView, SmallCNN, Surrogate
@@ -109,7 +110,9 @@ class TestInvariants:
         image = torch.full((1, 1, 4, 4), float("nan"))
         objective = Objective(Linear(torch.ones(1, 4, 4)), CROSS_ENTROPY)
         with pytest.raises(ValueError, match="finite"):
-            SALM(mask=SparsityMask(ratio=1.0))(objective, image, torch.tensor([0]), box(image.shape, 2), generator=gen())
+            SALM(mask=SparsityMask(ratio=1.0))(
+                objective, image, torch.tensor([0]), box(image.shape, 2), generator=gen()
+            )
 
     def test_shapes_that_differ_are_named(self):
         objective = Objective(Linear(torch.ones(1, 4, 4)), CROSS_ENTROPY)
@@ -122,9 +125,11 @@ class TestInvariants:
 class TestClosedForm:
     def test_dense_descent_on_a_linear_surrogate_ends_in_the_corner(self):
         weight = torch.tensor([[[1.0, -1.0], [0.5, -2.0]]])
-        objective = Objective(Linear(weight), CROSS_ENTROPY, alone=0.0)
+        objective = Objective(Linear(weight), CROSS_ENTROPY)
         lattice = Lattice(
-            torch.full((2, 1, 2, 2), -3, dtype=torch.int16), torch.full((2, 1, 2, 2), 3, dtype=torch.int16), torch.ones(2, 1, 1, 1) / 255
+            torch.full((2, 1, 2, 2), -3, dtype=torch.int16),
+            torch.full((2, 1, 2, 2), 3, dtype=torch.int16),
+            torch.ones(2, 1, 1, 1) / 255,
         )
         image, label = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
         delta = SALM(mask=SparsityMask(ratio=1.0), steps=4)(objective, image, label, lattice, generator=gen())
@@ -135,7 +140,9 @@ class TestClosedForm:
         weight = torch.tensor([[[1.0, -1.0], [0.5, -2.0]]])
         objective = Objective(Linear(weight), CROSS_ENTROPY)
         lattice = Lattice(
-            torch.full((1, 1, 2, 2), -3, dtype=torch.int16), torch.full((1, 1, 2, 2), 3, dtype=torch.int16), torch.ones(1, 1, 1, 1) / 255
+            torch.full((1, 1, 2, 2), -3, dtype=torch.int16),
+            torch.full((1, 1, 2, 2), 3, dtype=torch.int16),
+            torch.ones(1, 1, 1, 1) / 255,
         )
         image = torch.full((1, 1, 2, 2), 0.5)
         delta = SALM(mask=SparsityMask(ratio=0.25))(objective, image, torch.tensor([0]), lattice, generator=gen())
@@ -149,18 +156,43 @@ class TestClosedForm:
         delta = SALM(mask=SparsityMask(ratio=1.0))(objective, image, torch.tensor([0]), lattice, generator=gen())
         assert delta.tolist() == [[[[-3, -3]]]]
 
-    def test_passes_are_counted_per_image_and_term(self):
+    def test_passes_and_the_mean_loss_are_counted_per_image(self):
         image, delta = torch.rand(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
-        for alone, terms in ((0.0, 1), (0.5, 2), (1.0, 1)):
-            objective = Objective(Linear(torch.ones(1, 2, 2)), CROSS_ENTROPY, alone=alone)
-            objective(image, delta, torch.zeros(3, dtype=torch.long), gen())
-            assert objective.passes == 3 * terms
+        objective = Objective(Linear(torch.ones(1, 2, 2)), CROSS_ENTROPY)
+        losses = objective(image, delta, torch.zeros(3, dtype=torch.long), gen()).detach()
+        assert objective.passes == 3 and objective.mean() == pytest.approx(float(losses.mean()))
+        objective.reset_mean()
+        assert objective.mean() == 0
 
-    def test_the_terms_are_weighted(self):
-        network, image = Linear(torch.ones(1, 1, 1)), torch.full((1, 1, 1, 1), 0.9)
-        label = torch.tensor([0])
-        parts = [float(Objective(network, CROSS_ENTROPY, alone=a)(image, 0 * image, label, gen())) for a in (0.0, 1.0, 0.25)]
-        assert parts[2] == pytest.approx(0.75 * parts[0] + 0.25 * parts[1])
+    def test_a_mask_once_chosen_keeps_its_support_unless_it_is_refreshed(self):
+        image = torch.rand(2, 1, 8, 8, generator=gen())
+        bounds = torch.full(image.shape, 4, dtype=torch.int16)
+        lattice, label = Lattice(-bounds, bounds, torch.full((2, 1, 1, 1), 1 / 255)), torch.tensor([0, 1])
+        objective = Objective(Surrogate(SmallCNN(2, 1, 2, (4, 4)), [8, 8]), CROSS_ENTROPY)
+        start = torch.zeros(image.shape, dtype=torch.int16)
+        start[..., 0] = 1
+        for refresh, same in (("once", True), ("call", False), ("step", False)):
+            method = SALM(mask=SparsityMask(ratio=0.2, criterion="random"), refresh=refresh)
+            delta = method(objective, image, label, lattice, start, generator=gen())
+            assert ((delta != 0)[..., 1:].any() == (not same)) and (delta != 0).any()
+
+    def test_settings_out_of_range_are_refused(self):
+        mask = SparsityMask(ratio=0.4)
+        for options in ({"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 9}, {"refresh": "never"}):
+            with pytest.raises(ValueError):
+                SALM(mask=mask, **options)
+
+
+class TestCodes:
+    @pytest.mark.parametrize(("size", "classes"), [((32, 32), 2), ((28, 28), 9), ((16, 16, 16), 4)])
+    def test_codes_are_signs_that_differ_by_class_and_seed(self, size, classes):
+        codes = class_codes(size, classes, seed=1)
+        assert codes.shape == (classes, 1, *size) and set(codes.unique().tolist()) == {-1.0, 1.0}
+        assert torch.equal(codes, class_codes(size, classes, seed=1))
+        assert not torch.equal(codes, class_codes(size, classes, seed=2))
+        flat = codes.flatten(1)
+        off_diagonal = (flat @ flat.T / flat.shape[1]).fill_diagonal_(0)
+        assert off_diagonal.abs().max() < 0.5
 
 
 class TestMasks:

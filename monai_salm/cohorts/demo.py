@@ -2,8 +2,9 @@
 """The embedded demo cohort: T1-weighted brain MR with a simulated focal lesion, as a hospital would export it.
 
 The anatomy is the MNI152 template with its gray and white matter maps, from the nilearn wheel (no download); MONAI's
-random transforms vary it per study. The task has two classes that survive flips: ``none`` and ``lesion`` (a dark, infarct-like spot at a random place). Two thirds of the patients are DICOM series, one third NIfTI files, and
-``labels.csv`` (``case,label,split``) is written last: an export that has one is complete.
+random transforms vary it per study. The task has two classes that survive flips: ``none`` and ``lesion`` (a dark,
+infarct-like spot of random place, size and contrast). Two thirds of the patients are DICOM series, one third NIfTI
+files, and ``labels.csv`` (``case,label,split``) is written last: an export that has one is complete.
 
 Example:
     ``python -m monai_salm.cohorts.demo --dim 2 --output build/demo/export``

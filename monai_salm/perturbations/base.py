@@ -72,8 +72,8 @@ class Objective(nn.Module):
 class Perturbation(ABC):
     """A method that computes perturbations. Hyper-parameters go to ``__init__``, data to the call.
 
-    On return of the call a perturbation is an integer number of lattice steps, inside the lattice's bounds (hence inside
-    budget, window and stored range), finite and detached, and the objective's network is in the state it was in.
+    On return of the call a perturbation is an integer number of lattice steps, inside the lattice's bounds (hence
+    inside budget, window and stored range), finite and detached, and the objective's network is in the state it was in.
     """
 
     def __repr__(self) -> str:
@@ -82,7 +82,13 @@ class Perturbation(ABC):
 
     @abstractmethod
     def compute(
-        self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, start: Tensor, generator: torch.Generator
+        self,
+        objective: Objective,
+        image: Tensor,
+        label: Tensor,
+        lattice: Lattice,
+        start: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """(B, C, *spatial) real-valued lattice steps, from float ``start``; the caller projects and rounds."""
 
@@ -115,7 +121,8 @@ class Perturbation(ABC):
         """
         if image.shape != lattice.lower.shape or len(label) != len(image):
             raise ValueError(
-                f"images {tuple(image.shape)}, labels {tuple(label.shape)} and lattice {tuple(lattice.lower.shape)} differ"
+                f"images {tuple(image.shape)}, labels {tuple(label.shape)} and lattice {tuple(lattice.lower.shape)} "
+                "must agree; they differ"
             )
         if not torch.isfinite(image).all():
             raise ValueError("an image has values that are not finite; StoredCodec.to_unit replaces them")
@@ -123,5 +130,7 @@ class Perturbation(ABC):
         with frozen(objective.network):
             steps = self.compute(objective, image.detach(), label, lattice, begin, generator).detach()
         if not torch.isfinite(steps).all():
-            raise ValueError(f"{type(self).__name__} returned values that are not finite; the surrogate may have diverged")
+            raise ValueError(
+                f"{type(self).__name__} returned values that are not finite; the surrogate may have diverged"
+            )
         return lattice.snap(steps)

@@ -18,8 +18,8 @@ Refresh = Literal["once", "call", "step"]
 class SALM(Perturbation):
     """Signed gradient descent on the objective, only in the voxels that matter most (idea: arXiv 2403.10573).
 
-    The paper leaves mask criterion, ratio, scope and refresh open: they are options here, and the defaults are ours. The
-    descent follows an exponential mean of the gradients (arXiv 1710.06081), each scaled to mean 1, since random views
+    The paper leaves mask criterion, ratio, scope and refresh open: they are options here, and the defaults are ours.
+    The descent follows an exponential mean of the gradients (arXiv 1710.06081), each scaled to mean 1, since random views
     make single gradients noisy; the mask is chosen by the same mean.
 
     Args:
@@ -47,8 +47,8 @@ class SALM(Perturbation):
     ) -> None:
         if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or not 1 <= look <= steps:
             raise ValueError(
-                f"steps is {steps}, step_size {step_size}, momentum {momentum} and look {look}; steps and step_size must "
-                "be above 0, momentum in [0, 1) and look between 1 and steps"
+                f"steps is {steps}, step_size {step_size}, momentum {momentum} and look {look}; steps and step_size "
+                "must be above 0, momentum in [0, 1) and look between 1 and steps"
             )
         if refresh not in get_args(Refresh):
             raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
@@ -56,7 +56,13 @@ class SALM(Perturbation):
         self.look, self.refresh = look, refresh
 
     def compute(
-        self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, start: Tensor, generator: torch.Generator
+        self,
+        objective: Objective,
+        image: Tensor,
+        label: Tensor,
+        lattice: Lattice,
+        start: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         movable = lattice.lower < lattice.upper
         stride = self.step_size * lattice.levels
@@ -76,7 +82,13 @@ class SALM(Perturbation):
         return steps * keep
 
     def _gradient(
-        self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, steps: Tensor, generator: torch.Generator
+        self,
+        objective: Objective,
+        image: Tensor,
+        label: Tensor,
+        lattice: Lattice,
+        steps: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Gradient by lattice steps at the perturbation that would be stored."""
         delta = (steps.round() * lattice.unit_step).requires_grad_(True)
@@ -97,7 +109,13 @@ class RandomSign(Perturbation):
         self.mask = mask
 
     def compute(
-        self, objective: Objective, image: Tensor, label: Tensor, lattice: Lattice, start: Tensor, generator: torch.Generator
+        self,
+        objective: Objective,
+        image: Tensor,
+        label: Tensor,
+        lattice: Lattice,
+        start: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         mask = self.mask(image, label=label, movable=lattice.lower < lattice.upper, generator=generator)
         up = (torch.rand(image.shape, generator=generator) < 0.5).to(image.device)

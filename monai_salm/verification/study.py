@@ -287,6 +287,7 @@ class VictimStudy:
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            door.close_output(self.output_dir)
 
     def _jobs(self, arms: Mapping[str, Arm], test: Arm) -> dict[tuple[str, str, int], Job]:
         """Trainings by arm, victim and seed, in the report's order, with what tells each from all others."""
