@@ -19,8 +19,8 @@ class SALM(Perturbation):
     """Signed gradient descent on the objective, only in the voxels that matter most (idea: arXiv 2403.10573).
 
     The paper leaves mask criterion, ratio, scope and refresh open: they are options here, and the defaults are ours.
-    The descent follows an exponential mean of the gradients (arXiv 1710.06081), each scaled to mean 1, since random views
-    make single gradients noisy; the mask is chosen by the same mean.
+    The descent follows an exponential mean of the gradients (arXiv 1710.06081), each scaled to mean 1, since random
+    views make single gradients noisy; the mask is chosen by the same mean.
 
     Args:
         mask: which voxels may be touched; ratio 1 gives dense error-minimizing noise (arXiv 2101.04898).

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' functions on tiny images: they run, resume, and count what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+QUICK = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 20), ("val", 6), ("test", 6)):
+        labels = np.arange(count, dtype=np.uint8)[:, None] % 2
+        arrays[f"{split}_images"] = rng.integers(0, 200, (count, 28, 28), dtype=np.uint8) + 50 * labels[:, :, None]
+        arrays[f"{split}_labels"] = labels
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_the_subset_is_balanced_and_of_the_training_split(load, archive):
+    found = load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 8, "val")
+    assert [case.label for case in found.released].count(0) == 4 and len(found.released) == 8
+    assert all(case.split == "train" for case in found.released)
+    assert len(found.held_out) == 6 and all("/val/" in case.names[0] for case in found.held_out)
+    with pytest.raises(ValueError, match="--train-size"):
+        load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 100, "val")
+
+
+def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_path, monkeypatch):
+    module, output = load("pneumoniamnist"), tmp_path / "out.json"
+    given = {"seeds": 1, "fits": 1, "train_size": 8, "epochs": 1, "workers": 1, "overrides": QUICK}
+    results = module.Benchmark(archive, output, tmp_path, **given).run()
+    assert results["images"] == {"train": {"0": 4, "1": 4}, "val": {"0": 3, "1": 3}}
+    assert set(results["methods"]) == set(module.METHODS) and len(results["rows"]["values"]) == 9 * 3
+    assert results["methods"]["salm_0.1"]["passes_per_image"]["total"] == 2 + 3
+    fractions = [results["methods"][f"salm_{ratio}"]["fidelity"]["mask_fraction"]["mean"] for ratio in (0.1, 0.2, 0.4)]
+    assert all(0 < found <= asked + 0.01 for found, asked in zip(fractions, (0.1, 0.2, 0.4), strict=True))
+    assert results["methods"]["random_noise"]["fidelity"]["mask_fraction"]["mean"] > 0.9
+    assert module.table(results).count("\n") == 1 + len(module.METHODS)
+    text = output.read_text()
+    assert len(text) < 200_000 and str(tmp_path) not in text
+
+    monkeypatch.setattr("monai_salm.verification.jobs.train_victim", None)  # would fail if it were called
+    again = module.Benchmark(archive, output, tmp_path, **given).run()
+    assert again["rows"] == results["rows"]
+
+
+def test_published_error_minimizing_noise_is_not_crippled(load):
+    em = load("methods").METHODS["em"].overrides
+    assert em["rounds"] >= 10 and em["mask_ratio"] == 1.0 and em["transplant"] is False
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 8, 8)])
+def test_fit_and_bare_loop_do_the_same_passes(load, shape):
+    module = load("fit_cost")
+    work = module.Workload(5, shape, tuple(size // 2 for size in shape))
+    found = module.measure(work, 1, {**QUICK, "batch_size": 2})
+    assert found["passes_per_image"] == {"surrogate_training": 4 / 5, "perturbation": 3.0, "total": 3.8}
+    assert found["ratio"]["median"] > 0 and json.dumps(found)
