@@ -9,7 +9,7 @@ BUNDLE_RUN := $(BIN)/python -W "ignore:parsing config_file" -m monai.bundle run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-3d test lint clean
+.PHONY: help demo demo-3d test lint bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -18,7 +18,7 @@ help:  ## list these targets
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11, or run: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,test]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,mlflow,test]"
 	@touch $@
 
 # $(1): 2 or 3, $(2): output folder.
@@ -43,6 +43,12 @@ test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA nam
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(STAMP)  ## measure again what benchmarks/results holds (an hour); MONAI_SALM_DATA names the images
+	@test -n "$(MONAI_SALM_DATA)" || { echo "set MONAI_SALM_DATA to the folder of pneumoniamnist.npz" >&2; exit 1; }
+	$(BIN)/python benchmarks/fit_cost.py --output benchmarks/results/fit_cost.json
+	$(BIN)/python benchmarks/pneumoniamnist.py --data $(MONAI_SALM_DATA)/pneumoniamnist.npz \
+	    --split test --output benchmarks/results/pneumoniamnist.json
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps a run's report as a small result file: without learning curves and refusals.
 
-    python benchmarks/keep_report.py build/demo/report.json benchmarks/results/demo_2d.json
+python benchmarks/keep_report.py build/demo/report.json benchmarks/results/demo_2d.json
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
     python benchmarks/pneumoniamnist.py --data pneumoniamnist.npz --output benchmarks/results/pneumoniamnist.json
 
-Victims train on a balanced subset, seen through each method, and are tested on clean images of the other split. Finished
-trainings are kept beside the output (``.rows.jsonl``), finished fits in the work folder; ``--resume`` goes on from there.
+Victims train on a balanced subset, seen through each method, and are tested on clean images of another split. What
+is finished is kept, trainings beside the output (``.rows.jsonl``) and fits in the work folder; ``--resume`` goes on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from monai_salm.verification.victims import METRIC, victim_digest
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 NOTE = (
     "A balanced subset of the training images is used; victims and fits see no other images of the training split.",
-    "Clean training is noisy on the test split, which differs from train and val (38 % of it are normal, 26 % of those).",
+    "Clean training is noisy on the test split, which differs from train and val: 38 % are normal, of those 26 %.",
     "Choices are to be made with --split val; the test split is to be reported once.",
     "8 images occur both in train and in val of the archive at hand, none in train and test.",
     "Seed s of a victim decides its start, order and augmentation in every arm, and is trained on fit s modulo fits.",
@@ -151,8 +151,11 @@ class Benchmark:
         self.overrides = dict(overrides or {})
         config = configured(2, self.overrides)
         self.budget = Budget.parse(config["epsilon"])
-        self.recipe = {"epochs": epochs or config["epochs"], "batch_size": config["batch_size"]}
-        self.augment = config.get_parsed_content("view")
+        shipped = ("epochs", "batch_size", "learning_rate", "weight_decay")
+        self.recipe = {name: config.get_parsed_content(f"study::{name}") for name in shipped}
+        if epochs is not None:
+            self.recipe["epochs"] = epochs
+        self.augment = config.get_parsed_content("study::augment")
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; write and return the results."""

@@ -205,7 +205,7 @@ def _protect(options: argparse.Namespace) -> int:
         code = _stages(bundle, stages, overrides)
     finally:
         workflows.save_run(options.out, bundle, overrides)
-    return _outcome(options.out, verified=not options.no_verify) if code in (DONE, NOT_PROTECTED) else code
+    return _outcome(options.out, code, verified=not options.no_verify)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -216,8 +216,7 @@ def _verify(options: argparse.Namespace) -> int:
     if not export.exists():
         raise ValueError(f"the export is not at {export}; name its folder with --export")
     overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
-    code = _stages(bundle, workflows.VERIFY, overrides)
-    return _outcome(options.out, verified=True) if code in (DONE, NOT_PROTECTED) else code
+    return _outcome(options.out, _stages(bundle, workflows.VERIFY, overrides), verified=True)
 
 
 def _bundle_list(options: argparse.Namespace) -> int:
@@ -258,20 +257,21 @@ def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> in
     return DONE
 
 
-def _outcome(out: Path, *, verified: bool) -> int:
-    """Say what came out, and how that counts."""
+def _outcome(out: Path, code: int, *, verified: bool) -> int:
+    """Say what came out, and how that counts, unless the stages ended with an error (any other ``code``)."""
     import json
 
     from monai_salm.release.commit import PROTECTED
     from monai_salm.release.protect import REFUSALS, read_refusals
 
+    if code not in (DONE, NOT_PROTECTED):
+        return code
     print(f"protected files: {out / PROTECTED}")
-    code = DONE
     refusals = read_refusals(out)
     if refusals:
         print(f"refused and not in the copy: {_tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
         code = NOT_PROTECTED
-    if verified:
+    if verified and (code == DONE or (out / "report.json").is_file()):
         verdict = json.loads((out / "report.json").read_text())["verdict"]
         print(f"verdict: {verdict}; report: {out / 'report.html'}")
         code = code if verdict == "protected" else NOT_PROTECTED

@@ -122,17 +122,18 @@ class PerturbationTrainer(Trainer):
             data_loader=_Steps(len(self.facts), batch_size, seed),
             epoch_length=surrogate_steps,
             decollate=False,
-            handlers=train_handlers,
         )
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
         self.deltas: dict[str, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}  # images at the size the network sees
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
         self._restore()
         self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._end_round)
+        self._register_handlers(train_handlers or ())  # after ours, so that they see the round's loss
 
     def run(self) -> None:
         """Fit from the last complete round to the end; returns at once when the bank is finished."""
@@ -213,11 +214,13 @@ class PerturbationTrainer(Trainer):
         """Images and perturbations (B, 1, *spatial_size) as the network sees them, in unit intensity, and labels."""
         view, images, deltas = self.objective.network.view, [], []
         for at in batch:
-            fact, stored = self.facts[at], self._stored(self.dataset, at)[None]
-            images.append(view(fact.codec.to_unit(stored)))
+            fact = self.facts[at]
+            if at not in self._seen:
+                self._seen[at] = view(fact.codec.to_unit(self._stored(self.dataset, at)[None]))
+            images.append(self._seen[at])
             delta = self.deltas.get(fact.sample_id)
             if delta is not None:
-                deltas.append(view(delta[None].to(stored.device).float() * fact.codec.unit_step))
+                deltas.append(view(delta[None].to(self._compute_device).float() * fact.codec.unit_step))
             elif self.transplant:
                 strength = CODE_STRENGTH[0] + (CODE_STRENGTH[1] - CODE_STRENGTH[0]) * float(
                     torch.rand((), generator=generator)

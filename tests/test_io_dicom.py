@@ -25,7 +25,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 
-from monai_salm.io import dicom, dicom_parse, dicom_pixels, dicom_volume, dicom_write
+from monai_salm.io import dicom, dicom_parse, dicom_pixels, dicom_volume
 from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage
 from monai_salm.release.identity import UidMap
 
@@ -205,10 +205,6 @@ def float_pixels(dataset: Dataset) -> None:
     dataset.FloatPixelData = np.zeros(128 * 128, "<f4").tobytes()
 
 
-def own_mark(dataset: Dataset) -> None:
-    dataset.ContributingEquipmentSequence = Sequence([dicom_write._equipment(WHEN)])
-
-
 def private_copy(dataset: Dataset) -> None:
     dataset.private_block(0x0099, "COPY", create=True).add_new(1, "OB", dataset.PixelData)
 
@@ -228,7 +224,6 @@ def constant_but_for_padding(dataset: Dataset) -> None:
         ("unsupported_sop_class", {"SOPClassUID": None}),
         ("multi_frame", {"SOPClassUID": uid.EnhancedCTImageStorage}),
         ("multi_frame", {"NumberOfFrames": 2}),
-        ("already_protected", {"change": own_mark}),
         ("missing_uid", {"SOPInstanceUID": None}),
         ("missing_uid", {"StudyInstanceUID": "1.2.840.10008.1.1"}),
         ("missing_pixel_data", {"PixelData": None}),

@@ -178,7 +178,7 @@ class TestClosedForm:
 
     def test_settings_out_of_range_are_refused(self):
         mask = SparsityMask(ratio=0.4)
-        for options in ({"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 9}, {"refresh": "never"}):
+        for options in ({"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 0}, {"refresh": "never"}):
             with pytest.raises(ValueError):
                 SALM(mask=mask, **options)
 

@@ -27,9 +27,9 @@ class SALM(Perturbation):
         steps: descent steps per call.
         step_size: of one step, as a fraction of the budget.
         momentum: weight of the past in the mean of the gradients, in [0, 1).
-        look: gradients that are seen before a call chooses its mask; until then every voxel moves.
-        refresh: choose the mask ``"once"`` (a start that is not zero keeps its support), anew in every ``"call"``, or
-            at every ``"step"``.
+        look: gradients that are seen before a call chooses its mask (at most ``steps``); until then every voxel moves.
+        refresh: choose the mask anew in every ``"call"``, at every ``"step"`` of it, or ``"once"``: a start that is not
+            zero keeps its support.
 
     Raises:
         ValueError: When a number is out of range or ``refresh`` unknown.
@@ -43,17 +43,17 @@ class SALM(Perturbation):
         step_size: float = 0.25,
         momentum: float = 0.8,
         look: int = 3,
-        refresh: Refresh = "once",
+        refresh: Refresh = "call",
     ) -> None:
-        if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or not 1 <= look <= steps:
+        if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or look < 1:
             raise ValueError(
                 f"steps is {steps}, step_size {step_size}, momentum {momentum} and look {look}; steps and step_size "
-                "must be above 0, momentum in [0, 1) and look between 1 and steps"
+                "must be above 0, momentum in [0, 1) and look 1 or more"
             )
         if refresh not in get_args(Refresh):
             raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
-        self.look, self.refresh = look, refresh
+        self.look, self.refresh = min(look, steps), refresh
 
     def compute(
         self,
