@@ -37,6 +37,8 @@ CODE_STRENGTH = (1.0, 4.0)
 """Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
 SETTLED_OVER = 3
 """Rounds over which the loss is compared to tell whether it has settled."""
+VOXELS_AT_ONCE = 2**25
+"""Bound on the native voxels of a perturbation batch: about 1.5 GB of intermediate values."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,6 @@ class PerturbationTrainer(Trainer):
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    # ---------------------------------------------------------------- surrogate steps
-
     def _begin_round(self) -> None:
         torch.manual_seed(_derive(self.seed, "round", self.state.epoch))  # dropout and the like
         self.objective.network.train()
@@ -222,11 +222,9 @@ class PerturbationTrainer(Trainer):
             if delta is not None:
                 deltas.append(view(delta[None].to(self._compute_device).float() * fact.codec.unit_step))
             elif self.transplant:
-                strength = CODE_STRENGTH[0] + (CODE_STRENGTH[1] - CODE_STRENGTH[0]) * float(
-                    torch.rand((), generator=generator)
-                )
+                strength = torch.empty(()).uniform_(*CODE_STRENGTH, generator=generator)
                 code = self._codes(tuple(images[-1].shape[2:]))[fact.label]
-                deltas.append(strength * fact.levels * abs(fact.codec.unit_step) * code[None])
+                deltas.append(float(strength) * fact.levels * abs(fact.codec.unit_step) * code[None])
             else:
                 deltas.append(torch.zeros_like(images[-1]))
         return torch.cat(images), torch.cat(deltas), self._labels(self.facts, batch)
@@ -240,8 +238,6 @@ class PerturbationTrainer(Trainer):
         """Learning rate of a round's step as a fraction of the optimizer's: warm-up over a fifth, then a cosine."""
         position = (step + 1) / self.state.epoch_length
         return min(1.0, 5 * position) * (0.5 + 0.5 * math.cos(math.pi * max(0.0, position - 0.2) / 0.8))
-
-    # ---------------------------------------------------------------- perturbation steps
 
     def _end_round(self) -> None:
         self.scores.append(self._perturb_all())
@@ -289,19 +285,20 @@ class PerturbationTrainer(Trainer):
         return {facts[at].sample_id: _compact(delta, facts[at].levels) for at, delta in zip(batch, found, strict=True)}
 
     def _batches(self, facts: Sequence[_Facts]) -> list[list[int]]:
-        """Positions of cases of one shape, at most ``batch_size`` at a time."""
+        """Positions of cases of one shape, as many at a time as batch size and memory allow."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for at, fact in enumerate(facts):
             by_shape.setdefault(fact.shape, []).append(at)
-        size = self.batch_size
-        return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
+        batches = []
+        for shape, group in by_shape.items():
+            size = max(1, min(self.batch_size, VOXELS_AT_ONCE // math.prod(shape)))
+            batches += [group[i : i + size] for i in range(0, len(group), size)]
+        return batches
 
     def _settled(self) -> bool:
         if not self.settle or len(self.scores) <= SETTLED_OVER:
             return False
         return self.scores[-1] > (1 - self.settle) * self.scores[-1 - SETTLED_OVER]
-
-    # ---------------------------------------------------------------- cases
 
     def _examine(self, dataset: Dataset) -> list[_Facts]:
         facts = []
@@ -326,8 +323,6 @@ class PerturbationTrainer(Trainer):
 
     def _generator(self, *position: Any) -> torch.Generator:
         return torch.Generator().manual_seed(_derive(self.seed, *position))
-
-    # ---------------------------------------------------------------- state
 
     def _commit(self, *, final: bool) -> None:
         state = {

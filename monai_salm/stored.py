@@ -122,7 +122,7 @@ class StoredCodec:
             upper = torch.where(below, torch.minimum(upper, gap_up.clamp_(min=0)), upper)
         dtype = torch.int16 if levels <= 32767 else torch.int32
         movable = self.movable(stored)
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device=stored.device)
         return torch.where(movable, lower, zero).to(dtype), torch.where(movable, upper, zero).to(dtype)
 
     def add(self, stored: np.ndarray, delta: np.ndarray) -> np.ndarray:
