@@ -71,8 +71,9 @@ class SALM(Perturbation):
         if chosen:
             keep = start != 0
         steps, mean = start, torch.zeros_like(start)
+        seen = objective.network.view(image)  # the same in every step
         for step in range(1, self.steps + 1):
-            gradient = self._gradient(objective, image, label, lattice, steps * keep, generator)
+            gradient = self._gradient(objective, seen, label, lattice, steps * keep, generator)
             size = gradient.abs().flatten(1).mean(1).reshape(lattice.unit_step.shape)
             mean = self.momentum * mean + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
             if not chosen and step >= self.look:
