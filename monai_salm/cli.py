@@ -105,7 +105,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--labels", type=Path, metavar="CSV", help="table case,label[,split] (default: labels.csv in the export)"
+        "--labels",
+        type=Path,
+        metavar="CSV",
+        help="table case,label[,split] or case,mask[,split] (default: labels.csv in the export)",
     )
     parser.add_argument(
         "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensity window in physical units"
@@ -142,22 +145,22 @@ def _inspect(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from monai_salm.release.catalog import scan
-    from monai_salm.release.labels import LABELS_FILE, label_cases, read_labels
+    from monai_salm.release.labels import LABELS_FILE, find_labels, label_cases
+    from monai_salm.release.voxels import VoxelLabels
 
-    default = options.export / LABELS_FILE
-    table = options.labels or (default if default.is_file() else None)
-    rows = read_labels(table) if table else None
+    labels = find_labels(options.export, options.labels)
     window = tuple(options.window) if options.window else "auto"
-    catalog = scan(options.export, options.dim, window=window)
+    voxels = labels if isinstance(labels, VoxelLabels) else None
+    catalog = scan(options.export, options.dim, window=window, voxels=voxels)
     cohort, problem = None, None
-    if rows is not None or any(case.label >= 0 for case in catalog.cases):
+    if labels is not None or any(case.label >= 0 for case in catalog.cases):
         try:
-            cohort = label_cases(catalog, rows)
+            cohort = label_cases(catalog, labels)
         except ValueError as error:  # told at the end: what the export holds may show the reason
             problem = error
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_counts_line(catalog, cohort), _counts_table(catalog, cohort), sep="\n")
-    if rows is None and cohort is None:
+    if labels is None and cohort is None:
         console.print(f"No label table: 'protect' needs one ({LABELS_FILE} in the export, or --labels).")
     if options.all:
         console.print(_cases_table(catalog, cohort))
@@ -292,7 +295,7 @@ def _counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
 
 
 def _counts_table(catalog: Catalog, cohort: Cohort | None) -> Table:
-    """Cases by class and split where there are labels, else by format."""
+    """Cases by class and split where there are labels (with voxel labels: and voxels), else by format."""
     cases = cohort.cases if cohort else catalog.cases
     formats = Counter(case.format for case in cases)
     if cohort is None:
@@ -300,19 +303,29 @@ def _counts_table(catalog: Catalog, cohort: Cohort | None) -> Table:
     splits = [name for name in ("train", "val", "test") if any(case.split == name for case in cases)]
     rows = []
     for label, name in enumerate(cohort.classes):
-        counts = [sum(case.label == label and case.split == split for case in cases) for split in splits]
-        rows.append((name, *counts, sum(counts)))
-    return _table(["class", *splits, "all"], rows)
+        cells = [_count(cohort, label, [case for case in cases if case.split == split]) for split in splits]
+        rows.append((name, *(number for cell in [*cells, _count(cohort, label, cases)] for number in cell)))
+    kinds = ("{}", "{} voxels") if cohort.voxelwise else ("{}",)
+    return _table(["class", *(kind.format(split) for split in (*splits, "all") for kind in kinds)], rows)
+
+
+def _count(cohort: Cohort, label: int, cases: Sequence[Any]) -> tuple[int, ...]:
+    """Cases of a class; with voxel labels those that have the class, and its voxels in them."""
+    if not cohort.voxelwise:
+        return (sum(case.label == label for case in cases),)
+    voxels = [cohort.class_voxels[case.sample_id][label] for case in cases]
+    return sum(count > 0 for count in voxels), sum(voxels)
 
 
 def _cases_table(catalog: Catalog, cohort: Cohort | None) -> Table:
     cases = cohort.cases if cohort else catalog.cases
-    classes = [cohort.classes[case.label] if cohort else "" for case in cases]
+    classes = [(case.mask.name if case.mask else cohort.classes[case.label]) if cohort else "" for case in cases]
     rows = [
         (case.sample_id, case.format, len(case.files), label, case.split, case.names[0])
         for case, label in zip(cases, classes, strict=True)
     ]
-    return _table(["case", "format", "files", "class", "split", "name"], rows)
+    label = "mask" if cohort and cohort.voxelwise else "class"
+    return _table(["case", "format", "files", label, "split", "name"], rows)
 
 
 def _refusals_table(refusals: Sequence[Refusal], catalog: Catalog) -> Table:

@@ -56,17 +56,44 @@ class Surrogate(nn.Module):
     """A network that sees unit-intensity images of any size through a :py:class:`ResizeView`.
 
     Args:
-        network: classifier of (B, 1, *spatial_size) images.
-        spatial_size: size of its input in voxels.
+        network: classifier of (B, 1, *spatial_size) images, or a network of voxel labels.
+        spatial_size: size of its input in voxels; None: it sees every image on the image's own grid.
     """
 
-    def __init__(self, network: nn.Module, spatial_size: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, spatial_size: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.view = ResizeView(spatial_size)
+        self.view = nn.Identity() if spatial_size is None else ResizeView(spatial_size)
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network(self.view(image))
+
+
+class PaddedNetwork(nn.Module):
+    """A network of voxel labels for images of any size: pads with zeros at the end of each axis, and crops the result.
+
+    Args:
+        network: maps (B, C, *spatial) to (B, n_classes, *spatial) for sizes that ``multiple`` divides.
+        multiple: total stride of the network.
+
+    Example:
+        >>> PaddedNetwork(nn.AvgPool2d(1), 4)(torch.rand(1, 1, 5, 8)).shape
+        torch.Size([1, 1, 5, 8])
+    """
+
+    def __init__(self, network: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.network, self.multiple = network, multiple
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = list(image.shape[2:])
+        missing: list[int] = []
+        for length in size[::-1]:
+            missing += [0, -length % self.multiple]
+        logits = self.network(F.pad(image, missing))
+        for axis, length in enumerate(size):
+            logits = logits.narrow(axis + 2, 0, length)
+        return logits
 
 
 class SmallCNN(nn.Module):
@@ -178,10 +205,18 @@ class RandomView(nn.Module):
     def forward(self, image: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         """View of (B, C, *spatial) images by parameters from :py:meth:`draw`."""
         drawn = {key: value.to(image.device) for key, value in drawn.items() if key != "seed"} | {"seed": drawn["seed"]}
-        grid = F.affine_grid(drawn["theta"], list(image.shape), align_corners=False)
-        image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+        image = self._move(image, drawn, "bilinear")
         each = (-1, *[1] * (self.spatial_dims + 1))
         image = (image - 0.5) * drawn["gain"].reshape(each) + 0.5 + drawn["offset"].reshape(each)
         generator = torch.Generator(image.device).manual_seed(int(drawn["seed"]))
         noise = torch.randn(image.shape, generator=generator, device=image.device)
         return image + drawn["noise"].reshape(each) * noise
+
+    def move_labels(self, label: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        """(B, 1, *spatial) class indices, moved as :py:meth:`forward` moves the image; each from its nearest voxel."""
+        return self._move(label.float(), drawn, "nearest").to(label.dtype)
+
+    @staticmethod
+    def _move(image: Tensor, drawn: dict[str, Tensor], mode: str) -> Tensor:
+        grid = F.affine_grid(drawn["theta"].to(image.device), list(image.shape), align_corners=False)
+        return F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=False)

@@ -105,6 +105,22 @@ def test_nan_that_stays_is_no_change():
     assert math.isfinite(found["psnr"]["mean"])
 
 
+def test_psnr_inside_the_foreground_is_that_of_its_voxels_alone():
+    fidelity, (clean, protected) = Fidelity(), pair({20: 3, 21: -5, 100: 1})
+    foreground = np.zeros(clean.stored.shape, bool)
+    foreground.flat[[20, 22, 100]] = True
+    fidelity.add(clean, protected)
+    assert "psnr_foreground" not in fidelity.result()
+    fidelity.add(clean, protected, foreground=np.zeros_like(foreground))  # a case without foreground says nothing
+    fidelity.add(clean, protected, foreground=foreground)
+    found = fidelity.result()["psnr_foreground"]
+    assert found == {
+        "mean": pytest.approx(-10 * math.log10((9 + 1) / 255**2 / 3), abs=1e-3),
+        "std": None,
+        "min": found["mean"],
+    }
+
+
 def test_another_shape_is_refused():
     clean, protected = pair({1: 1})
     with pytest.raises(ValueError, match="not written from it"):

@@ -81,19 +81,30 @@ def test_a_missing_table_is_an_error_that_names_it(tmp_path):
         read_labels(tmp_path / "none.csv")
 
 
+def test_a_table_may_name_masks_instead_of_labels(tmp_path):
+    assert read_labels(table(tmp_path, "case,mask,split\n./a.nii, m\\a.nii,val\nb.nii,,train\n")) == [
+        LabelRow(2, "a.nii", "", "val", "m/a.nii"),
+        LabelRow(3, "b.nii", "", "train", ""),
+    ]
+    with pytest.raises(ValueError, match="lines 2, 3"):
+        read_labels(table(tmp_path, "case,mask\na,m1\na,m2\n"))
+    with pytest.raises(ValueError, match="mask instead"):
+        read_labels(table(tmp_path, "case,label,mask\na,1,m\n"))
+
+
 def test_equal_rows_count_once(tmp_path):
     assert len(read_labels(table(tmp_path, "case,label\na,1\na,1\n"))) == 2
 
 
-@given(st.text(max_size=200))
+@given(what=st.sampled_from(["label", "mask"]), text=st.text(max_size=200))
 @settings(max_examples=300, deadline=None)
-def test_any_text_is_rows_or_a_value_error(tmp_path_factory, text):
-    path = table(tmp_path_factory.mktemp("text"), ("case,label\n" + text).encode("utf-8", "surrogatepass"))
+def test_any_text_is_rows_or_a_value_error(tmp_path_factory, what, text):
+    path = table(tmp_path_factory.mktemp("text"), (f"case,{what}\n" + text).encode("utf-8", "surrogatepass"))
     try:
         found = read_labels(path)
     except ValueError:
         return
-    assert found and all(row.case and row.label for row in found)
+    assert found and all(row.case and (row.label if what == "label" else row.mask is not None) for row in found)
 
 
 _name = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\\/."), min_size=1)

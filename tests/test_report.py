@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from monai_salm.verification import figures
 from monai_salm.verification.report import Example, verdict_table, write_report
 from monai_salm.verification.results import build_results
 
@@ -77,6 +79,33 @@ def make_results(**changes: Any) -> dict[str, Any]:
         "not_tested": ["JPEG compression"],
     }
     return build_results(**{**parts, **changes})
+
+
+def make_segmentation(**changes: Any) -> dict[str, Any]:
+    """Two classes, the second with a hostile name and not protected."""
+
+    def row(arm: str, victim: str, seed: int, level: float) -> dict[str, Any]:
+        parts = {"a": level, HOSTILE: 0.8}
+        curve = [{"epoch": e, "train_loss": 1 / e, "dice": level} for e in (1, 2)]
+        hd95 = {"hd95": 7.125, "hd95_per_class": {"a": 5.0, HOSTILE: 9.25}, "hd95_unit": "mm"}
+        row = {"arm": arm, "victim": victim, "seed": seed, "dice": (level + 0.8) / 2, "dice_per_class": parts}
+        return {**row, **hd95, "curve": curve}
+
+    levels = {**LEVELS, "label_marker": 0.3}
+    each = {"mean": 0.4321, "std": 0.01}
+    leak = {"n_cases": 40, "best": each, "support": each, "everything": each, "by_estimator": {"blur_2": each}}
+    leak = {"protected": {**leak, "best": {"mean": 0.9876, "std": 0.01}}, "random_noise": leak}
+    parts = {"a": {"clean": 0.9, "protected": 0.898, "difference": -0.0021}}
+    utility = [{"victim": "cnn", "seed": 0, "clean": 0.9, "protected": 0.9, "difference": 0.0, "per_class": parts}]
+    given = {
+        "metric": "dice",
+        "chance": None,
+        "classes": ["background", "a", HOSTILE],
+        "rows": [row(a, v, s, x) for a, x in levels.items() for v in ("cnn", "unet") for s in range(3)],
+        "leakage": leak,
+        "utility": utility,
+    }
+    return make_results(**{**given, **changes})
 
 
 def make_example(size: tuple[int, int] = (24, 32), title: str = "case-1", limit: float = 8) -> Example:
@@ -156,6 +185,83 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 def test_report_shows(page: str, words: str) -> None:
     assert words in page
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Dice per class",
+        "HD95 per class",
+        "HD95 (mm)",
+        "7.125",
+        "9.250",
+        "Closed gap per class",
+        "Label leakage",
+        "Label marker",
+        "0.988 \u00b1 0.010",
+        "Blur \u03c3 2",
+        "gives away where they lie",
+        "\u22120.002",
+        "training loss",
+    ],
+)
+def test_report_of_a_segmentation_shows(tmp_path: Path, words: str) -> None:
+    text = render(tmp_path, make_segmentation())
+    assert words in text
+    assert not Page(text).open and "<script" not in text
+    assert "Recall" not in text and "Balanced accuracy" not in text
+
+
+def test_per_class_tables_have_every_victim(tmp_path: Path) -> None:
+    text = render(tmp_path, make_segmentation())
+    table = text.split("Dice per class")[1].split("</table>")[0]
+    assert table.count("<td>cnn</td>") == table.count("<td>unet</td>") == table.count("<td>all</td>") == 2
+    assert table.count('<th class="n"') == len(LEVELS) + 1
+    gaps = text.split("Closed gap per class")[1].split("</table>")[0]
+    assert gaps.count("<td>all</td>") == 2 * (len(LEVELS) - 1)  # of every arm but clean and blind
+
+
+@pytest.mark.parametrize("key", sorted(set(make_segmentation()) - {"verdict"}))
+def test_report_of_a_segmentation_survives_any_missing_key(tmp_path: Path, key: str) -> None:
+    results = {name: part for name, part in make_segmentation().items() if name != key}
+    assert not Page(render(tmp_path, results)).open
+    Console(file=io.StringIO()).print(verdict_table(results))
+
+
+def test_label_borders_are_drawn_on_the_clean_panel_only(tmp_path: Path) -> None:
+    label = np.zeros((24, 32), np.uint8)
+    label[4:10, 4:10], label[14:20, 20:30] = 1, 2
+    plain, outlined = make_example(), replace(make_example(), label=label)
+    before, after = (images_of(render(tmp_path, examples=(each,))) for each in (plain, outlined))
+    assert all(np.array_equal(*map(np.asarray, pair)) for pair in list(zip(before, after, strict=True))[1:])
+    gray, colors = np.asarray(before[0]), np.asarray(after[0])
+    changed = (colors != gray[..., None]).any(-1)
+    inner = np.zeros_like(changed)
+    inner[5:9, 5:9], inner[15:19, 21:29] = True, True
+    assert np.array_equal(changed, (label > 0) & ~inner)
+    assert not np.array_equal(colors[4, 4], colors[14, 20])
+    with pytest.raises(ValueError, match="one shape"):
+        replace(plain, label=label[:5])
+
+
+def test_outline_survives_the_reduction_of_a_large_image() -> None:
+    label = np.zeros((600, 600), np.uint8)
+    label[100:500, 100:500] = 1
+    uri = figures.gray_panel(np.full((600, 600), 0.5), 128, label)
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+    assert image.shape == (128, 128, 3)
+    assert (image[64] != 128).any(-1).sum() == 2
+
+
+def test_terminal_shows_classes_where_they_fit() -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(verdict_table(make_segmentation()))
+    assert "[red]" not in stream.getvalue() and "0.520" in stream.getvalue() and "Label marker" in stream.getvalue()
+    many = {f"class {index}": 0.5 for index in range(7)}
+    rows = [{"arm": "clean", "victim": "cnn", "seed": 0, "dice": 0.5, "dice_per_class": many}]
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(verdict_table(make_segmentation(rows=rows, leakage=None)))
+    assert "class 0" not in stream.getvalue()
 
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from monai_salm.verification.leakage import label_leakage
 from monai_salm.verification.results import (
     VerdictRules,
     build_results,
@@ -21,6 +23,7 @@ from monai_salm.verification.results import (
     validate_results,
     write_json,
 )
+from monai_salm.verification.strength import closed_gap_per_class
 
 METRIC = "balanced_accuracy"
 LEVELS = {"clean": 0.9, "protected": 0.5, "random_noise": 0.89, "random_mask": 0.6, "blind": 0.5}
@@ -243,6 +246,89 @@ def test_fidelity_rules(change: dict[str, Any], verdict: str, words: str) -> Non
     assert found == verdict and words in reason
 
 
+def segmentation_rows() -> list[dict[str, Any]]:
+    """Class a is protected, class b is not; their mean looks half protected."""
+    levels = {"clean": (0.9, 0.8), "protected": (0.4, 0.8), "random_noise": (0.9, 0.8), "blind": (0.4, 0.3)}
+    return [
+        {
+            "arm": arm,
+            "victim": victim,
+            "seed": seed,
+            "dice": (a + b) / 2,
+            "dice_per_class": {"a": a, "b": b},
+            "hd95": 2.0,
+            "hd95_per_class": {"a": 1.0, "b": 3.0},
+        }
+        for arm, (a, b) in levels.items()
+        for victim in ("net0", "net1")
+        for seed in range(3)
+    ]
+
+
+def test_closed_gap_per_class_shows_what_the_mean_hides() -> None:
+    rows = segmentation_rows()
+    assert closed_gap(rows, "dice")["mean"] == pytest.approx(0.5)
+    found = closed_gap_per_class(rows, "dice")
+    assert found["a"]["mean"] == pytest.approx(1.0) and found["b"]["mean"] == pytest.approx(0.0)
+    assert found["a"]["by_victim"]["net1"]["n"] == 3
+    assert closed_gap_per_class(make_rows(), METRIC) == {}
+
+
+def test_class_that_a_row_lacks_is_no_pair() -> None:
+    rows = segmentation_rows()
+    next(row for row in rows if row["arm"] == "protected")["dice_per_class"]["a"] = None
+    assert closed_gap_per_class(rows, "dice")["a"]["n"] == 5
+
+
+def test_segmentation_results_hold_what_exists_per_class() -> None:
+    leakage = {arm: {"best": {"mean": value, "std": 0.1}} for arm, value in (("protected", 0.8), ("random_noise", 0.2))}
+    results = make_results(
+        segmentation_rows(), metric="dice", chance=None, classes=["background", "a", "b"], leakage=leakage
+    )
+    assert results["closed_gap_per_class"]["b"]["mean"] == pytest.approx(0.0)
+    assert set(results["closed_gap_controls_per_class"]["random_noise"]) == {"a", "b"}
+    assert len(results["warnings"]) == 1 and results["leakage"] == leakage
+    cell = results["summary"]["clean"]["all"]
+    assert cell["dice_per_class"]["a"] == {"mean": pytest.approx(0.9), "std": pytest.approx(0.0)}
+    assert cell["hd95"]["mean"] == 2.0 and cell["hd95_per_class"]["b"]["mean"] == 3.0
+    validate_results(results)
+    plain = make_results()
+    assert not {"closed_gap_per_class", "closed_gap_controls_per_class", "leakage", "warnings"} & plain.keys()
+    assert set(plain["summary"]["clean"]["all"]) == {"n", METRIC, "recall"}
+
+
+def test_report_of_an_earlier_minor_version_is_valid() -> None:
+    validate_results({**make_results(), "schema_version": "1.0"})
+
+
+def utility(*differences: float | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "victim": "net",
+            "seed": seed,
+            "difference": 0.0,
+            "per_class": {"a": {"difference": 0.0}, "b": {"difference": d}},
+        }
+        for seed, d in enumerate(differences)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "words"),
+    [
+        (utility(0.01, -0.01), "protected", ""),
+        (utility(0.03, -0.03), "not protected", "0.030 differently on protected ones for b"),
+        ([{"difference": 0.5}], "not protected", "the headline metric"),
+        ([], "inconclusive", "was not measured"),
+        (utility(None), "protected", ""),
+    ],
+)
+def test_utility_rule_takes_the_worst_class(rows: list[dict[str, Any]], verdict: str, words: str) -> None:
+    found, reason = verdict_of(make_rows(), utility=rows, rules=VerdictRules(utility_within=0.02))
+    assert found == verdict and words in reason
+    assert verdict_of(make_rows(), utility=rows)[0] == "protected"
+
+
 def test_results_survive_a_json_round_trip(tmp_path: Path) -> None:
     results = make_results(make_rows(noise=0.02), config={"path": Path("x"), "lr": np.float32(0.5), "n": np.int64(3)})
     path = tmp_path / "sub" / "report.json"
@@ -320,7 +406,10 @@ def test_unmeasured_parts_may_be_null() -> None:
 
 def test_every_key_is_documented() -> None:
     text = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
-    results = make_results()
-    rules = set(results["verdict_rules"])
-    missing = {key for key in {*results, *rules, *FIDELITY, *BUDGET} if f"`{key}`" not in text}
+    leakage = label_leakage(torch.ones(1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool))
+    measured = {arm: {"best": {"mean": value}} for arm, value in (("protected", 1.0), ("random_noise", 0.0))}
+    results = make_results(segmentation_rows(), metric="dice", leakage=measured)
+    rules, row = set(results["verdict_rules"]), set(results["arms"][0])
+    keys = {*results, *rules, *row, *FIDELITY, *BUDGET, *leakage, "psnr_foreground", "by_estimator", "hd95_unit"}
+    missing = {key for key in keys if f"`{key}`" not in text}
     assert not missing

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from exports import write_nifti, write_npz, write_series
+from exports import class_map, write_decathlon, write_nifti, write_npz, write_series
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch, set_track_meta
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, Flipd, Orientationd, Rotate90d, Spacingd
@@ -26,6 +26,7 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.release import catalog as catalog_module
 from monai_salm.release.catalog import Catalog, scan
 from monai_salm.release.commit import PROTECTED, STAGING
+from monai_salm.release.labels import load_cohort
 from monai_salm.stored import StoredCodec
 from monai_salm.transforms import (
     ApplyPerturbation,
@@ -34,6 +35,8 @@ from monai_salm.transforms import (
     ApplySparsityMaskd,
     ComputeSparsityMask,
     ComputeSparsityMaskd,
+    LoadMask,
+    LoadMaskd,
     LoadStored,
     LoadStoredd,
     SaveStored,
@@ -103,7 +106,7 @@ def equal(image: torch.Tensor | np.ndarray, expected: np.ndarray) -> bool:
 
 def test_every_array_class_has_its_dictionary_class_and_aliases() -> None:
     arrays = [name for name in transforms_module.__all__ if f"{name}d" in transforms_module.__all__]
-    assert len(arrays) == 7 and len(transforms_module.__all__) == 4 * 7
+    assert len(arrays) == 8 and len(transforms_module.__all__) == 4 * 8
     for name in arrays:
         array, dictionary = getattr(transforms_module, name), getattr(transforms_module, f"{name}d")
         assert dictionary is getattr(transforms_module, f"{name}D") is getattr(transforms_module, f"{name}Dict")
@@ -589,3 +592,41 @@ def test_the_output_folder_must_not_touch_the_export(export: Catalog) -> None:
     with pytest.raises(ValueError, match="inside the export"):
         SaveStored(export.root / "out", export, budget=BUDGET, spatial_dims=3)
     assert catalog_module.scan(export.root, 3, check_pixels=False).cases == export.cases
+
+
+# ---------------------------------------------------------------------- voxel labels
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_masks_are_loaded_on_the_grid_of_their_images(tmp_path, track):
+    cohort = load_cohort(write_decathlon(tmp_path, 2), spatial_dims=3)
+    set_track_meta(track)
+    try:
+        load = Compose([LoadStoredd("image", spatial_dims=3), LoadMaskd("label", spatial_dims=3)])
+        for index, case in enumerate(cohort.cases):
+            item = load({"image": case, "label": case})
+            assert item["label"].dtype == torch.uint8 and item["label"].shape == item["image"].shape
+            assert equal(item["label"], class_map(seed=index)[None])
+            if track:
+                assert item["label"].meta["sample_id"] == item["image"].meta["sample_id"] == case.sample_id
+    finally:
+        set_track_meta(True)
+
+
+def test_images_and_masks_go_through_a_loader_and_flips_together(tmp_path):
+    cohort = load_cohort(write_decathlon(tmp_path, 4), spatial_dims=3)
+    keys = ["image", "label"]
+    steps = [LoadStoredd("image", spatial_dims=3), StoredToUnitd("image"), LoadMaskd("label", spatial_dims=3)]
+    data = [{"image": case, "label": case} for case in cohort.cases]
+    plain = next(iter(DataLoader(CacheDataset(data, Compose(steps), progress=False), batch_size=4)))
+    flipped = next(iter(DataLoader(Dataset(data, Compose([*steps, Flipd(keys, 1)])), batch_size=4)))
+    assert plain["label"].shape == (4, 1, 6, 7, 5) and plain["label"].max() == 2
+    for key in keys:
+        assert torch.equal(flipped[key].as_tensor(), plain[key].as_tensor().flip(3))
+
+
+def test_a_case_without_mask_has_none_to_load(export: Catalog) -> None:
+    with pytest.raises(ValueError, match="no voxel labels"):
+        LoadMask(spatial_dims=3)(export.cases[0])
+    with pytest.raises(ValueError, match="spatial_dims is 4"):
+        LoadMask(spatial_dims=4)

@@ -37,10 +37,28 @@ class StoredImage:
             formats mix in one cohort: volumes are RAS+ (x, y, z) where the file tells its orientation, 2D images
             (rows, columns) as displayed.
         codec: how to read the values.
+        spacing: mm from voxel to voxel along each spatial axis of ``stored``; empty where the file does not tell.
     """
 
     stored: np.ndarray
     codec: StoredCodec
+    spacing: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The voxel labels of one case; :py:func:`monai_salm.io.masks.read_mask` reads them.
+
+    Args:
+        file: absolute path of a NIfTI label file or a DICOM SEG file.
+        name: its POSIX path relative to the export.
+        values: what stands for each class in this file, by class index (0 is the background): a voxel value of a
+            NIfTI file; a segment number of a SEG file, 0 for the background; -1 for a class that the file lacks.
+    """
+
+    file: Path
+    name: str
+    values: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,8 +72,9 @@ class Case:
         names: the names a label table may use: relative POSIX path of file and series folder, UIDs, npz key.
         group: pseudonym of the patient, for splits that keep patients together.
         index: position in an npz archive, with ``split`` naming its array.
-        label: class index, -1 while unknown.
+        label: class index, -1 while unknown and where each voxel has its own.
         split: ``"train"``, ``"val"`` (both are released) or ``"test"`` (held out: never fitted on, never written).
+        mask: voxel labels, None where the case is labelled as a whole.
     """
 
     sample_id: str
@@ -66,6 +85,7 @@ class Case:
     index: int | None = None
     label: int = -1
     split: str = "train"
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,38 @@
 """DICOM, as the other rooms see it: exact stored values in, derived instances of the same kind out.
 
 Inside: ``dicom_parse`` (untrusted bytes to a data set), ``dicom_pixels`` (pixel data to integers and back),
-``dicom_volume`` (is a series a volume, and canonical axes), ``dicom_read`` (what is supported; images and codecs) and
-``dicom_write`` (the derived file and its verification).
+``dicom_volume`` (is a series a volume, and canonical axes), ``dicom_read`` (what is supported; images and codecs),
+``dicom_seg`` (segmentations), ``dicom_write`` (the derived file) and ``dicom_verify`` (its check).
 """
 
 from __future__ import annotations
 
-from monai_salm.io.dicom_parse import looks_like_dicom, read_header
+from monai_salm.io.dicom_parse import identify, looks_like_dicom, read_header
 from monai_salm.io.dicom_read import CT_WINDOW, SOP_CLASSES, check_supported, read
+from monai_salm.io.dicom_seg import SEG_CLASSES, SegHeader, is_segmentation, missing_slices, read_seg_header, seg_header
+from monai_salm.io.dicom_verify import verify, verify_labels
 from monai_salm.io.dicom_volume import order_volume
-from monai_salm.io.dicom_write import DECLARED_KEYWORDS, UidMapping, protect, verify
+from monai_salm.io.dicom_write import DECLARED_KEYWORDS, UidMapping, protect, protect_labels
 
 __all__ = [
     "CT_WINDOW",
     "DECLARED_KEYWORDS",
+    "SEG_CLASSES",
     "SOP_CLASSES",
+    "SegHeader",
     "UidMapping",
     "check_supported",
+    "identify",
+    "is_segmentation",
     "looks_like_dicom",
+    "missing_slices",
     "order_volume",
     "protect",
+    "protect_labels",
     "read",
     "read_header",
+    "read_seg_header",
+    "seg_header",
     "verify",
+    "verify_labels",
 ]

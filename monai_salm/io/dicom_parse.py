@@ -20,7 +20,7 @@ from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
 
-__all__ = ["looks_like_dicom", "parse", "read_header", "refusing"]
+__all__ = ["identify", "looks_like_dicom", "parse", "read_header", "refusing"]
 
 MAX_FILE_BYTES = 512 << 20
 MAX_PIXEL_BYTES = 256 << 20
@@ -61,13 +61,13 @@ def refusing(reason: str, detail: str) -> Iterator[None]:
 
 
 def _silence_parsers() -> None:
-    """Keep the warnings and log records of pydicom and its codecs, which quote values, out of every output.
+    """Keep the warnings and log records of pydicom, highdicom and codecs, which quote values, out of every output.
 
     For the whole process, and again at each use: ``warnings.catch_warnings`` is not safe with threads.
     """
-    for name in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls"):
+    for name in ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"pydicom\b")
+    warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
 
 
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
@@ -111,6 +111,19 @@ def read_header(path: str | os.PathLike[str]) -> Dataset:
     with refusing("unreadable", "the file cannot be opened or its header is broken; export it again"):
         with _open_regular(Path(path)) as file:
             return _parse(file, os.fstat(file.fileno()).st_size, header_only=True)
+
+
+def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """SOP class and instance UID that the file meta names; empty where there are none or the file cannot be read."""
+    try:
+        with _open_regular(Path(path)) as file:
+            if _sniff(file) != "dicom":
+                return "", ""
+            with refusing("unreadable", "the file meta is broken"):
+                meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+                return str(meta.get("MediaStorageSOPClassUID") or ""), str(meta.get("MediaStorageSOPInstanceUID") or "")
+    except (OSError, RefusedError):
+        return "", ""
 
 
 def parse(data: bytes) -> Dataset:

@@ -16,7 +16,7 @@ from pydicom.pixels import get_encoder, pixel_array
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import KEPT_LOSSLESS, NATIVE, refusing
 
-__all__ = ["decode", "encode", "stored_dtype", "stored_range"]
+__all__ = ["check_codestream", "decode", "encode", "stored_dtype", "stored_range"]
 
 _JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
 _JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
@@ -52,7 +52,7 @@ def decode(dataset: Dataset) -> NDArray[Any]:
             if len(dataset.PixelData) < dtype.itemsize * shape[0] * shape[1]:
                 raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
         elif syntax != uid.RLELossless:
-            _check_codestream(get_frame(dataset.PixelData, 0, number_of_frames=1), syntax, shape)
+            check_codestream(get_frame(dataset.PixelData, 0, number_of_frames=1), syntax, shape)
         plugin = "" if syntax in NATIVE else "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
         # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
         options = {"correct_unused_bits": False} if syntax in (*NATIVE, uid.RLELossless) else {}
@@ -65,7 +65,7 @@ def decode(dataset: Dataset) -> NDArray[Any]:
         return np.ascontiguousarray(plane, dtype=dtype)
 
 
-def _check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:
+def check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:
     """Raise unless the codestream's own size is the header's: decoders allocate what the codestream says."""
     found = _jpeg_2000_size(frame) if syntax in _JPEG_2000 else _jpeg_size(frame)
     if found != (*shape, 1):

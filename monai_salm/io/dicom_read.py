@@ -16,7 +16,14 @@ from pydicom.dataset import Dataset
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
 from monai_salm.io.dicom_parse import check_syntax, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, stored_dtype, stored_range
-from monai_salm.io.dicom_volume import from_canonical, order_volume, orientation_of, rescale_of, to_canonical
+from monai_salm.io.dicom_volume import (
+    from_canonical,
+    order_volume,
+    orientation_of,
+    rescale_of,
+    spacing_of,
+    to_canonical,
+)
 from monai_salm.stored import StoredCodec, auto_window
 
 __all__ = [
@@ -216,7 +223,8 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     if orientation is not None:
         stored = to_canonical(stored, orientation)[None]
     codec = _codec(headers[0], stored, window)
-    return Slices(StoredImage(stored, codec), tuple(case.files[index] for index in order), orientation)
+    image = StoredImage(stored, codec, spacing_of(headers, orientation))
+    return Slices(image, tuple(case.files[index] for index in order), orientation)
 
 
 def _codec(header: Dataset, stored: NDArray[Any], window: Window) -> StoredCodec:

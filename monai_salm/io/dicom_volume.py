@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import refusing
 
-__all__ = ["from_canonical", "order_volume", "orientation_of", "to_canonical"]
+__all__ = ["from_canonical", "order_volume", "orientation_of", "spacing_of", "to_canonical"]
 
 DIRECTION_TOLERANCE = 1e-4
 """Of direction cosines: exporters round them, and not equally in all slices of a series."""
@@ -111,6 +111,25 @@ def orientation_of(first: Dataset, last: Dataset) -> NDArray[Any]:
     affine = np.eye(4)
     affine[:3, :3] = _LPS_TO_RAS[:, None] * np.stack([directions[:3], directions[3:], step], axis=1)
     return np.asarray(io_orientation(affine))
+
+
+def spacing_of(headers: Sequence[Dataset], orientation: NDArray[Any] | None) -> tuple[float, ...]:
+    """mm along each canonical axis: of (rows, columns) of one slice, or of a volume; empty where it is not told.
+
+    Args:
+        headers: one slice, or all slices in spatial order.
+        orientation: of the volume, from :py:func:`orientation_of`; None for a slice.
+    """
+    try:
+        down, right = _numbers(headers[0], "PixelSpacing", 2)
+        if orientation is None:
+            return (down, right) if min(down, right) > 0 else ()
+        first, last = (np.array(_numbers(headers[index], "ImagePositionPatient", 3)) for index in (0, -1))
+    except Exception:  # a broken element can raise anything; an image of one slice needs no spacing
+        return ()
+    spacing = np.zeros(3)
+    spacing[orientation[:, 0].astype(int)] = right, down, np.linalg.norm(last - first) / (len(headers) - 1)
+    return tuple(spacing.tolist()) if spacing.all() else ()
 
 
 def to_canonical(slices: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:

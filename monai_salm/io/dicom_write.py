@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM out: from a source file and new pixels to a derived instance of the same kind, and the check of the result."""
+"""DICOM out: from a source file and new pixels to a derived instance of the same kind; labels under new UIDs."""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -20,13 +19,21 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag, Tag
 
 from monai_salm import __version__
-from monai_salm.io.base import Case, FileCheck, RefusedError, Window, compare
+from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
-from monai_salm.io.dicom_pixels import decode, encode
+from monai_salm.io.dicom_pixels import encode
 from monai_salm.io.dicom_read import MANUFACTURER, MODIFYING_EQUIPMENT, Slices, check_supported, load
 from monai_salm.stored import StoredCodec
 
-__all__ = ["DECLARED_KEYWORDS", "UidMapping", "protect", "verify"]
+__all__ = [
+    "DECLARED_KEYWORDS",
+    "DECLARED_TAGS",
+    "REMOVED_TAGS",
+    "UidMapping",
+    "protect",
+    "protect_labels",
+    "raw_value",
+]
 
 IMPLEMENTATION_CLASS_UID = "2.25.200132710468809192837894090341728322117"
 """The UUID of version 5 of this project's page on PyPI."""
@@ -34,7 +41,6 @@ IMPLEMENTATION_VERSION_NAME = "MONAI_SALM"
 DERIVATION = "Pixel values were changed sparsely, within a small bound, against unauthorized model training."
 CONTRIBUTION = "Protection against unauthorized model training; not for diagnostic use"
 SERIES_SUFFIX = " [protected]"
-_FAILED = "verification_failed"
 
 DECLARED_KEYWORDS = frozenset(
     """
@@ -55,8 +61,8 @@ _REMOVED = frozenset(
     ExtendedOffsetTableLengths
     """.split()
 )
-_REMOVED_TAGS = frozenset(Tag(keyword) for keyword in _REMOVED)
-_DECLARED_TAGS = frozenset(Tag(keyword) for keyword in DECLARED_KEYWORDS)
+REMOVED_TAGS = frozenset(Tag(keyword) for keyword in _REMOVED)
+DECLARED_TAGS = frozenset(Tag(keyword) for keyword in DECLARED_KEYWORDS)
 
 
 class UidMapping(Protocol):
@@ -132,8 +138,32 @@ def _derive(source: bytes, plane: NDArray[Any], uids: UidMapping, when: datetime
         _append_item(dataset, "SourceImageSequence", reference)
         _append_item(dataset, "DerivationCodeSequence", _code("113042", "Pixel by pixel addition"))
         _append_item(dataset, "ContributingEquipmentSequence", _equipment(when))
-        path = PurePosixPath(dataset.StudyInstanceUID, dataset.SeriesInstanceUID, f"{dataset.SOPInstanceUID}.dcm")
-        return path, _to_bytes(dataset)
+        return _path(dataset), _to_bytes(dataset)
+
+
+def protect_labels(source: bytes, uids: UidMapping) -> tuple[PurePosixPath, bytes]:
+    """The segmentation of protected images: that of the originals under new UIDs, nothing else changed.
+
+    Args:
+        source: bytes of a SEG file.
+        uids: the release's UID map.
+
+    Returns:
+        Relative path as in :py:func:`protect`, and the file's bytes.
+
+    Raises:
+        RefusedError: ``unwritable``, and as ``parse`` does.
+    """
+    dataset = parse(source)
+    with refusing("unwritable", "the segmentation cannot be written under new UIDs; export it again"):
+        uids.map_dataset(dataset)
+        _remove_stale(dataset)
+        _set_meta(dataset, dataset.file_meta.TransferSyntaxUID)
+        return _path(dataset), _to_bytes(dataset)
+
+
+def _path(dataset: Dataset) -> PurePosixPath:
+    return PurePosixPath(dataset.StudyInstanceUID, dataset.SeriesInstanceUID, f"{dataset.SOPInstanceUID}.dcm")
 
 
 def _source_reference(dataset: Dataset, uids: UidMapping) -> Dataset:
@@ -164,14 +194,14 @@ def _equipment(when: datetime) -> Dataset:
 def _remove_stale(dataset: Dataset) -> None:
     """Remove what no longer holds or would leak, at any depth."""
     for tag in list(dataset.keys()):
-        if tag in _REMOVED_TAGS:
+        if tag in REMOVED_TAGS:
             del dataset[tag]
-        elif isinstance(items := _value(dataset, tag), Items):  # all sequences were parsed by the UID map
+        elif isinstance(items := raw_value(dataset, tag), Items):  # all sequences were parsed by the UID map
             for item in items:
                 _remove_stale(item)
 
 
-def _value(dataset: Dataset, tag: BaseTag) -> Any:
+def raw_value(dataset: Dataset, tag: BaseTag) -> Any:
     """The value as it is: bytes while nobody has decoded the element."""
     return dataset.get_item(tag).value
 
@@ -184,6 +214,10 @@ def _set_pixels(dataset: Dataset, plane: NDArray[Any]) -> None:
     for keyword, extreme in (("SmallestImagePixelValue", plane.min()), ("LargestImagePixelValue", plane.max())):
         if keyword in dataset:
             dataset[keyword] = DataElement(Tag(keyword), "SS" if dataset.PixelRepresentation else "US", int(extreme))
+    _set_meta(dataset, syntax)
+
+
+def _set_meta(dataset: Dataset, syntax: str) -> None:
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\0\1"
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
@@ -244,100 +278,3 @@ def _to_bytes(dataset: Dataset) -> bytes:
     buffer = io.BytesIO()
     dcmwrite(buffer, dataset, enforce_file_format=True)
     return buffer.getvalue()
-
-
-def verify(
-    source: bytes | str | os.PathLike[str],
-    written: bytes | str | os.PathLike[str],
-    limit: float,
-    *,
-    allow_unchanged: bool = False,
-) -> FileCheck:
-    """Compare a written file with its source, both parsed and decoded afresh.
-
-    Args:
-        source: the original file, or its bytes.
-        written: the protected file, or its bytes.
-        limit: largest change allowed, in stored units.
-        allow_unchanged: for slices of a volume, some of which may have nothing that can move; whoever passes it must
-            check that ``changed`` summed over the volume is above 0.
-
-    Raises:
-        RefusedError: ``verification_failed``, with the rule that does not hold: pixels, UIDs, marks of a derived
-            image, or an element that changed and is not one of :py:data:`DECLARED_KEYWORDS`.
-    """
-    before = parse(_bytes(source))
-    with refusing(_FAILED, "the written file cannot be compared with its source"):
-        after = _read_back(parse, _bytes(written))
-        undeclared = list(_undeclared_changes(before, after, _DECLARED_TAGS))  # before anything is decoded
-        _require(not undeclared, f"elements {undeclared[:4]} changed, which is not declared")
-        _check_marks(before, after)
-        old, new = decode(before), _read_back(decode, after)
-        _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
-        if allow_unchanged and np.array_equal(old, new):
-            return FileCheck(0, 0.0)
-        return compare(old, new, limit)
-
-
-def _read_back(step: Callable[[Any], Any], argument: Any) -> Any:
-    try:
-        return step(argument)
-    except RefusedError as error:
-        raise RefusedError(_FAILED, f"the written file cannot be read back ({error.reason})") from None
-
-
-def _bytes(file: bytes | str | os.PathLike[str]) -> bytes:
-    return file if isinstance(file, bytes) else read_bytes(file)
-
-
-def _require(condition: bool, rule: str) -> None:
-    if not condition:
-        raise RefusedError(_FAILED, rule)
-
-
-def _check_marks(before: Dataset, after: Dataset) -> None:
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
-        same = after.get(keyword) == before.get(keyword) and keyword in before
-        _require(not same or str(before.get(keyword)).startswith("1.2.840.10008."), f"{keyword} is the source's")
-    _require(after.file_meta.MediaStorageSOPInstanceUID == after.SOPInstanceUID, "file meta and instance UID differ")
-    _require(after.get("ImageType", [""])[0] == "DERIVED", "ImageType does not begin with DERIVED")
-    _require(not any(after.preamble), "the preamble is not empty")
-    _require(_is_protected(after), "the mark of a protected file is missing")
-
-
-def _is_protected(dataset: Dataset) -> bool:
-    try:
-        check_supported(dataset)
-    except RefusedError as error:
-        return error.reason == "already_protected"
-    return False
-
-
-def _undeclared_changes(before: Dataset, after: Dataset, declared: frozenset[BaseTag]) -> Iterator[BaseTag]:
-    """Elements at any depth that were added, removed or changed, save declared ones and mapped UIDs."""
-    for tag in sorted(before.keys() | after.keys()):
-        if tag in declared or tag.element == 0:
-            continue
-        if tag not in before or tag not in after:
-            yield tag
-        elif _raw(before, tag) != _raw(after, tag):
-            old, new = before[tag], after[tag]
-            if old.VR == new.VR == "SQ" and len(old.value) == len(new.value):
-                for old_item, new_item in zip(old.value, new.value, strict=True):
-                    yield from _undeclared_changes(old_item, new_item, _REMOVED_TAGS)
-            elif not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
-                yield tag
-
-
-def _raw(dataset: Dataset, tag: BaseTag) -> Any:
-    value = _value(dataset, tag)
-    return value.rstrip(b" \0") if isinstance(value, bytes) else value
-
-
-def _is_mapped(old: Any, new: Any) -> bool:
-    """Whether each UID is kept (the standard's own, for instance) or replaced by one of ours (below 2.25)."""
-    olds, news = ([value] if isinstance(value, str) else list(value) for value in (old, new))
-    return len(olds) == len(news) and all(
-        after == before or (after.startswith("2.25.") and not before.startswith("1.2.840.10008."))
-        for before, after in zip(olds, news, strict=True)
-    )

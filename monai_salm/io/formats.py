@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table of the formats, and what a release is made of: units, each a set of cases and the files that hold them.
 
-A unit is released as a whole or not at all: a DICOM series or image, a NIfTI file, or an archive with all its images.
+A unit is released as a whole or not at all: a DICOM series or image, a NIfTI file, an archive with all its images, or
+all images that share one label file, and that file.
 """
 
 from __future__ import annotations
@@ -81,14 +82,19 @@ def units(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
     """Cases grouped into what is released as a whole, in order of first appearance."""
     grouped: dict[tuple[Path, ...], list[Case]] = {}
     for case in cases:
-        grouped.setdefault(case.files, []).append(case)
+        grouped.setdefault((case.mask.file,) if case.mask else case.files, []).append(case)
     return [tuple(unit) for unit in grouped.values()]
+
+
+def files_of(unit: Iterable[Case]) -> tuple[Path, ...]:
+    """The image files of a unit, each once."""
+    return tuple(dict.fromkeys(path for case in unit for path in case.files))
 
 
 def protect(
     unit: Sequence[Case], deltas: Deltas, *, spatial_dims: int, window: Window, uids: Any, when: datetime
 ) -> Iterator[ProtectedFile]:
-    """Yield the protected files of one unit, in the order of its source files.
+    """Yield the protected images of one unit, in the order of its source files (labels: see ``masks.protect``).
 
     Args:
         unit: cases that share their files, see :py:func:`units`.
@@ -104,7 +110,7 @@ def protect(
     """
     options = {"spatial_dims": spatial_dims, "window": window, "uids": uids, "when": when}
     written = FORMATS[unit[0].format].protect(unit, deltas, **options)
-    for source, (name, content) in zip(unit[0].files, written, strict=True):
+    for source, (name, content) in zip(files_of(unit), written, strict=True):
         yield ProtectedFile(source, name, content)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -29,6 +29,8 @@ from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Windo
 from monai_salm.stored import StoredCodec, auto_window
 
 SUPPORTED_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float32", "float64")
+LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
+"""Of label files, which are never changed."""
 MAX_BYTES = 2**32
 """Largest decompressed file that is read."""
 MAX_TRAILING_BYTES = 2**20
@@ -63,6 +65,14 @@ class _Layout:
     slope: float
     intercept: float
     axes: _Axes
+    affine: np.ndarray
+    """(4, 4) voxel index to mm; NaN where the header's numbers make none."""
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """mm along each canonical axis; empty where the affine is degenerate."""
+        norms = np.linalg.norm(self.affine[:3, : len(self.shape)], axis=0)[list(self.axes.order)]
+        return tuple(map(float, norms)) if np.isfinite(norms).all() and norms.all() else ()
 
     @property
     def end(self) -> int:
@@ -164,6 +174,41 @@ def verify(source: Path, written: Path, limit: float) -> FileCheck:
     return compare(layout.voxels(before), layout.voxels(after), limit)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Where a file's voxels lie: shape in the file's own axes, and the (4, 4) affine from voxel index to mm."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+
+
+def read_grid(path: Path, spatial_dims: int) -> Grid:
+    """The grid of a file, from its header.
+
+    Raises:
+        RefusedError: As :py:func:`check_supported`.
+    """
+    layout = _layout(path, read_head(path), spatial_dims, LABEL_TYPES)
+    return Grid(layout.shape, layout.affine)
+
+
+def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]:
+    """The voxels of a label file on canonical axes, (*spatial), scaled if the header scales them, and their grid.
+
+    Args:
+        path: the label file.
+        spatial_dims: 2 or 3, as of its image; None takes either (then a slice is not turned to canonical axes).
+
+    Raises:
+        RefusedError: When the file is broken or of a kind that is not supported.
+    """
+    content, layout = _load(path, spatial_dims, LABEL_TYPES)
+    voxels = layout.axes.to_canonical(layout.voxels(content).astype(layout.dtype.newbyteorder("=")))
+    if (layout.slope, layout.intercept) != (1.0, 0.0):
+        voxels = voxels * layout.slope + layout.intercept
+    return np.ascontiguousarray(voxels), Grid(layout.shape, layout.affine)
+
+
 def constant(stored: np.ndarray) -> bool:
     """True if all finite values are one and the same."""
     values = stored[np.isfinite(stored)] if stored.dtype.kind == "f" else stored
@@ -188,7 +233,7 @@ def _image(content: bytearray, layout: _Layout, window: Window) -> StoredImage:
         raise RefusedError(
             "too_coarse", "the float type cannot hold small changes of values this large; rescale the image"
         )
-    return StoredImage(stored, codec)
+    return StoredImage(stored, codec, layout.spacing)
 
 
 def _window(stored: np.ndarray, layout: _Layout, window: Window) -> tuple[float, float]:
@@ -200,9 +245,9 @@ def _window(stored: np.ndarray, layout: _Layout, window: Window) -> tuple[float,
     return auto_window(stored, layout.slope, layout.intercept)
 
 
-def _load(path: Path, spatial_dims: int | None) -> tuple[bytearray, _Layout]:
+def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED_TYPES) -> tuple[bytearray, _Layout]:
     """The decompressed file and its layout; never more bytes than the header promises."""
-    layout = _layout(path, read_head(path), spatial_dims)
+    layout = _layout(path, read_head(path), spatial_dims, types)
     content = bytearray()
     try:
         with _open(path) as stream:
@@ -218,7 +263,7 @@ def _load(path: Path, spatial_dims: int | None) -> tuple[bytearray, _Layout]:
     return content + trailing, layout
 
 
-def _layout(path: Path, head: bytes, spatial_dims: int | None) -> _Layout:
+def _layout(path: Path, head: bytes, spatial_dims: int | None, types: Sequence[str] = SUPPORTED_TYPES) -> _Layout:
     header = _header(head)
     try:
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
@@ -233,7 +278,7 @@ def _layout(path: Path, head: bytes, spatial_dims: int | None) -> _Layout:
         raise RefusedError("broken_header", "shape, type or scaling of the header cannot be read") from error
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    _check_type(dtype)
+    _check_type(dtype, types)
     _check_shape(shape, spatial_dims)
     slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
     if offset < least:
@@ -241,7 +286,8 @@ def _layout(path: Path, head: bytes, spatial_dims: int | None) -> _Layout:
     plane = spatial_dims == 2
     if plane:
         shape = shape[:2]
-    layout = _Layout(tuple(map(int, shape)), dtype, offset, slope, intercept, _axes(header, len(shape), plane))
+    axes = _axes(header, len(shape), plane)
+    layout = _Layout(tuple(map(int, shape)), dtype, offset, slope, intercept, axes, _affine(header))
     size = path.stat().st_size
     if layout.end > (size * _DEFLATE_RATIO if _is_gzip(path) else size):
         raise RefusedError("truncated_file", f"the header promises {layout.end} bytes, more than the file can hold")
@@ -260,14 +306,14 @@ def _header(head: bytes) -> Any:
     raise RefusedError("broken_header", "this is not a complete NIfTI header")
 
 
-def _check_type(dtype: np.dtype[Any]) -> None:
+def _check_type(dtype: np.dtype[Any], types: Sequence[str]) -> None:
     name = dtype.newbyteorder("=").name
     if dtype.names:
         raise RefusedError("color_image", "the file holds RGB colors; only grayscale images can be protected")
     if dtype.kind == "c":
         raise RefusedError("complex_image", f"the file holds {name}; save the magnitude image instead")
-    if name not in SUPPORTED_TYPES:
-        raise RefusedError("unsupported_type", f"the file holds {name}; save it as one of {', '.join(SUPPORTED_TYPES)}")
+    if name not in types:
+        raise RefusedError("unsupported_type", f"the file holds {name}; save it as one of {', '.join(types)}")
 
 
 def _check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> None:
@@ -300,6 +346,14 @@ def _axes(header: Any, ndim: int, plane: bool) -> _Axes:
     order = tuple(int(axis) for axis in np.argsort(world[:ndim, 0]))
     flips = tuple(axis for axis in range(ndim) if world[axis, 1] == away)
     return _Axes(order[::-1] if plane else order, flips)
+
+
+def _affine(header: Any) -> np.ndarray:
+    unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # meter, micrometer; else taken for mm
+    try:
+        return np.diag([unit, unit, unit, 1.0]) @ np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+        return np.full((4, 4), np.nan)
 
 
 def _is_gzip(path: Path) -> bool:

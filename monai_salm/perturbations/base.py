@@ -55,10 +55,21 @@ class Objective(nn.Module):
         if self.view is not None:
             seen = self.view(seen, self.view.draw(len(seen), generator))
         losses = self.loss(self.network.network(seen), label)
-        self.passes += len(image)
-        self._sum = self._sum + losses.detach().sum().cpu()
-        self._count += len(image)
+        self._note(losses, len(image))
         return losses
+
+    def _note(self, losses: Tensor, count: int) -> None:
+        self.passes += count
+        self._sum = self._sum + losses.detach().sum().cpu()
+        self._count += count
+
+    def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient of the sum of the losses by ``delta``, of its shape; arguments as for the call."""
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            loss = self(image, delta, label, generator).sum()
+            (gradient,) = torch.autograd.grad(loss, delta)
+        return gradient
 
     def reset_mean(self) -> None:
         """Begin a new :py:meth:`mean`."""

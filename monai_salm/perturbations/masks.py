@@ -6,10 +6,12 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Criterion = Literal["gradient", "gradient_input", "foreground", "random"]
+Criterion = Literal["gradient", "gradient_input", "foreground", "random", "label"]
 Scope = Literal["image", "slice", "channel", "class"]
+_NEAR = 12  # voxels around a label that criterion "label" tells from farther ones
 
 
 def _checked(name: str, value: str, allowed: object) -> str:
@@ -24,9 +26,11 @@ class SparsityMask:
     Args:
         ratio: fraction of each scope's voxels that may be touched, in (0, 1]; 1 is a dense perturbation.
         criterion: the score: ``"gradient"`` |dL/dx|, ``"gradient_input"`` |dL/dx * x|, ``"foreground"`` intensity,
-            ``"random"`` uniform (the control that every other criterion has to beat).
+            ``"random"`` uniform (the control that every other criterion has to beat), ``"label"`` labeled voxels first,
+            then those around them (voxel labels only; the support then shows where the labels are).
         scope: over which voxels the fraction is taken: ``"image"``, ``"slice"`` (last spatial axis, volumes only),
-            ``"channel"``, or ``"class"`` (all images of a class in the call share one mask).
+            ``"channel"``, or ``"class"``: all images of a class in the call share one mask; with voxel labels, the
+            fraction is that of each class of each image, so that the support is as dense in one class as in another.
 
     Raises:
         ValueError: When ``ratio`` is outside (0, 1] or a name is unknown.
@@ -61,7 +65,7 @@ class SparsityMask:
         Args:
             image: (B, C, *spatial) unit intensities.
             gradient: of the same shape; needed by the gradient criteria.
-            label: (B,) classes; needed by scope ``"class"``.
+            label: (B,) classes or (B, 1, *spatial) class indices; for scope ``"class"`` and criterion ``"label"``.
             movable: of the same shape; voxels outside are never chosen. The fraction still refers to all voxels.
             generator: CPU generator of the random criterion.
 
@@ -70,12 +74,13 @@ class SparsityMask:
         """
         if self.ratio == 1:
             return torch.ones_like(image, dtype=torch.bool) if movable is None else movable.clone()
-        score = self.score(image, gradient, generator)
-        if self.scope == "class":
+        score = self._label_score(label) if self.criterion == "label" else self.score(image, gradient, generator)
+        voxelwise = label is not None and label.ndim == image.ndim
+        if self.scope == "class" and not voxelwise:
             score = self._shared(score, label)
         if movable is not None:
             score = score.masked_fill(~movable, -1.0)
-        mask = self._top(score)
+        mask = self._top_of_each_class(score, label) if self.scope == "class" and voxelwise else self._top(score)
         return mask if movable is None else mask & movable
 
     def score(self, image: Tensor, gradient: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -87,6 +92,28 @@ class SparsityMask:
         if gradient is None:
             raise ValueError(f"mask criterion {self.criterion!r} needs a gradient")
         return gradient.abs() if self.criterion == "gradient" else (gradient * image).abs()
+
+    @staticmethod
+    def _label_score(label: Tensor | None) -> Tensor:
+        """2 where there is a label, falling with the distance from it to 0."""
+        if label is None or label.ndim < 4:
+            raise ValueError("mask criterion 'label' needs voxel labels, (B, 1, *spatial)")
+        labeled = (label > 0).float()
+        pool = F.avg_pool2d if label.ndim == 4 else F.avg_pool3d
+        near = labeled
+        for _ in range(_NEAR):
+            near = pool(near, 3, stride=1, padding=1)
+        return labeled + near
+
+    def _top_of_each_class(self, score: Tensor, label: Tensor) -> Tensor:
+        mask = torch.zeros_like(score, dtype=torch.bool)
+        for one, its_label, its_score in zip(mask, label.expand_as(score), score, strict=True):
+            for value in its_label.unique():
+                places = (its_label == value).flatten().nonzero()[:, 0]
+                count = max(1, round(self.ratio * len(places)))
+                chosen = places[its_score.flatten()[places].topk(count, sorted=False).indices]
+                one.view(-1)[chosen] = True
+        return mask
 
     def _shared(self, score: Tensor, label: Tensor | None) -> Tensor:
         if label is None:

@@ -92,10 +92,7 @@ class SALM(Perturbation):
         generator: torch.Generator,
     ) -> Tensor:
         """Gradient by lattice steps at the perturbation that would be stored."""
-        delta = (steps.round() * lattice.unit_step).requires_grad_(True)
-        with torch.enable_grad():
-            loss = objective(image, delta, label, generator).sum()
-            (gradient,) = torch.autograd.grad(loss, delta)
+        gradient = objective.gradient(image, steps.round() * lattice.unit_step, label, generator)
         return gradient * lattice.unit_step.sign()
 
 

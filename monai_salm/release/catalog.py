@@ -18,14 +18,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 from pydicom.dataset import Dataset
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from monai_salm.io import dicom, formats, nifti, npz
+from monai_salm.io import dicom, formats, masks, nifti, npz
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.progress import track
+from monai_salm.release.voxels import DATASET_FILE, SHARED_MASK, Found, VoxelLabels, class_names, pair
 
 IGNORED = ("dicomdir", "labels.csv")
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
@@ -56,15 +58,26 @@ class Catalog:
         cases: what can be protected.
         refusals: everything else.
         refused_names: the real names (paths, UIDs) behind each refusal's pseudonym. Personal: never to be logged.
+        classes: names of the classes of voxels, the background first; empty without voxel labels.
+        class_voxels: voxels of each class in each case, by sample id; empty where they were not counted.
     """
 
     root: Path
     cases: tuple[Case, ...]
     refusals: tuple[Refusal, ...]
     refused_names: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    classes: tuple[str, ...] = ()
+    class_voxels: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
 
-def scan(root: Path | str, spatial_dims: int, *, window: Window = "auto", check_pixels: bool = True) -> Catalog:
+def scan(
+    root: Path | str,
+    spatial_dims: int,
+    *,
+    window: Window = "auto",
+    check_pixels: bool = True,
+    voxels: VoxelLabels | None = None,
+) -> Catalog:
     """List the cases of an export.
 
     Args:
@@ -73,22 +86,31 @@ def scan(root: Path | str, spatial_dims: int, *, window: Window = "auto", check_
             NIfTI volume is. Archives hold one or the other.
         window: ``"auto"`` or (low, high) in physical units; an image with no voxel inside is refused.
         check_pixels: decode every case once and refuse what is broken or constant; otherwise only headers are read.
+        voxels: what tells the voxel labels, from :py:func:`monai_salm.release.voxels.find_voxel_labels`. Cases then
+            have masks (checked with the pixels), label files are no cases, and what has no label is refused.
 
     Raises:
-        ValueError: When the folder is missing, empty, or holds nothing that can be protected.
+        ValueError: When the folder is missing, empty, or holds nothing that can be protected; or when what tells the
+            voxel labels does not fit it.
     """
     root = Path(root)
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims is {spatial_dims}; use 2 for slices or 3 for volumes")
     if not root.exists():
         raise ValueError(f"export {root} does not exist; check the path")
-    findings = _Findings(root.absolute(), spatial_dims)
+    classes = class_names(voxels) if voxels else ()
+    findings = _Findings(root.absolute(), spatial_dims, voxels)
     files = list(_walk(root.absolute(), findings))
     if not files and not findings.refusals:
         raise ValueError(f"export {root} is empty; name the folder that holds the images")
     for path in track(files, "reading headers"):
         findings.add(path)
     findings.close_series()
+    if voxels:
+        refused = [name for names in findings.refused_names.values() for name in names]
+        findings.cases, refusals = pair(voxels, classes, findings.cases, findings.masks, refused, spatial_dims)
+        for names, sample_id, error in refusals:
+            findings.refuse(names, error, sample_id)
     if check_pixels:
         _check_pixels(findings, window)
     if not findings.cases:
@@ -96,18 +118,23 @@ def scan(root: Path | str, spatial_dims: int, *, window: Window = "auto", check_
             f"export {root} holds no {spatial_dims}D image that can be protected. {_summary(findings.refusals)}"
         )
     cases = sorted(findings.cases, key=lambda case: findings.name(case.files[0]))
-    return Catalog(root, tuple(cases), tuple(findings.refusals), findings.refused_names)
+    refusals = tuple(findings.refusals)
+    return Catalog(root, tuple(cases), refusals, findings.refused_names, classes, findings.class_voxels)
 
 
 class _Findings:
     """Cases and refusals of a scan that is under way."""
 
-    def __init__(self, root: Path, spatial_dims: int) -> None:
+    def __init__(self, root: Path, spatial_dims: int, voxels: VoxelLabels | None) -> None:
         self.root = root
         self.spatial_dims = spatial_dims
         self.cases: list[Case] = []
         self.refusals: list[Refusal] = []
         self.refused_names: dict[str, tuple[str, ...]] = {}
+        self.class_voxels: dict[str, tuple[int, ...]] = {}
+        self.masks = Found()
+        self._voxels = voxels
+        self._mask_names = voxels.mask_names if voxels else frozenset()
         self._headers: dict[Path, Dataset] = {}
         self._broken: dict[Path, RefusedError] = {}
         self._series_in: dict[Path, set[str]] = defaultdict(set)
@@ -116,7 +143,11 @@ class _Findings:
         """Relative POSIX path; the file's own name if the export is that file."""
         return path.name if path == self.root else path.relative_to(self.root).as_posix()
 
-    def refuse(self, names: Sequence[str], error: RefusedError, name: str | None = None) -> None:
+    def tells_labels(self, path: Path) -> bool:
+        """Whether the file is the ``dataset.json`` that was read for the voxel labels."""
+        return self._voxels is not None and self.name(path) == DATASET_FILE
+
+    def refuse(self, names: Sequence[str], error: RefusedError, name: str = "") -> None:
         name = name or pseudonym(names[0])
         self.refusals.append(Refusal(name, error.reason, error.detail))
         self.refused_names[name] = tuple(names)
@@ -127,6 +158,8 @@ class _Findings:
             head = nifti.read_head(path)
             if head[128:132] == b"DICM":
                 self._add_dicom(path)
+            elif self.name(path) in self._mask_names:
+                self.masks.files[self.name(path)] = path
             elif nifti.sniff(head):
                 self._add_nifti(path)
             elif npz.sniff(head) and _is_npz(path):
@@ -161,6 +194,11 @@ class _Findings:
         header = dicom.read_header(path)
         if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return  # a DICOMDIR under another name
+        if self._voxels and dicom.is_segmentation(header):
+            self.masks.segmentations[self.name(path)] = path, dicom.seg_header(header)
+            return
+        if self.name(path) in self._mask_names:
+            self.masks.files[self.name(path)] = path  # an image that is named as a label file
         if not _text(header, "SeriesInstanceUID"):
             raise RefusedError("no_series", "the file has no SeriesInstanceUID; export the images again")
         self._headers[path] = header
@@ -182,6 +220,7 @@ class _Findings:
         series: dict[str, list[Path]] = defaultdict(list)
         for path, header in self._headers.items():
             series[_text(header, "SeriesInstanceUID")].append(path)
+            self.masks.instances[_text(header, "SOPInstanceUID")] = _text(header, "SeriesInstanceUID")
             self._series_in[path.parent].add(_text(header, "SeriesInstanceUID"))
         for paths in series.values():
             if self.spatial_dims == 3:
@@ -238,30 +277,39 @@ def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
             elif not entry.is_file(follow_symlinks=False):
                 detail = "links, devices and sockets are never followed; copy the file itself"
                 findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))
-            elif entry.name.lower() not in IGNORED:
+            elif entry.name.lower() not in IGNORED and not findings.tells_labels(path):
                 yield path
 
 
 def _check_pixels(findings: _Findings, window: Window) -> None:
     """Decode every case once; a unit with a case that cannot be protected is refused as a whole."""
     kept: list[Case] = []
-    units = formats.units(findings.cases)
-    for unit in track(units, "checking pixels"):
+    for unit in track(formats.units(findings.cases), "checking pixels"):
+        culprit = unit[0]
         try:
-            for case in unit:
-                _check_case(case, findings.spatial_dims, window)
+            for culprit in unit:
+                _check_case(culprit, findings, window)
             kept += unit
         except RefusedError as error:
-            name = unit[0].sample_id if len(unit) == 1 else None
+            if unit[0].mask and len(unit) > 1:
+                for case in unit:
+                    findings.refuse(case.names, error if case is culprit else SHARED_MASK, case.sample_id)
+                continue
+            name = unit[0].sample_id if len(unit) == 1 else ""
             archive = [str(npz.archive_name(unit[0]))] if unit[0].format == "npz" else []
             findings.refuse([*archive, *(name for case in unit for name in case.names)], error, name)
     findings.cases = kept
 
 
-def _check_case(case: Case, spatial_dims: int, window: Window) -> None:
+def _check_case(case: Case, findings: _Findings, window: Window) -> None:
     try:
-        image = formats.read(case, spatial_dims, window)
+        image = formats.read(case, findings.spatial_dims, window)
         movable = bool(image.codec.movable(torch.from_numpy(image.stored)).any())
+        if case.mask:
+            masks.check_image(image.stored, case.mask)
+            labels = masks.read_mask(case, findings.spatial_dims)
+            counts = np.bincount(labels.reshape(-1), minlength=len(case.mask.values))
+            findings.class_voxels[case.sample_id] = tuple(counts.tolist())
     except RefusedError:
         raise
     except Exception as error:  # codecs fed with broken files raise anything; their text may hold personal values

@@ -3,7 +3,7 @@
 
 Layout of the output folder::
 
-    protected/            the files to share, and labels.csv
+    protected/            the files to share; label files of voxels as they were; labels.csv, dataset.json
     manifest.jsonl        one line per shared file: what was measured on the written bytes
     private/              release.key, run.json, refusals.jsonl: stays with the owner
 
@@ -13,14 +13,13 @@ that was killed goes on where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import hmac
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,46 +29,41 @@ import numpy as np
 import torch
 
 from monai_salm import __version__
-from monai_salm.io import formats, npz
-from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.io import formats, masks
+from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
 from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
 from monai_salm.release.labels import LABELS_FILE, Cohort
+from monai_salm.release.manifest import (
+    IntegrityError,
+    ManifestRow,
+    as_lines,
+    mask_id,
+    owner_id,
+    read_manifest,
+    sweep,
+    whole_lines,
+)
 from monai_salm.release.progress import track
+from monai_salm.release.tables import dataset_json, labels_table
+from monai_salm.release.voxels import DATASET_FILE
+
+__all__ = [
+    "KEY",
+    "REFUSALS",
+    "IntegrityError",
+    "ManifestRow",
+    "prepare_output",
+    "protect_cohort",
+    "read_manifest",
+    "read_protected",
+    "read_refusals",
+]
 
 KEY = f"{door.PRIVATE}/release.key"
 REFUSALS = f"{door.PRIVATE}/refusals.jsonl"
-
-
-class IntegrityError(RuntimeError):
-    """The protected folder is not what the manifest says; nothing in it should be shared."""
-
-
-@dataclass(frozen=True)
-class ManifestRow:
-    """What is known of one protected file.
-
-    Args:
-        sample_id: the case, or a pseudonym of the archive that holds many.
-        file: path below ``protected/``.
-        sha256: of the file.
-        levels: lattice steps the budget allows.
-        max_abs: largest change, in stored units, measured on the written file.
-        changed: voxels that differ from the source.
-        voxels: all voxels of the file.
-        inputs: keyed digest of source, perturbation and settings; tells a repeated run from a different one.
-    """
-
-    sample_id: str
-    file: str
-    sha256: str
-    levels: int
-    max_abs: float
-    changed: int
-    voxels: int
-    inputs: str
 
 
 def protect_cohort(
@@ -113,12 +107,18 @@ def protect_cohort(
         try:
             rows[unit] = writer.protect(unit)
         except RefusedError as error:
-            refusals.append(Refusal(_unit_id(unit), error.reason, error.detail))
-    _finish(output_dir, rows, cohort, refusals)
+            refusals += _refuse(unit, error)
+    manifest = _finish(output_dir, rows, cohort, refusals)
     if not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
         raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / REFUSALS}")
-    return [row for unit in rows.values() for row in unit]
+    return manifest
+
+
+def _refuse(unit: Sequence[Case], error: RefusedError) -> list[Refusal]:
+    owners = list(dict.fromkeys(map(owner_id, unit)))
+    one = f"one of {len(owners)} images that share a label file: " if len(owners) > 1 else ""
+    return [Refusal(owner, error.reason, one + error.detail) for owner in owners]
 
 
 def prepare_output(source: Path | str | None, output_dir: Path | str) -> None:
@@ -142,37 +142,35 @@ def prepare_output(source: Path | str | None, output_dir: Path | str) -> None:
     door.close_output(output_dir)
 
 
-def read_manifest(output_dir: Path | str) -> list[ManifestRow]:
-    """Rows of a release's manifest; a line torn by a killed run is left out."""
-    lines = _whole_lines(Path(output_dir) / door.MANIFEST)
-    return list({row.file: row for row in (ManifestRow(**json.loads(line)) for line in lines)}.values())
-
-
 def read_refusals(output_dir: Path | str) -> list[Refusal]:
     """What the release left out, with reasons: refused files, cases without label, cases that did not verify."""
-    return [Refusal(**json.loads(line)) for line in _whole_lines(Path(output_dir) / REFUSALS)]
+    return [Refusal(**json.loads(line)) for line in whole_lines(Path(output_dir) / REFUSALS)]
 
 
 def read_protected(cohort: Cohort, output_dir: Path | str) -> dict[str, Case]:
     """The protected twin of each released case that was written, by ``sample_id``.
 
-    The twin has the same id, label, split and group; its files are the protected ones, to be read from disk by
-    :py:func:`monai_salm.io.formats.read` as any other case.
+    The twin has the same id, label, split and group; its files (and that of its mask) are the protected ones, to be
+    read from disk by :py:func:`monai_salm.io.formats.read` and ``read_mask`` as any other case.
 
     Raises:
         IntegrityError: When a file is missing or not the one that was written.
     """
     root = Path(output_dir).absolute() / door.PROTECTED
     rows = read_manifest(output_dir)
-    _sweep(root, rows)
+    sweep(root, rows, besides=[LABELS_FILE])
     files: dict[str, list[Path]] = {}
     for row in rows:
         files.setdefault(row.sample_id, []).append(root / row.file)
     twins = {}
-    for unit in formats.units(cohort.released):
-        written = tuple(files.get(_unit_id(unit), ()))
+    for case in cohort.released:
+        written = tuple(files.get(owner_id(case), ()))
         if written:
-            twins |= {case.sample_id: replace(case, files=written) for case in unit}
+            mask = case.mask
+            if mask is not None:
+                path = files[mask_id(mask)][0]
+                mask = replace(mask, file=path, name=path.relative_to(root).as_posix())
+            twins[case.sample_id] = replace(case, files=written, mask=mask)
     return twins
 
 
@@ -205,21 +203,21 @@ class _Writer:
         images = {case: formats.read(case, self._spatial_dims, self._window) for case in unit}
         deltas = {case: self._delta(case, images[case].stored, images[case].codec.step) for case in unit}
         inputs = self._digest(unit, deltas)
-        done = self._done.get(_unit_id(unit), [])
+        mask = unit[0].mask
+        owners = dict.fromkeys([*map(owner_id, unit), *([mask_id(mask)] if mask else [])])
+        done = [row for owner in owners for row in self._done.get(owner, [])]
         if any(row.inputs != inputs for row in done):
             raise ValueError(
                 "the output folder holds files made with another perturbation, budget, window or key; two versions of "
                 "one image must not share their UIDs: choose a new output folder"
             )
-        if len(done) == len(unit[0].files) and all(self._is_there(row) for row in done):
+        if len(done) == len(formats.files_of(unit)) + bool(mask) and all(self._is_there(row) for row in done):
             return done
-        levels = max(self._check_bounds(image.stored, image.codec, deltas[case]) for case, image in images.items())
-        limit = levels * max(image.codec.step for image in images.values())
-        voxels = sum(image.stored.size for image in images.values()) // len(unit[0].files)
-        written = door.commit(self._out, self._staged(unit, deltas, limit))
+        facts = self._facts(images, deltas)
+        written = door.commit(self._out, self._staged(unit, deltas, facts))
         rows = [
             ManifestRow(
-                _unit_id(unit),
+                owner,
                 file.name.relative_to(door.PROTECTED).as_posix(),
                 file.sha256,
                 levels,
@@ -228,27 +226,58 @@ class _Writer:
                 voxels,
                 inputs,
             )
-            for file in written
+            for file, (owner, levels, _, voxels) in zip(written, facts.values(), strict=True)
         ]
-        door.append_line(self._out, door.MANIFEST, _as_lines(rows))
+        door.append_line(self._out, door.MANIFEST, as_lines(rows))
         return rows
 
-    def _staged(
-        self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray], limit: float
-    ) -> Iterator[door.Staged[Any]]:
-        changed = 0
+    def _facts(
+        self, images: Mapping[Case, StoredImage], deltas: Mapping[Case, np.ndarray]
+    ) -> dict[Path, tuple[str, int, float, int]]:
+        """Of each source file: whose it is, levels of the budget, largest change allowed, voxels."""
+        facts: dict[Path, tuple[str, int, float, int]] = {}
+        owned: dict[str, list[Case]] = {}
+        for case in images:
+            owned.setdefault(owner_id(case), []).append(case)
+        for owner, cases in owned.items():
+            found = [images[case] for case in cases]
+            levels = max(self._check_bounds(images[case].stored, images[case].codec, deltas[case]) for case in cases)
+            limit = levels * max(image.codec.step for image in found)
+            files = formats.files_of(cases)
+            voxels = sum(image.stored.size for image in found) // len(files)
+            facts |= dict.fromkeys(files, (owner, levels, limit, voxels))
+        mask = next(iter(images)).mask
+        if mask is not None:
+            facts[mask.file] = (mask_id(mask), 0, 0.0, 0)
+        return facts
 
-        def verify(path: Path, source: Path) -> Any:
-            nonlocal changed
+    def _staged(
+        self,
+        unit: Sequence[Case],
+        deltas: Mapping[Case, np.ndarray],
+        facts: Mapping[Path, tuple[str, int, float, int]],
+    ) -> Iterator[door.Staged[FileCheck]]:
+        changed = Counter(dict.fromkeys(map(owner_id, unit), 0))
+        staged: dict[Path, Path] = {}
+
+        def verify(path: Path, source: Path) -> FileCheck:
+            owner, _, limit, _ = facts[source]
             check = formats.verify(unit[0].format, source, path, limit)
-            changed += check.changed
+            changed[owner] += check.changed
+            staged[source] = path
             return check
 
         options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
-        for file in formats.protect(unit, deltas.__getitem__, uids=UidMap(self._key), **options):
+        uids = UidMap(self._key)
+        for file in formats.protect(unit, deltas.__getitem__, uids=uids, **options):
             yield door.Staged(door.PROTECTED / file.name, file.content, partial(verify, source=file.source))
-        if not changed:  # still before anything is visible
+        if not all(changed.values()):  # still before anything is visible
             raise RefusedError("verification_failed", "the written files equal their sources: nothing was protected")
+        mask = unit[0].mask
+        if mask is not None:
+            name, content = masks.protect(mask, uids)
+            check = partial(masks.verify, unit, staged, spatial_dims=self._spatial_dims)
+            yield door.Staged(door.PROTECTED / name, content, check)
 
     def _delta(self, case: Case, stored: np.ndarray, step: float) -> np.ndarray:
         load = getattr(self._bank, "load", None)  # a PerturbationBank also checks that it was fitted on this image
@@ -288,7 +317,7 @@ class _Writer:
     def _digest(self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray]) -> str:
         settings = [str(self._budget), self._window, self._spatial_dims, __version__]
         digest = hmac.new(self._key, json.dumps(settings).encode(), hashlib.sha256)
-        for file in unit[0].files:
+        for file in (*formats.files_of(unit), *([unit[0].mask.file] if unit[0].mask else [])):
             digest.update(door.sha256_of(file).encode())
         for case in unit:
             digest.update(np.ascontiguousarray(deltas[case], dtype=np.int32).tobytes())
@@ -304,42 +333,25 @@ def _finish(
     rows: Mapping[tuple[Case, ...], Sequence[ManifestRow]],
     cohort: Cohort,
     refusals: Sequence[Refusal],
-) -> None:
+) -> list[ManifestRow]:
     """Write the tables in the cohort's order and sweep the folder for files that do not belong."""
-    tables = {door.MANIFEST: _as_lines([row for unit in rows.values() for row in unit]), REFUSALS: _as_lines(refusals)}
-    labels = _labels_table(rows, cohort)
-    if labels:
-        tables[f"{door.PROTECTED}/{LABELS_FILE}"] = labels
-    _write(output_dir, tables)
+    manifest = [row for unit in rows.values() for row in unit]
+    cases = [case for unit in rows for case in unit]
+    written: dict[str, list[ManifestRow]] = {}
+    for row in manifest:
+        written.setdefault(row.sample_id, []).append(row)
+    tables = {
+        LABELS_FILE: labels_table(cases, written, cohort),
+        DATASET_FILE: dataset_json(cases, cohort.root) if cohort.voxelwise and cases else "",
+    }
+    if tables[DATASET_FILE]:
+        digest = hashlib.sha256(tables[DATASET_FILE].encode()).hexdigest()
+        manifest.append(ManifestRow(pseudonym(DATASET_FILE), DATASET_FILE, digest, 0, 0.0, 0, 0, digest))
+    shared = {f"{door.PROTECTED}/{name}": text for name, text in tables.items() if text}
+    _write(output_dir, {door.MANIFEST: as_lines(manifest), REFUSALS: as_lines(refusals), **shared})
     door.close_output(output_dir)
-    _sweep(output_dir / door.PROTECTED, [row for unit in rows.values() for row in unit])
-
-
-def _labels_table(rows: Mapping[tuple[Case, ...], Sequence[ManifestRow]], cohort: Cohort) -> str:
-    """Labels of the released cases under their new names; archives carry their own."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "label", "split"])
-    labelled = [(unit[0], files) for unit, files in rows.items() if unit[0].index is None]
-    for case, files in labelled:
-        folders = {PurePosixPath(row.file).parent for row in files}
-        name = folders.pop().as_posix() if len(files) > 1 and len(folders) == 1 else files[0].file
-        table.writerow([name, cohort.classes[case.label], case.split])
-    return text.getvalue() if labelled else ""
-
-
-def _sweep(root: Path, rows: Iterable[ManifestRow]) -> None:
-    expected = {root / row.file: row.sha256 for row in rows}
-    present = {path for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
-    orphans = present - expected.keys() - {root / LABELS_FILE}
-    if orphans:
-        raise IntegrityError(
-            f"{len(orphans)} files in {root} were not written by this release and may be unprotected; "
-            "remove the folder and run again"
-        )
-    for path, digest in expected.items():
-        if path.is_symlink() or not path.is_file() or door.sha256_of(path) != digest:
-            raise IntegrityError(f"a file in {root} is missing or changed since it was written; run protect again")
+    sweep(output_dir / door.PROTECTED, manifest, besides=[LABELS_FILE])
+    return manifest
 
 
 def _start_time(output_dir: Path) -> datetime:
@@ -359,21 +371,8 @@ def _write(output_dir: Path, tables: Mapping[str, str]) -> None:
     )
 
 
-def _unit_id(unit: Sequence[Case]) -> str:
-    return unit[0].sample_id if unit[0].index is None else pseudonym(npz.archive_name(unit[0]).as_posix())
-
-
-def _as_lines(rows: Iterable[ManifestRow | Refusal]) -> str:
-    return "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text() if path.is_file() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
-
-
 def _drop_torn_line(output_dir: Path) -> None:
     path = output_dir / door.MANIFEST
-    whole = "".join(f"{line}\n" for line in _whole_lines(path))
+    whole = "".join(f"{line}\n" for line in whole_lines(path))
     if path.is_file() and path.read_text() != whole:
         _write(output_dir, {door.MANIFEST: whole})

@@ -20,6 +20,9 @@ from monai_salm.transforms.dictionary import (
     ComputeSparsityMaskD,
     ComputeSparsityMaskd,
     ComputeSparsityMaskDict,
+    LoadMaskD,
+    LoadMaskd,
+    LoadMaskDict,
     LoadStoredD,
     LoadStoredd,
     LoadStoredDict,
@@ -33,7 +36,7 @@ from monai_salm.transforms.dictionary import (
     StoredToUnitd,
     StoredToUnitDict,
 )
-from monai_salm.transforms.files import LoadStored, SaveStored
+from monai_salm.transforms.files import LoadMask, LoadStored, SaveStored
 
 __all__ = [
     "ApplyPerturbation",
@@ -48,6 +51,10 @@ __all__ = [
     "ComputeSparsityMaskD",
     "ComputeSparsityMaskDict",
     "ComputeSparsityMaskd",
+    "LoadMask",
+    "LoadMaskD",
+    "LoadMaskDict",
+    "LoadMaskd",
     "LoadStored",
     "LoadStoredD",
     "LoadStoredDict",

@@ -28,7 +28,7 @@ from monai_salm.transforms.array import (
     SnapToStored,
     StoredToUnit,
 )
-from monai_salm.transforms.files import LoadStored, SaveStored
+from monai_salm.transforms.files import LoadMask, LoadStored, SaveStored
 
 Data = Mapping[Hashable, Any]
 
@@ -57,6 +57,28 @@ class LoadStoredd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.load = LoadStored(spatial_dims=spatial_dims, window=window, root=root)
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.load(d[key])
+        return d
+
+
+class LoadMaskd(MapTransform):
+    """Dictionary version of :py:class:`monai_salm.transforms.LoadMask`.
+
+    Args:
+        keys: of the cases (:py:class:`monai_salm.io.base.Case`) whose masks are read.
+        spatial_dims: 2 for images, 3 for volumes.
+        allow_missing_keys: do not raise if a key is missing.
+    """
+
+    backend = LoadMask.backend
+
+    def __init__(self, keys: KeysCollection, *, spatial_dims: int, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.load = LoadMask(spatial_dims=spatial_dims)
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)
@@ -265,6 +287,7 @@ class SaveStoredd(MapTransform):
         return d
 
 
+LoadMaskD = LoadMaskDict = LoadMaskd
 LoadStoredD = LoadStoredDict = LoadStoredd
 StoredToUnitD = StoredToUnitDict = StoredToUnitd
 ComputeSparsityMaskD = ComputeSparsityMaskDict = ComputeSparsityMaskd
@@ -277,6 +300,7 @@ _NAMES = (
     "ApplyPerturbation",
     "ApplySparsityMask",
     "ComputeSparsityMask",
+    "LoadMask",
     "LoadStored",
     "SaveStored",
     "SnapToStored",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from monai_salm.io import dicom, formats, nifti
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.io.masks import read_mask
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import image_digest
 from monai_salm.release import commit
@@ -27,7 +28,7 @@ from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import KEY
 from monai_salm.transforms.meta import check_same_shape, codec_to_meta, meta_of, stored_array, to_signed
 
-__all__ = ["LoadStored", "SaveStored", "case_of"]
+__all__ = ["LoadMask", "LoadStored", "SaveStored", "case_of"]
 
 
 class LoadStored(Transform):
@@ -83,12 +84,45 @@ class LoadStored(Transform):
         return stored
 
 
+class LoadMask(Transform):
+    """Class index of each voxel of a case, on the grid and axes that :py:class:`LoadStored` gives the image.
+
+    Args:
+        spatial_dims: 2 for images, 3 for volumes.
+
+    Raises:
+        ValueError: When ``spatial_dims`` is neither 2 nor 3.
+    """
+
+    backend = [TransformBackends.NUMPY]
+
+    def __init__(self, *, spatial_dims: int) -> None:
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims is {spatial_dims}; use 2 for images or 3 for volumes")
+        self.spatial_dims = spatial_dims
+
+    def __call__(self, source: Case) -> Tensor:
+        """Read the mask of a case of a cohort with voxel labels.
+
+        Returns:
+            (1, *spatial) uint8; 0 is the background.
+
+        Raises:
+            RefusedError: When image and label do not fit each other.
+            ValueError: When the case has no mask.
+        """
+        mask = convert_to_tensor(read_mask(source, self.spatial_dims), track_meta=get_track_meta())
+        if isinstance(mask, MetaTensor):
+            mask.meta = {**mask.meta, "sample_id": source.sample_id}
+        return mask
+
+
 class SaveStored(Transform):
     """Write protected images as files of their own format, derived from their sources (see ``release``).
 
     One file per case (a series: per slice) goes to ``output_dir/protected``, verified before it is visible; nothing but
-    voxels (and what marks a derived DICOM file) differs from the source. A whole release with manifest, labels and
-    archives is the business of :py:func:`monai_salm.release.protect.protect_cohort`.
+    voxels (and what marks a derived DICOM file) differs from the source. A whole release with manifest, labels (of
+    voxels too) and archives is the business of :py:func:`monai_salm.release.protect.protect_cohort`.
 
     Args:
         output_dir: a new or empty folder outside of the export.

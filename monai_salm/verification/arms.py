@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arms of a study: what victims are trained on, read from files once and kept on disk at the victims' size."""
+"""Arms of a study: what victims are trained on, read from files once and kept on disk as victims see it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from monai_salm.io.base import StoredImage
-from monai_salm.perturbations.base import Objective
+from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import RandomSign
 from monai_salm.stored import lattice_of
 
-__all__ = ["Arm", "ArmWriter", "Deltas", "generator_of", "perturbed", "random_signs"]
+__all__ = [
+    "RANDOM_NOISE",
+    "Arm",
+    "ArmWriter",
+    "Deltas",
+    "Volume",
+    "VolumeArm",
+    "VolumeWriter",
+    "applied",
+    "delta_of",
+    "generator_of",
+    "perturbed",
+    "random_signs",
+]
+
+RANDOM_NOISE = RandomSign(mask=SparsityMask(ratio=1.0))
+"""The control of equal budget: every voxel moves as far as it may, in a random direction."""
 
 Deltas = Mapping[str, Any]
 """(1, *spatial) integer lattice steps by ``sample_id``: a ``PerturbationBank``, or arrays, or tensors."""
@@ -42,6 +59,11 @@ class Arm:
     labels: tuple[int, ...]
     digest: str
 
+    @property
+    def count(self) -> int:
+        """Number of cases."""
+        return len(self.labels)
+
     def load(self) -> tuple[Tensor, Tensor]:
         """Images, mapped from the file (writing to them does not change it), and labels."""
         images = np.memmap(self.path, np.float32, "c", shape=self.shape)
@@ -49,7 +71,7 @@ class Arm:
 
 
 class ArmWriter:
-    """Writes an arm, one image at a time.
+    """Writes an arm of images of one size, one at a time.
 
     Args:
         path: file to create.
@@ -77,19 +99,128 @@ class ArmWriter:
         return Arm(self._path, shape, tuple(self._labels), self._digest.hexdigest())
 
 
+@dataclass(frozen=True)
+class Volume:
+    """One labelled image.
+
+    Args:
+        image: (1, *spatial) unit intensities.
+        label: (1, *spatial) class indices, uint8.
+        spacing: mm per spatial axis, empty if unknown.
+    """
+
+    image: Tensor
+    label: Tensor
+    spacing: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class VolumeArm:
+    """Images that have a size of their own and a class per voxel, in two scratch files.
+
+    Args:
+        path: raw float32 values, one image behind the other.
+        labels: raw uint8 class indices.
+        shapes: of the images, (1, *spatial) each.
+        spacings: mm per spatial axis of each, empty if unknown.
+        digest: of all of these.
+    """
+
+    path: Path
+    labels: Path
+    shapes: tuple[tuple[int, ...], ...]
+    spacings: tuple[tuple[float, ...], ...]
+    digest: str
+
+    @property
+    def count(self) -> int:
+        """Number of cases."""
+        return len(self.shapes)
+
+    def load(self) -> list[Volume]:
+        """The cases, mapped from the files (writing to them does not change these)."""
+        if not self.shapes:
+            return []
+        # One mapping per file: one per image would be a file descriptor per image.
+        images, labels = np.memmap(self.path, np.float32, "c"), np.memmap(self.labels, np.uint8, "c")
+        ends = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)]).tolist()
+        parts = zip(ends[:-1], ends[1:], self.shapes, self.spacings, strict=True)
+        return [
+            Volume(*(torch.from_numpy(flat[a:b].reshape(shape)) for flat in (images, labels)), spacing)
+            for a, b, shape, spacing in parts
+        ]
+
+
+class VolumeWriter:
+    """Writes an arm of labelled images of any size, one at a time.
+
+    Args:
+        path: file to create; labels go to a second one beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._paths = (path, path.with_suffix(".u8"))
+        self._streams = tuple(each.open("wb") for each in self._paths)
+        self._shapes: list[tuple[int, ...]] = []
+        self._spacings: list[tuple[float, ...]] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, image: Tensor, truth: tuple[Tensor, tuple[float, ...]]) -> None:
+        """Append a (1, *spatial) image with its (1, *spatial) class indices and spacing.
+
+        Raises:
+            ValueError: When image and labels differ in shape.
+        """
+        label, spacing = truth
+        if image.shape != label.shape:
+            raise ValueError(
+                f"an image is {tuple(image.shape)}, its label {tuple(label.shape)}; they must be of one shape"
+            )
+        for stream, values, dtype in zip(self._streams, (image, label), (torch.float32, torch.uint8), strict=True):
+            content = values.to(dtype).contiguous().numpy().tobytes()
+            stream.write(content)
+            self._digest.update(content)
+        self._shapes.append(tuple(image.shape))
+        self._spacings.append(tuple(spacing))
+
+    def close(self) -> VolumeArm:
+        """What was written."""
+        for stream in self._streams:
+            stream.close()
+        self._digest.update(repr((self._shapes, self._spacings)).encode())
+        return VolumeArm(*self._paths, tuple(self._shapes), tuple(self._spacings), self._digest.hexdigest())
+
+
 def generator_of(*parts: object) -> torch.Generator:
     """A generator that depends on ``parts`` only, not on the order of cases."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def random_signs(image: StoredImage, budget: Budget, generator: torch.Generator) -> np.ndarray:
-    """The control of equal budget: every voxel moves as far as it may, in a random direction."""
+def applied(
+    method: Perturbation, image: StoredImage, label: Tensor, budget: Budget, generator: torch.Generator
+) -> np.ndarray:
+    """Perturbation of one image by a method that asks no network.
+
+    Args:
+        method: the method.
+        image: the clean image.
+        label: (1, ...) class index, or (1, 1, *spatial) class indices.
+        budget: the bound.
+        generator: of what is random.
+
+    Returns:
+        (1, *spatial) lattice steps.
+    """
     stored = torch.from_numpy(image.stored)
-    method = RandomSign(mask=SparsityMask(ratio=1.0))
-    blind = Objective(nn.Identity(), nn.functional.cross_entropy)  # RandomSign asks no network
+    blind = Objective(nn.Identity(), nn.functional.cross_entropy)
     unit, lattice = image.codec.to_unit(stored)[None], lattice_of([stored], [image.codec], budget)
-    return method(blind, unit, torch.zeros(1, dtype=torch.long), lattice, generator=generator)[0].numpy()
+    return method(blind, unit, label, lattice, generator=generator)[0].numpy()
+
+
+def random_signs(image: StoredImage, budget: Budget, generator: torch.Generator) -> np.ndarray:
+    """The perturbation of :py:data:`RANDOM_NOISE`."""
+    return applied(RANDOM_NOISE, image, torch.zeros(1, dtype=torch.long), budget, generator)
 
 
 def perturbed(image: StoredImage, delta: Any) -> Tensor:

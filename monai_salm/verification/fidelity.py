@@ -14,6 +14,7 @@ from monai.metrics import SSIMMetric
 
 from monai_salm.io import formats
 from monai_salm.io.base import StoredImage, Window
+from monai_salm.io.masks import read_mask
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
 from monai_salm.release.protect import read_protected
@@ -51,17 +52,26 @@ class Fidelity:
         self._device = torch.device(device)
         self._ssim: list[float] = []
         self._psnr: list[float] = []
+        self._psnr_foreground: list[float] = []
         self._fraction: list[float] = []
         self._errors: list[tuple[float, float, float]] = []
         self._units: set[str] = set()
 
-    def add(self, clean: StoredImage, protected: StoredImage, *, ssim: bool = True) -> None:
+    def add(
+        self,
+        clean: StoredImage,
+        protected: StoredImage,
+        *,
+        ssim: bool = True,
+        foreground: np.ndarray | None = None,
+    ) -> None:
         """Compare a case with its written copy.
 
         Args:
             clean: the original; its codec (window) is used for both.
             protected: the copy, as it was read from its file.
             ssim: measure SSIM of this case too.
+            foreground: (1, *spatial) voxels to measure PSNR inside of too; None where there are no voxel labels.
 
         Raises:
             ValueError: When the two are not of one shape and type.
@@ -79,9 +89,10 @@ class Fidelity:
         self._fraction.append(float(moved.mean()))
         self._units.add(codec.unit)
         one, other = (codec.to_unit(torch.from_numpy(image)).to(self._device) for image in (before, after))
-        squared = float((one - other).double().square().mean())
-        if squared > 0:
-            self._psnr.append(-10 * float(np.log10(squared)))
+        squared = (one - other).double().square()
+        self._psnr += _psnr(squared)
+        if foreground is not None:
+            self._psnr_foreground += _psnr(squared[torch.from_numpy(foreground).to(self._device)])
         if ssim:
             self._ssim.append(ssim_of(one, other))
 
@@ -104,6 +115,7 @@ class Fidelity:
             "n_ssim_cases": len(self._ssim),
             "ssim": _spread(self._ssim),
             "psnr": _spread(self._psnr),
+            **({"psnr_foreground": _spread(self._psnr_foreground)} if self._psnr_foreground else {}),
             "max_error_stored": stored,
             "max_error_physical": physical if len(self._units) == 1 else None,
             "max_error_window": window,
@@ -150,7 +162,8 @@ def measure_fidelity(
     fidelity = Fidelity(device)
     for case in track([case for case in cohort.released if case.sample_id in twins], "comparing files"):
         images = (formats.read(one, spatial_dims, window) for one in (case, twins[case.sample_id]))
-        fidelity.add(*images, ssim=case.sample_id in sample)
+        mask = read_mask(case, spatial_dims) if cohort.voxelwise else None
+        fidelity.add(*images, ssim=case.sample_id in sample, foreground=None if mask is None else mask > 0)
     return fidelity.result(mask_ratio)
 
 
@@ -167,6 +180,12 @@ def _changes(before: np.ndarray, after: np.ndarray, step: float) -> tuple[np.nda
         steps = np.rint(change / step) * step
         change = np.where(np.abs(change - steps) <= np.abs(np.spacing(new)), steps, change)
     return moved, change
+
+
+def _psnr(squared: torch.Tensor) -> list[float]:
+    """dB of squared errors in unit intensity; nothing where all (or none) are 0."""
+    mean = float(squared.mean()) if squared.numel() else 0.0
+    return [-10 * float(np.log10(mean))] if mean > 0 else []
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

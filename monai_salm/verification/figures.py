@@ -15,7 +15,17 @@ from PIL import Image
 
 from monai_salm.verification.strength import arms_of, values_of, victims_of
 
-__all__ = ["ARM_STYLES", "arms_plot", "curve_plots", "delta_gradient", "delta_panel", "gray_panel", "mask_panel"]
+__all__ = [
+    "ARM_STYLES",
+    "OUTLINES",
+    "arms_plot",
+    "curve_plots",
+    "delta_gradient",
+    "delta_panel",
+    "gray_panel",
+    "mask_panel",
+    "training_quantity",
+]
 
 # Label, color (Okabe and Ito, safe for color-blind readers) and marker of every arm.
 ARM_STYLES = {
@@ -23,9 +33,12 @@ ARM_STYLES = {
     "protected": ("Protected", "#D55E00", "s"),
     "random_mask": ("Random mask", "#CC79A7", "^"),
     "random_noise": ("Random noise", "#009E73", "D"),
+    "label_marker": ("Label marker", "#E69F00", "P"),
     "blind": ("Blind", "#6B7280", "X"),
 }
 _OTHER = ("#56B4E9", "v")
+OUTLINES = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
+"""Colors of class borders, for classes 1, 2, ..., from the start again where there are more."""
 _VICTIMS_PER_FIGURE = 3
 _STYLE = {
     "font.family": "sans-serif",
@@ -110,7 +123,7 @@ def _draw_column(axes: Any, x: float, values: np.ndarray, arm: str, *, labeled: 
 
 
 def curve_plots(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """Learning curves: training accuracy above, metric on clean cases below, one column per victim.
+    """Learning curves, one column per victim: training accuracy (or loss) above, metric on clean cases below.
 
     Args:
         rows: Victim trainings with a ``curve``; rows without one are left out.
@@ -125,8 +138,15 @@ def curve_plots(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     return [_curve_plot(rows, metric, chunk) for chunk in chunks]
 
 
+def training_quantity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the upper curves show: the key ``train_accuracy`` where the task has it, else ``train_loss``."""
+    known = any("train_accuracy" in point for row in rows for point in row.get("curve") or ())
+    return "train_accuracy" if known or not rows else "train_loss"
+
+
 def _curve_plot(rows: Sequence[Mapping[str, Any]], metric: str, victims: Sequence[str]) -> str:
-    quantities = {"train_accuracy": "training accuracy", metric: f"{metric.replace('_', ' ')}, clean cases"}
+    trained = training_quantity(rows)
+    quantities = {trained: trained.replace("train_", "training "), metric: f"{metric.replace('_', ' ')}, clean cases"}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10.4, 5.6), layout="constrained")
         grid = figure.subplots(2, max(2, len(victims)), sharex=True, sharey="row", squeeze=False)
@@ -174,10 +194,38 @@ def _png(image: Image.Image, side: int, resample: Image.Resampling) -> str:
     return _uri(stream.getvalue(), "png")
 
 
-def gray_panel(image: np.ndarray, side: int) -> str:
-    """PNG of an (H, W) image in unit intensity [0, 1]; what lies outside is clipped."""
+def gray_panel(image: np.ndarray, side: int, label: np.ndarray | None = None) -> str:
+    """PNG of an (H, W) image in unit intensity [0, 1]; what lies outside is clipped.
+
+    Args:
+        image: The image.
+        side: Most pixels of its longer side.
+        label: (H, W) class indices; the inner border of every class but 0 is drawn in color.
+    """
     levels = np.round(255 * np.clip(np.nan_to_num(np.asarray(image, dtype=float)), 0, 1)).astype(np.uint8)
-    return _png(Image.fromarray(levels), side, Image.Resampling.BOX)
+    if label is None:
+        return _png(Image.fromarray(levels), side, Image.Resampling.BOX)
+    # The outline is drawn at the size that is shown: a line of one voxel would vanish when a large image is reduced.
+    scale = max(1.0, max(levels.shape) / side)
+    size = [max(1, round(length / scale)) for length in levels.shape]
+    shown = np.asarray(Image.fromarray(levels).resize(size[::-1], Image.Resampling.BOX))
+    classes = np.asarray(Image.fromarray(np.asarray(label, np.uint8)).resize(size[::-1], Image.Resampling.NEAREST))
+    colors = np.repeat(shown[..., None], 3, axis=2)
+    edges = _outline(classes)
+    colors[edges] = [_rgb(OUTLINES[(index - 1) % len(OUTLINES)]) for index in classes[edges]]
+    return _png(Image.fromarray(colors), side, Image.Resampling.BOX)
+
+
+def _outline(classes: np.ndarray) -> np.ndarray:
+    """True in labelled pixels that have a neighbor of another class, or none."""
+    padded = np.pad(classes, 1, constant_values=0)
+    height, width = classes.shape
+    around = [padded[1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0))]
+    return (classes > 0) & np.any([each != classes for each in around], axis=0)
+
+
+def _rgb(color: str) -> tuple[int, ...]:
+    return tuple(round(255 * part) for part in matplotlib.colors.to_rgb(color))
 
 
 def mask_panel(mask: np.ndarray, side: int) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 
 from monai_salm.release import commit as door
 from monai_salm.release.progress import track
-from monai_salm.verification.arms import Arm
+from monai_salm.verification.arms import Arm, VolumeArm
 from monai_salm.verification.victims import train_victim
 
 __all__ = ["Job", "Ledger", "default_workers", "run_jobs"]
@@ -50,8 +50,8 @@ class Job:
 
     key: str
     make: Callable[[], nn.Module]
-    train: Arm
-    test: Arm
+    train: Arm | VolumeArm
+    test: Arm | VolumeArm
     options: Mapping[str, Any]
     keep: bool
 

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from monai_salm.io import formats
 from monai_salm.io.base import Case, StoredImage, Window
+from monai_salm.io.masks import read_mask
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
 from monai_salm.stored import StoredCodec
-from monai_salm.surrogates import ResizeView
-from monai_salm.verification.arms import ArmWriter, Deltas, delta_of, generator_of, perturbed, random_signs
+from monai_salm.verification.arms import Deltas, applied, delta_of, generator_of, perturbed
 from monai_salm.verification.fidelity import Fidelity, ssim_sample
+from monai_salm.verification.leakage import LEAKAGE_CASES, Leakage
 from monai_salm.verification.report import Example
+from monai_salm.verification.training import Task
 
-__all__ = ["OWN_ARMS", "Material", "Settings"]
+__all__ = ["Material", "Settings", "own_arms"]
 
-OWN_ARMS = ("clean", "protected", "random_noise", "blind")
 _EXAMPLES = 4
 _UNITS = {"window": "window_fraction", "physical": "physical", "stored": "stored"}
 
@@ -35,8 +36,8 @@ class Settings:
     """How images are read; see :py:class:`monai_salm.verification.study.VictimStudy`."""
 
     cohort: Cohort
+    task: Task
     spatial_dims: int
-    spatial_size: tuple[int, ...]
     window: Window
     budget: Budget
     controls: Mapping[str, Deltas]
@@ -46,11 +47,16 @@ class Settings:
     seed: int
 
 
+def own_arms(task: Task) -> tuple[str, ...]:
+    """Arms that a study makes itself, in the report's order; those of its controls come before the last."""
+    return ("clean", "protected", *task.controls, "blind")
+
+
 class Material:
-    """Arms, test cases, fidelity and examples.
+    """Arms, test cases, fidelity, leakage and examples.
 
     ``arms`` and ``test`` are on disk; ``test_protected`` has protected copies of the test cases, None unless all of
-    them have one.
+    them have one. ``present`` has the classes of each case that was read, by ``sample_id``.
 
     Args:
         settings: how to read.
@@ -69,26 +75,29 @@ class Material:
         folder: Path,
     ) -> None:
         self._settings, self._twins = settings, twins
-        self._resize = ResizeView(settings.spatial_size)
         self._train = {case.sample_id for case in train}
         self._held_out = {case.sample_id for case in held_out}
         self._deltas = self._held_out_deltas()
         self._ssim = ssim_sample(twins, settings.ssim_cases)
         self._shown = _spread_over_classes(train)
+        self._leaks = ssim_sample(self._train, LEAKAGE_CASES)
         self._limits: list[tuple[int, StoredCodec]] = []
-        self.fidelity = Fidelity(settings.device)
+        self.fidelity, self.leakage = Fidelity(settings.device), Leakage(settings.device)
         self.examples: list[Example] = []
-        names = [*OWN_ARMS[:-1], *settings.controls, OWN_ARMS[-1]]
+        self.present: dict[str, frozenset[int]] = {}
+        *first, last = own_arms(settings.task)
         # Files are numbered: the name of a control need not be a file name.
-        self._writers = {name: ArmWriter(folder / f"{index}.f32") for index, name in enumerate(names)}
-        self._test, self._test_protected = ArmWriter(folder / "test.f32"), ArmWriter(folder / "utility.f32")
+        writer = settings.task.writer
+        names = enumerate([*first, *settings.controls, last])
+        self._writers = {name: writer(folder / f"{index}.f32") for index, name in names}
+        self._test, self._test_protected = writer(folder / "test.f32"), writer(folder / "utility.f32")
         wanted = self._train | self._held_out | twins.keys()
         for case in track([case for case in settings.cohort.cases if case.sample_id in wanted], "reading cases"):
             self._read(case)
         self.arms = {name: writer.close() for name, writer in self._writers.items()}
         self.test = self._test.close()
         complete = self._test_protected.close()
-        self.test_protected = complete if len(complete.labels) == len(self.test.labels) else None
+        self.test_protected = complete if complete.count == self.test.count else None
 
     def budget(self) -> dict[str, Any]:
         """The ``budget`` part of ``docs/report.md``, over the released cases."""
@@ -109,53 +118,70 @@ class Material:
         return given() if unreleased and callable(given) else given  # type: ignore[return-value]
 
     def _read(self, case: Case) -> None:
-        settings, name = self._settings, case.sample_id
+        settings, task, name = self._settings, self._settings.task, case.sample_id
         clean = formats.read(case, settings.spatial_dims, settings.window)
-        unit = clean.codec.to_unit(torch.from_numpy(clean.stored))
+        mask = read_mask(case, settings.spatial_dims) if settings.cohort.voxelwise else None
+        self.present[name] = frozenset({case.label} if mask is None else np.unique(mask).tolist())
+        unit, truth = _unit(clean), task.truth(case, mask, clean.spacing)
         twin = self._twins.get(name)
         written = None if twin is None else formats.read(twin, settings.spatial_dims, settings.window)
         if written is not None:
-            self.fidelity.add(clean, written, ssim=name in self._ssim)
+            self.fidelity.add(clean, written, ssim=name in self._ssim, foreground=None if mask is None else mask > 0)
             self._limits.append((clean.codec.levels(settings.budget), clean.codec))
             if name in self._train:
-                self._add_to_arms(case, clean, unit, written)
+                self._add_to_arms(case, clean, written, mask, truth)
             if name in self._shown:
-                self.examples.append(self._example(case, clean, written))
+                self.examples.append(self._example(case, clean, written, mask))
         if name in self._held_out:
-            self._add(self._test, unit, case)
+            self._test.add(task.view(unit), truth)
             if written is not None:
-                self._add(self._test_protected, _unit(written), case)
+                self._test_protected.add(task.view(_unit(written)), truth)
             elif self._deltas is not None:
                 delta = delta_of(self._deltas, name, clean, "held_out_deltas")
-                self._add(self._test_protected, perturbed(clean, delta), case)
+                self._test_protected.add(task.view(perturbed(clean, delta)), truth)
 
-    def _add_to_arms(self, case: Case, clean: StoredImage, unit: Tensor, written: StoredImage) -> None:
-        settings, name = self._settings, case.sample_id
-        noise = random_signs(clean, settings.budget, generator_of(settings.seed, "random_noise", name))
-        self._add(self._writers["clean"], unit, case)
-        self._add(self._writers["protected"], _unit(written), case)
-        self._add(self._writers["random_noise"], perturbed(clean, noise), case)
-        for control, deltas in settings.controls.items():
-            delta = delta_of(deltas, name, clean, f"control {control!r}: its perturbations")
-            self._add(self._writers[control], perturbed(clean, delta), case)
-        nothing = torch.rand(1, *settings.spatial_size, generator=generator_of(settings.seed, "blind", name))
-        self._writers["blind"].add(nothing, case.label)
+    def _add_to_arms(
+        self, case: Case, clean: StoredImage, written: StoredImage, mask: np.ndarray | None, truth: Any
+    ) -> None:
+        settings, task, name = self._settings, self._settings.task, case.sample_id
+        deltas, label = {}, torch.tensor([case.label]) if mask is None else torch.from_numpy(mask)[None]
+        for control, method in task.controls.items():
+            generator = generator_of(settings.seed, control, name)
+            deltas[control] = applied(method, clean, label, settings.budget, generator)
+        for control, given in settings.controls.items():
+            deltas[control] = delta_of(given, name, clean, f"control {control!r}: its perturbations")
+        shown = task.view(_unit(clean))
+        self._writers["clean"].add(shown, truth)
+        self._writers["protected"].add(task.view(_unit(written)), truth)
+        for control, delta in deltas.items():
+            self._writers[control].add(task.view(perturbed(clean, delta)), truth)
+        nothing = torch.rand(shown.shape, generator=generator_of(settings.seed, "blind", name))
+        self._writers["blind"].add(nothing, truth)
+        if mask is not None and name in self._leaks:
+            change = written.stored.astype(np.float64) - clean.stored.astype(np.float64)
+            for arm, delta in {"protected": np.nan_to_num(change), **deltas}.items():
+                self.leakage.add(arm, delta, mask > 0)
 
-    def _add(self, writer: ArmWriter, unit: Tensor, case: Case) -> None:
-        writer.add(self._resize(unit[None])[0], case.label)
-
-    def _example(self, case: Case, clean: StoredImage, written: StoredImage) -> Example:
-        """The image, or the middle axial slice of a volume, the patient's right hand on the left side."""
+    def _example(self, case: Case, clean: StoredImage, written: StoredImage, mask: np.ndarray | None) -> Example:
+        """The image, or an axial slice of a volume (the middle one, or the one with most foreground), the patient's
+        right hand on the left side."""
         change = written.stored.astype(np.float64) - clean.stored.astype(np.float64)
         after = clean.codec.to_unit(torch.from_numpy(written.stored)).numpy()
         images = [_unit(clean).numpy(), after, np.nan_to_num(change), (change != 0) & np.isfinite(change)]
+        images += [] if mask is None else [mask]
         if self._settings.spatial_dims == 3:
-            middle = [image[..., image.shape[-1] // 2] for image in images]  # x to the right, y to the front
-            images = [image.transpose(0, 2, 1)[:, ::-1, ::-1] for image in middle]
-        planes = [image[0] for image in images]
+            at = clean.stored.shape[-1] // 2
+            if mask is not None and mask.any():
+                at = int((mask > 0).sum(axis=(0, 1, 2)).argmax())
+            images = [
+                image[..., at].transpose(0, 2, 1)[:, ::-1, ::-1] for image in images
+            ]  # x to the right, y to the front
+        *planes, label = [image[0] for image in images] + ([None] if mask is None else [])
         limit = clean.codec.levels(self._settings.budget) * clean.codec.step
-        title = f"{self._settings.cohort.classes[case.label]} ({case.sample_id})"
-        return Example(title, *planes, stored_unit="stored units", max_delta=limit)
+        title = (
+            case.sample_id if mask is not None else f"{self._settings.cohort.classes[case.label]} ({case.sample_id})"
+        )
+        return Example(title, *planes, stored_unit="stored units", max_delta=limit, label=label)
 
 
 def _unit(image: StoredImage) -> Tensor:

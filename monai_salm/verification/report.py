@@ -27,6 +27,9 @@ MISSING = "n/a"
 _IMAGE_BYTES = 2_200_000  # of all image panels; keeps the file below 3 MB
 _SIDES = (512, 384, 256, 192, 128, 64)
 _PIXELATED_BELOW = 200  # pixels; smaller images are shown with sharp pixels
+_COLUMNS = {"dice": ("dice", "hd95")}
+_PER_CLASS = {"recall": "Recall", "dice_per_class": "Dice", "hd95_per_class": "HD95"}
+_CLASS_COLUMNS = 6  # of the terminal's table; more classes do not fit on a screen
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Example:
         mask: Shape (H, W), true where a voxel was changed.
         stored_unit: Name of a stored unit, for the color bar.
         max_delta: End of the color bar, in stored units; usually the budget.
+        label: Shape (H, W), class indices, to draw their borders; None without voxel labels.
 
     Raises:
-        ValueError: When the four arrays are not two-dimensional or not of one shape.
+        ValueError: When the arrays are not two-dimensional or not of one shape.
     """
 
     title: str
@@ -53,11 +57,13 @@ class Example:
     mask: np.ndarray
     stored_unit: str
     max_delta: float
+    label: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        shapes = {name: np.shape(getattr(self, name)) for name in ("clean", "protected", "delta", "mask")}
+        names = ("clean", "protected", "delta", "mask", *(() if self.label is None else ("label",)))
+        shapes = {name: np.shape(getattr(self, name)) for name in names}
         if len(set(shapes.values())) > 1 or len(shapes["clean"]) != 2:
-            raise ValueError(f"Example {self.title!r} needs four arrays of one shape (H, W), got {shapes}.")
+            raise ValueError(f"Example {self.title!r} needs arrays of one shape (H, W), got {shapes}.")
 
 
 def _known(value: Any) -> bool:
@@ -128,6 +134,27 @@ def _words(name: Any) -> str:
     return str(name).replace("_", " ")
 
 
+def _name(metric: Any) -> str:
+    """Name of a metric in the head of a column."""
+    return {"auc": "AUC", "hd95": "HD95"}.get(str(metric), _words(metric).capitalize())
+
+
+def _columns(metric: str) -> tuple[str, ...]:
+    """Metrics of the table of all arms, the headline metric first."""
+    return _COLUMNS.get(metric, tuple(dict.fromkeys((metric, "accuracy", "balanced_accuracy", "auc"))))
+
+
+def _class_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What exists per class: key, title and classes; segmentation is shown victim by victim."""
+    tables = []
+    for key, title in _PER_CLASS.items():
+        parts = [(part.get("all") or {}).get(key) or {} for part in summary.values()]
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        if names:
+            tables.append({"key": key, "title": title, "classes": names, "by_victim": key != "recall"})
+    return tables
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     environment = Environment(
@@ -147,6 +174,7 @@ def _environment() -> Environment:
         "text": _text,
         "moment": _moment,
         "words": _words,
+        "name": _name,
         "arm": lambda arm: figures.arm_style(arm)[0],
         "color": lambda arm: figures.arm_style(arm)[1],
     }
@@ -158,8 +186,13 @@ def _panels(example: Example, side: int) -> dict[str, Any]:
     """What the template shows of an example, its images at most ``side`` pixels long."""
     height, width = np.shape(example.clean)
     change = f"changed voxels of {example.title}"
+    outlined = "" if example.label is None else ", borders of the labels in color"
     images = [
-        ("Clean", figures.gray_panel(example.clean, side), f"Clean image of {example.title}"),
+        (
+            f"Clean{outlined}",
+            figures.gray_panel(example.clean, side, example.label),
+            f"Clean image of {example.title}{outlined}",
+        ),
         ("Protected", figures.gray_panel(example.protected, side), f"Protected image of {example.title}"),
         (
             "Difference",
@@ -208,6 +241,10 @@ def write_report(results: Mapping[str, Any], examples: Sequence[Example], path: 
     if not results.get("verdict"):
         raise ValueError("results have no 'verdict'; pass what build_results returned or report.json holds.")
     rows, metric = results.get("arms") or [], str(results.get("metric") or "metric")
+    per_class = {
+        "protected": results.get("closed_gap_per_class"),
+        **(results.get("closed_gap_controls_per_class") or {}),
+    }
     html = (
         _environment()
         .get_template("report.html.j2")
@@ -217,6 +254,11 @@ def write_report(results: Mapping[str, Any], examples: Sequence[Example], path: 
             arm_names=arms_of(rows),
             victim_names=victims_of(rows),
             n_seeds=len({row["seed"] for row in rows}),
+            columns=_columns(metric),
+            class_tables=_class_tables(results.get("summary") or {}),
+            gaps_per_class={arm: gaps for arm, gaps in per_class.items() if gaps},
+            hd95_unit=next((row["hd95_unit"] for row in rows if row.get("hd95_unit")), None),
+            trained=figures.training_quantity([row for row in rows if row.get("curve")]),
             arms_plot=figures.arms_plot(rows, metric, results.get("chance")),
             curve_plots=figures.curve_plots(rows, metric),
             gradient=figures.delta_gradient(),
@@ -234,29 +276,28 @@ def verdict_table(results: Mapping[str, Any]) -> Table:
         results: Contents of ``report.json``.
 
     Returns:
-        A table with the mean and standard deviation of the headline metric over all victims and seeds, the closed gap
-        with its interval, and SSIM.
+        A table with the mean and standard deviation of the headline metric over all victims and seeds, its means per
+        class in segmentation, the closed gap with its interval, and SSIM.
     """
     metric = str(results.get("metric") or "metric")
     verdict = str(results.get("verdict") or MISSING)
     style = {"protected": "bold green", "not protected": "bold red"}.get(verdict, "bold yellow")
     title = Text.assemble("Verdict: ", (verdict, style))
     table = Table(title=title, caption=Text((results.get("verdict_reasons") or [""])[0]))
-    for name, side in (
-        ("arm", "left"),
-        ("n", "right"),
-        (_words(metric), "right"),
-        ("closed gap", "right"),
-        ("SSIM", "right"),
-    ):
-        table.add_column(name, justify=side)
+    summary = results.get("summary") or {}
+    classes = next((each["classes"] for each in _class_tables(summary) if each["key"] == f"{metric}_per_class"), [])
+    classes = classes if len(classes) <= _CLASS_COLUMNS else []
+    table.add_column("arm")
+    for name in ("n", _words(metric), *classes, "closed gap", "SSIM"):
+        table.add_column(Text(name), justify="right")
     gaps = {"protected": results.get("closed_gap"), **(results.get("closed_gap_controls") or {})}
     ssim = ((results.get("fidelity") or {}).get("ssim") or {}).get("mean")
-    for arm, part in (results.get("summary") or {}).items():
+    for arm, part in summary.items():
         cell, gap = part.get("all") or {}, gaps.get(arm) or {}
         interval = f" [{_range(gap)}]" if _known(gap.get("low")) else ""
-        shown = _number(gap.get("mean")) + interval if gap else ""
-        label = figures.arm_style(arm)[0]
-        quality = _number(ssim, 4) if arm == "protected" else ""
-        table.add_row(*(Text(t) for t in (label, str(cell.get("n", "")), _spread(cell.get(metric)), shown, quality)))
+        each = cell.get(f"{metric}_per_class") or {}
+        texts = [figures.arm_style(arm)[0], str(cell.get("n", "")), _spread(cell.get(metric))]
+        texts += [_number((each.get(name) or {}).get("mean")) for name in classes]
+        texts += [_number(gap.get("mean")) + interval if gap else "", _number(ssim, 4) if arm == "protected" else ""]
+        table.add_row(*map(Text, texts))
     return table

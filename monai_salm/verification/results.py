@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from monai_salm.verification.strength import ARMS, Row, arms_of, closed_gap, summarize
+from monai_salm.verification.leakage import leakage_warnings
+from monai_salm.verification.strength import ARMS, Row, arms_of, closed_gap, closed_gap_per_class, summarize
 from monai_salm.verification.verdict import Decision, VerdictRules, decide
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
     "write_json",
 ]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 _NUMBER = (int, float, type(None))
 _REQUIRED: dict[str, tuple[type, ...]] = {
     "schema_version": (str,),
@@ -96,6 +97,7 @@ def build_results(
     fidelity: Mapping[str, Any] | None,
     budget: Mapping[str, Any] | None,
     utility: Sequence[Mapping[str, Any]] = (),
+    leakage: Mapping[str, Any] | None = None,
     passes_per_image: Mapping[str, float] | None = None,
     timing: Mapping[str, float] | None = None,
     cohort: Mapping[str, Any] | None = None,
@@ -112,8 +114,8 @@ def build_results(
         task: One line that names the cohort and the task, for the heading.
         rows: Victim trainings; they become ``arms``.
         created: ISO 8601 time; now, in UTC, if not given.
-        metric, classes, chance, fidelity, budget, utility, passes_per_image, timing, cohort, config, versions, machine,
-            not_tested, rules: As in ``docs/report.md``.
+        metric, classes, chance, fidelity, budget, utility, leakage, passes_per_image, timing, cohort, config, versions,
+            machine, not_tested, rules: As in ``docs/report.md``.
 
     Returns:
         Plain JSON types only; NaN and infinity have become ``None``.
@@ -123,8 +125,17 @@ def build_results(
     """
     rules = rules or VerdictRules()
     gap = closed_gap(rows, metric, chance=chance)
-    decision = decide(rows, metric, chance=chance, fidelity=fidelity, budget=budget, gap=gap, rules=rules)
+    decision = decide(
+        rows, metric, chance=chance, fidelity=fidelity, budget=budget, utility=utility, gap=gap, rules=rules
+    )
     others = [arm for arm in arms_of(rows) if arm not in ("clean", "protected", "blind")]
+    per_class = {arm: closed_gap_per_class(rows, metric, arm) for arm in ("protected", *others)}
+    optional = {
+        "closed_gap_per_class": per_class.pop("protected"),
+        "closed_gap_controls_per_class": {arm: gaps for arm, gaps in per_class.items() if gaps},
+        "leakage": leakage,
+        "warnings": leakage_warnings(leakage),
+    }
     results = {
         "schema_version": SCHEMA_VERSION,
         "created": created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -150,6 +161,7 @@ def build_results(
         "versions": versions or {},
         "machine": machine or {},
         "not_tested": not_tested,
+        **{key: part for key, part in optional.items() if part},
     }
     plain: dict[str, Any] = _plain(results)
     validate_results(plain)
@@ -184,7 +196,7 @@ def _require(part: Mapping[str, Any], key: str, types: tuple[type, ...], where: 
 
 
 def validate_results(results: Mapping[str, Any]) -> None:
-    """Check the contents of ``report.json`` against schema 1.0.
+    """Check the contents of ``report.json`` against schema 1; what a later 1.x adds is not asked for.
 
     Args:
         results: Plain JSON types, as :func:`build_results` returns them or ``json.load`` reads them.
@@ -195,15 +207,17 @@ def validate_results(results: Mapping[str, Any]) -> None:
     """
     for key, types in _REQUIRED.items():
         _require(results, key, types, "report.json")
-    if results["schema_version"] != SCHEMA_VERSION:
+    if results["schema_version"].split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         found = results["schema_version"]
-        raise ValueError(f"report.json: schema_version is {found!r}, not {SCHEMA_VERSION!r}; run verify again.")
+        raise ValueError(f"report.json: schema_version is {found!r}, not like {SCHEMA_VERSION!r}; run verify again.")
     if results["verdict"] not in _VERDICTS:
         raise ValueError(f"report.json: verdict is {results['verdict']!r}, must be one of {', '.join(_VERDICTS)}.")
     seen = set()
     for index, row in enumerate(results["arms"]):
         for key, types in {**_ROW_REQUIRED, results["metric"]: _NUMBER}.items():
             _require(row, key, types, f"report.json: arms[{index}]")
+        if not isinstance(row.get(f"{results['metric']}_per_class", {}), Mapping):
+            raise ValueError(f"report.json: arms[{index}]: key '{results['metric']}_per_class' must be an object.")
         training = (row["arm"], row["victim"], row["seed"])
         if training in seen:
             raise ValueError(f"report.json: arms[{index}] repeats (arm, victim, seed) = {training}; keep one row.")

@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "arms_of",
     "closed_gap",
+    "closed_gap_per_class",
     "floor_of",
     "mean_of",
     "pairs_of",
@@ -26,7 +27,9 @@ __all__ = [
     "victims_of",
 ]
 
-ARMS = ("clean", "protected", "random_noise", "random_mask", "blind")
+ARMS = ("clean", "protected", "random_noise", "label_marker", "random_mask", "blind")
+_METRICS = ("accuracy", "balanced_accuracy", "auc", "hd95")
+_PER_CLASS = ("recall", "dice_per_class", "hd95_per_class")
 
 Row = Mapping[str, Any]
 
@@ -173,25 +176,47 @@ def closed_gap(
     }
 
 
+def closed_gap_per_class(rows: Sequence[Row], metric: str, arm: str = "protected", **options: Any) -> dict[str, Any]:
+    """The closed gap of each class, from rows that hold ``f"{metric}_per_class"``: a mean over classes hides the weak.
+
+    Args:
+        rows: Victim trainings.
+        metric: Name of the headline metric.
+        arm: The arm to compare with clean.
+        options: As of :func:`closed_gap`.
+
+    Returns:
+        ``{class: closed gap}``; empty where rows have no values per class.
+    """
+    names = dict.fromkeys(name for row in rows for name in row.get(f"{metric}_per_class") or {})
+    found = {}
+    for name in names:
+        mine = [{**row, metric: (row.get(f"{metric}_per_class") or {}).get(name)} for row in rows]
+        found[str(name)] = closed_gap(mine, metric, arm, **options)
+    return found
+
+
 def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     """Count, mean and standard deviation (ddof=1) per arm, over all victims and per victim.
 
     Args:
         rows: Victim trainings.
-        metric: Name of the headline metric; ``accuracy``, ``balanced_accuracy`` and ``auc`` join it where present.
+        metric: Name of the headline metric; ``accuracy``, ``balanced_accuracy``, ``auc`` and ``hd95`` join it where
+            present.
 
     Returns:
         ``{arm: {"all": cell, "by_victim": {victim: cell}}}``, a cell being ``{"n", <metric>: {"mean", "std"}, "recall":
-        {class: {"mean", "std"}}}``.
+        {class: {"mean", "std"}}}``, with ``dice_per_class`` and ``hd95_per_class`` beside ``recall`` where present.
     """
-    wanted = dict.fromkeys((metric, "accuracy", "balanced_accuracy", "auc"))
+    wanted = dict.fromkeys((metric, *_METRICS))
     names = [name for name in wanted if name == metric or any(name in row for row in rows)]
+    parts = [name for name in _PER_CLASS if name == "recall" or any(name in row for row in rows)]
 
     def described(chosen: Sequence[Row]) -> dict[str, Any]:
         return {
             "n": len(chosen),
             **{name: _spread(_finite(chosen, name)) for name in names},
-            "recall": _recalls(chosen),
+            **{part: _by_class(chosen, part) for part in parts},
         }
 
     summary: dict[str, Any] = {}
@@ -202,7 +227,6 @@ def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     return summary
 
 
-def _recalls(rows: Sequence[Row]) -> dict[str, Any]:
-    recalls = [row.get("recall") or {} for row in rows]
-    classes = dict.fromkeys(name for recall in recalls for name in recall)
-    return {str(name): _spread(_finite(recalls, name)) for name in classes}
+def _by_class(rows: Sequence[Row], part: str) -> dict[str, Any]:
+    cells = [row.get(part) or {} for row in rows]
+    return {str(name): _spread(_finite(cells, name)) for name in dict.fromkeys(name for cell in cells for name in cell)}

@@ -6,13 +6,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,69 +17,72 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from monai_salm import __version__
 from monai_salm.io.base import Case, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import commit as door
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
 from monai_salm.surrogates import RandomView
-from monai_salm.verification.arms import Arm, Deltas
+from monai_salm.verification.arms import Arm, Deltas, VolumeArm
 from monai_salm.verification.fidelity import SSIM_CASES
 from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
-from monai_salm.verification.material import OWN_ARMS, Material, Settings
+from monai_salm.verification.material import Material, Settings, own_arms
 from monai_salm.verification.report import verdict_table, write_report
 from monai_salm.verification.results import VerdictRules, build_results, write_json
+from monai_salm.verification.segmenters import Segmentation, Transforms
+from monai_salm.verification.setting import NOT_TESTED, machine, versions
+from monai_salm.verification.training import Task, victim_digest
 from monai_salm.verification.verdict import PROTECTED
-from monai_salm.verification.victims import METRIC, evaluate, scores, victim_digest
+from monai_salm.verification.victims import Classification
 
-__all__ = ["NOT_TESTED", "VictimStudy"]
+__all__ = ["VictimStudy"]
 
 EXIT_NOT_PROTECTED = 3
 SCRATCH = f"{door.PRIVATE}/arms"
-NOT_TESTED = (
-    "Defenses: JPEG compression, resampling, blurring and other filters that a third party may apply before training.",
-    "Adversarial training and other training methods that are made to withstand perturbations.",
-    "Networks that were pre-trained on other data, large networks, and long training schedules.",
-    "Training on a mixture of protected and clean images, and images of the same patients from elsewhere.",
-    "Detection or removal of the perturbation by someone who knows the method, or who has some of the clean images.",
-    "Readers: no physician has compared the images; SSIM and PSNR do not stand for diagnostic quality.",
-    "Other tasks on the same images, other cohorts and other scanners.",
-)
 
 
 class VictimStudy:
     """Trains victims, measures fidelity and utility, writes ``report.json`` and ``report.html``.
 
+    What victims learn follows from the cohort: to classify images, or to segment them where voxels have labels (then
+    label leakage is measured too).
+
     Arms: ``clean`` (the originals of the training cases), ``protected`` (their written files, read again from disk),
     ``random_noise`` (random signs of the full budget in every voxel), ``blind`` (uniform noise with the true labels),
-    and each of ``controls``. Controls are read with the original's window; written files with their own, as a third
-    party would. Only cases that were written are trained on, the same ones in every arm.
+    in segmentation ``label_marker`` (a checkerboard of the full budget where the labels are: what every method that
+    looks at the labels has to beat), and each of ``controls``. Controls are read with the original's window; written
+    files with their own, as a third party would. Only cases that were written are trained on, the same ones in every
+    arm.
 
     Args:
         cohort: the labelled cases.
         output_dir: folder of the release: ``protected/`` and its manifest are read, the report is written.
         spatial_dims: 2 or 3.
-        spatial_size: size of the victims' input in voxels; images are resized to it once.
+        spatial_size: size of the victims' input in voxels. In classification images are resized to it once; in
+            segmentation it is the size of a patch, and images keep their grid.
         victims: functions that build an untrained network of (B, 1, *spatial_size) images, by name.
         budget: the bound that the perturbations were fitted with.
         window: ``"auto"`` or (low, high) in physical units, as for the fit.
         seeds: seeds of the trainings, or how many (0, 1, ...).
-        epochs, batch_size, learning_rate, weight_decay: see :py:func:`monai_salm.verification.victims.train_victim`.
-        augment: random views of the training images.
+        epochs, batch_size, learning_rate, weight_decay: see
+            :py:func:`monai_salm.verification.training.train_network`.
+        augment: random views of the training images; classification.
+        transforms: makes training patches of a labelled image, such as a ``Compose`` of random crops and MONAI's usual
+            augmentation; segmentation, see :py:class:`monai_salm.verification.segmenters.Segmentation`.
+        resample: voxel size of the study relative to the files'; segmentation.
         controls: further arms, as perturbations by ``sample_id``, such as ``{"random_mask": bank}``.
         held_out_deltas: perturbations of held-out cases, or a function that makes them, to measure what protection does
             to a model that was trained on clean images. Held-out cases that were released need none.
         mask_ratio: the fraction that the configuration asked for.
         passes_per_image, timing, config: parts of the report, or functions that return them.
         eval_split: ``"test"``, or ``"val"`` to make choices without a look at the test cases.
-        rules: arguments of :py:class:`monai_salm.verification.verdict.VerdictRules`.
+        rules: arguments of :py:class:`monai_salm.verification.verdict.VerdictRules` that differ from the task's own.
         task: heading of the report.
         ssim_cases: most cases to measure SSIM on; default 200 images or 40 volumes.
         device: default: CUDA where there is one.
         workers: processes that train side by side on CPU; default one per core. They are started by ``spawn``: a
             script that runs a study needs ``if __name__ == "__main__":``.
-        seed: of the noise in the arms ``random_noise`` and ``blind``.
+        seed: of the arms that are random, such as ``random_noise`` and ``blind``.
 
     Raises:
         ValueError: When an argument is out of range.
@@ -104,6 +104,8 @@ class VictimStudy:
         learning_rate: float = 3e-3,
         weight_decay: float = 1e-2,
         augment: RandomView | None = None,
+        transforms: Transforms | None = None,
+        resample: float = 1.0,
         controls: Mapping[str, Deltas] | None = None,
         held_out_deltas: Callable[[], Deltas] | Deltas | None = None,
         mask_ratio: float | None = None,
@@ -125,11 +127,12 @@ class VictimStudy:
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else [int(one) for one in seeds]
         self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         self.recipe["weight_decay"] = weight_decay
-        self.augment, self.controls = augment, dict(controls or {})
+        self.learning = self._task(augment, transforms, resample)
+        self.controls = dict(controls or {})
         self.held_out_deltas, self.mask_ratio = held_out_deltas, mask_ratio
         self.passes_per_image, self.timing, self.config = passes_per_image, timing, config
         self.eval_split, self.task, self.seed = eval_split, task, seed
-        self.rules = VerdictRules(**dict(rules or {}))
+        self.rules = VerdictRules(**{**self.learning.rules, **(rules or {})})
         self.ssim_cases = SSIM_CASES[spatial_dims] if ssim_cases is None else ssim_cases
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.workers = default_workers(self.device) if workers is None else int(workers)
@@ -150,11 +153,11 @@ class VictimStudy:
         twins = self._twins()
         train = [case for case in self.cohort.train if case.sample_id in twins]
         held_out = self._held_out()
-        self._check_classes(train, "training cases that were protected")
-        self._check_classes(held_out, f"held-out cases ({self.eval_split})")
         door.open_output(self.output_dir)
         with self._scratch() as folder:
             material = Material(self._settings(), train, held_out, twins, folder)
+            self._check_classes(train, material.present, "training cases that were protected")
+            self._check_classes(held_out, material.present, f"held-out cases ({self.eval_split})")
             jobs = self._jobs(material.arms, material.test)
             ledger = Ledger(self.output_dir)
             run_jobs(list(jobs.values()), ledger, self.workers)
@@ -163,20 +166,21 @@ class VictimStudy:
             {"arm": arm, "victim": victim, "seed": seed, **ledger[job.key]} for (arm, victim, seed), job in jobs.items()
         ]
         self.results = build_results(
-            task=self.task or self._default_task(),
-            metric=METRIC,
+            task=(self.task or self._default_task()) + self.learning.note,
+            metric=self.learning.metric,
             rows=rows,
             classes=list(self.cohort.classes),
-            chance=1 / len(self.cohort.classes),
+            chance=self.learning.chance,
             fidelity=material.fidelity.result(self.mask_ratio),
             budget=material.budget(),
             utility=utility,
+            leakage=material.leakage.result(),
             passes_per_image=_value(self.passes_per_image),
             timing={**_value(self.timing), "verify": time.monotonic() - start},
-            cohort=self._describe_cohort(twins, held_out),
+            cohort=self._describe_cohort(twins, held_out, material.present),
             config=_value(self.config),
-            versions=_versions(),
-            machine=_machine(self.device),
+            versions=versions(),
+            machine=machine(self.device),
             not_tested=self._not_tested(utility),
             rules=self.rules,
         )
@@ -184,6 +188,8 @@ class VictimStudy:
         write_report(self.results, material.examples, self.output_dir / "report.html")
         console = Console()
         console.print(verdict_table(self.results))
+        for warning in self.results.get("warnings", ()):
+            console.print(f"Warning: {warning}", soft_wrap=True, markup=False, highlight=False)
         console.print(f"Report: {self.output_dir / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
         return self.results
 
@@ -200,11 +206,26 @@ class VictimStudy:
                 console.print(f"{results['verdict']}: {reason}", soft_wrap=True, markup=False, highlight=False)
             raise SystemExit(EXIT_NOT_PROTECTED)
 
+    def _task(self, augment: RandomView | None, transforms: Transforms | None, resample: float) -> Task:
+        """What victims learn.
+
+        Raises:
+            ValueError: When an argument belongs to the other task.
+        """
+        classes = tuple(self.cohort.classes)
+        if self.cohort.voxelwise:
+            if augment is not None:
+                raise ValueError("victims that segment are augmented by transforms=..., not by augment=...")
+            return Segmentation(classes, self.spatial_size, transforms, resample)
+        if transforms is not None or resample != 1.0:
+            raise ValueError("transforms and resample are for cohorts with voxel labels; use augment and spatial_size")
+        return Classification(classes, augment, self.spatial_size)
+
     def _settings(self) -> Settings:
         return Settings(
             cohort=self.cohort,
+            task=self.learning,
             spatial_dims=self.spatial_dims,
-            spatial_size=self.spatial_size,
             window=self.window,
             budget=self.budget,
             controls=self.controls,
@@ -225,7 +246,7 @@ class VictimStudy:
             raise ValueError(f"a study needs a victim and different seeds; got {list(self.victims)} and {self.seeds}")
         if self.recipe["epochs"] < 1 or self.recipe["batch_size"] < 1 or not self.recipe["learning_rate"] > 0:
             raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {self.recipe}")
-        taken = sorted(set(self.controls) & set(OWN_ARMS))
+        taken = sorted(set(self.controls) & set(own_arms(self.learning)))
         if taken:
             raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
 
@@ -259,13 +280,13 @@ class VictimStudy:
             )
         return list(cases)
 
-    def _check_classes(self, cases: Sequence[Case], what: str) -> None:
-        present = {case.label for case in cases}
-        missing = [name for label, name in enumerate(self.cohort.classes) if label not in present]
+    def _check_classes(self, cases: Sequence[Case], present: Mapping[str, frozenset[int]], what: str) -> None:
+        found = frozenset().union(*(present[case.sample_id] for case in cases))
+        missing = [self.cohort.classes[index] for index in self.learning.learned if index not in found]
         if missing:
             raise ValueError(
                 f"there are no {what} of class {', '.join(missing)} ({len(cases)} cases in all); add cases, or leave "
-                "the class out of the label table"
+                "the class out of the labels"
             )
 
     # ---------------------------------------------------------------- trainings
@@ -289,16 +310,15 @@ class VictimStudy:
             shutil.rmtree(folder, ignore_errors=True)
             door.close_output(self.output_dir)
 
-    def _jobs(self, arms: Mapping[str, Arm], test: Arm) -> dict[tuple[str, str, int], Job]:
+    def _jobs(self, arms: Mapping[str, Arm | VolumeArm], test: Arm | VolumeArm) -> dict[tuple[str, str, int], Job]:
         """Trainings by arm, victim and seed, in the report's order, with what tells each from all others."""
-        probe = test.load()[0][:2]
-        common = [test.digest, self.recipe, _described(self.augment), self.device.type, _versions()]
+        probe = self.learning.probe(test.load())
+        common = [test.digest, self.recipe, self.learning.describe(), self.device.type, versions()]
         jobs = {}
         for victim, make in self.victims.items():
-            kind = victim_digest(make, probe, len(self.cohort.classes))
+            kind = victim_digest(make, probe, *self.learning.output)
             for seed in self.seeds:
-                options = {**self.recipe, "seed": seed, "augment": self.augment, "device": str(self.device)}
-                options["classes"] = self.cohort.classes
+                options = {**self.recipe, "seed": seed, "task": self.learning, "device": str(self.device)}
                 for name, arm in arms.items():
                     decisive = [arm.digest, kind, seed, self.cohort.classes, *common]
                     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -311,36 +331,46 @@ class VictimStudy:
         """Clean-trained networks on clean and on protected copies of the held-out cases."""
         if material.test_protected is None:
             return []
-        rows = []
+        rows, metric, batch_size = [], self.learning.metric, int(self.recipe["batch_size"])
         for (arm, victim, seed), job in jobs.items():
             if arm == "clean":
-                network, found = ledger.network(job).to(self.device), []
-                for images, labels in (material.test.load(), material.test_protected.load()):
-                    probability = evaluate(network, images.to(self.device), int(self.recipe["batch_size"]))
-                    found.append(scores(probability, labels, self.cohort.classes)[METRIC])
-                row = {"victim": victim, "seed": seed, "clean": found[0], "protected": found[1]}
-                rows.append({**row, "difference": found[1] - found[0]})
+                network = ledger.network(job).to(self.device)
+                clean, protected = (
+                    self.learning.evaluate(network, tested.load(), batch_size, full=False)
+                    for tested in (material.test, material.test_protected)
+                )
+                row = {"victim": victim, "seed": seed, **_compared(clean[metric], protected[metric])}
+                parts = clean.get(f"{metric}_per_class")
+                if parts:
+                    others = protected[f"{metric}_per_class"]
+                    row["per_class"] = {name: _compared(parts[name], others[name]) for name in parts}
+                rows.append(row)
         return rows
 
     # ---------------------------------------------------------------- report
 
     def _default_task(self) -> str:
         images = "volumes" if self.spatial_dims == 3 else "images"
-        return f"Classification of {len(self.cohort.cases)} {images} into {len(self.cohort.classes)} classes"
+        classes = len(self.learning.learned)
+        return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes} classes"
 
-    def _describe_cohort(self, twins: Mapping[str, Case], held_out: Sequence[Case]) -> dict[str, Any]:
-        labels = [case.label for case in self.cohort.cases]
+    def _describe_cohort(
+        self, twins: Mapping[str, Case], held_out: Sequence[Case], present: Mapping[str, frozenset[int]]
+    ) -> dict[str, Any]:
+        """``per_class`` counts cases that have a class; in segmentation of those that were read."""
+        classes = [present.get(case.sample_id, {case.label}) for case in self.cohort.cases]
+        counts = {self.cohort.classes[at]: sum(at in each for each in classes) for at in self.learning.learned}
         refusals = read_refusals(self.output_dir)
         return {
-            "cases": len(labels),
+            "cases": len(classes),
             "released": len(twins),
             "held_out": len(held_out),
-            "per_class": {name: labels.count(index) for index, name in enumerate(self.cohort.classes)},
+            "per_class": counts,
             "refused": [{"case": refusal.name, "reason": refusal.reason} for refusal in refusals],
         }
 
     def _not_tested(self, utility: Sequence[Any]) -> list[str]:
-        known = list(NOT_TESTED)
+        known = [*NOT_TESTED, *self.learning.not_tested]
         if not utility:
             known.append("What protection does to a model trained on clean images: no held-out case was protected.")
         if "random_mask" not in self.controls:
@@ -354,21 +384,6 @@ def _value(given: Any) -> dict[str, Any]:
     return dict((given() if callable(given) else given) or {})
 
 
-def _described(view: nn.Module | None) -> str:
-    """Type and plain attributes of a view; PyTorch's own text leaves the attributes out."""
-    if view is None:
-        return ""
-    plain = {key: value for key, value in vars(view).items() if not key.startswith("_") and key != "training"}
-    return f"{type(view).__module__}.{type(view).__qualname__} {sorted(plain.items())} {view}"
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("monai", "torch", "numpy")}
-    return {"monai_salm": __version__, **packages, "python": platform.python_version()}
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    machine: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return machine
+def _compared(clean: float | None, protected: float | None) -> dict[str, float | None]:
+    known = clean is not None and protected is not None
+    return {"clean": clean, "protected": protected, "difference": protected - clean if known else None}

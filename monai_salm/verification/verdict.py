@@ -32,6 +32,9 @@ class VerdictRules:
         protected_above_chance: The mean protected metric may exceed chance by at most this much. Optional, and not
             applied where chance is not defined (segmentation).
         ssim_mean: Least mean SSIM between clean and protected images.
+        utility_within: A frozen clean-trained model may score at most this differently on protected copies of the
+            held-out cases: of every class the mean absolute difference over victims and seeds, of the headline metric
+            where it has no values per class. Optional.
         within_budget: The largest error must stay inside the budget in every unit in which both are known.
     """
 
@@ -44,6 +47,7 @@ class VerdictRules:
     closed_gap_low: float = 0.50
     protected_above_chance: float | None = 0.15
     ssim_mean: float = 0.95
+    utility_within: float | None = None
     within_budget: bool = True
 
 
@@ -66,14 +70,15 @@ class Decision:
     checks: tuple[Check, ...]
 
 
-def _fidelity_checks(fidelity: Row | None, budget: Row | None, rules: VerdictRules) -> list[Check]:
+def _image_checks(fidelity: Row | None, budget: Row | None, utility: Sequence[Row], rules: VerdictRules) -> list[Check]:
     fidelity = fidelity or {}
     ssim = (fidelity.get("ssim") or {}).get("mean")
     known = ssim is not None and math.isfinite(ssim)
     text = f"Mean SSIM is {ssim:.4f} (at least {rules.ssim_mean:g} is needed)." if known else "SSIM was not measured."
     otherwise = NOT_PROTECTED if known else INCONCLUSIVE
     check = Check("ssim_mean", bool(known and ssim >= rules.ssim_mean), text, otherwise)
-    return [_budget_check(fidelity, budget or {}), check] if rules.within_budget else [check]
+    checks = [_budget_check(fidelity, budget or {}), check] if rules.within_budget else [check]
+    return checks if rules.utility_within is None else [*checks, _utility_check(utility, rules.utility_within)]
 
 
 def _budget_check(fidelity: Row, budget: Row) -> Check:
@@ -86,6 +91,22 @@ def _budget_check(fidelity: Row, budget: Row) -> Check:
         return Check("within_budget", False, "The largest error was not compared with the budget.", INCONCLUSIVE)
     state = "exceeds" if over else "stays inside"
     return Check("within_budget", not over, f"The largest error {state} the budget: {detail}.", NOT_PROTECTED)
+
+
+def _utility_check(utility: Sequence[Row], within: float) -> Check:
+    differences: dict[str, list[float]] = {}
+    for row in utility:
+        for name, part in (row.get("per_class") or {"the headline metric": row}).items():
+            if part.get("difference") is not None:
+                differences.setdefault(name, []).append(abs(part["difference"]))
+    if not differences:
+        text = "What protection does to a model trained on clean images was not measured."
+        return Check("utility_within", False, text, INCONCLUSIVE)
+    means = {name: sum(values) / len(values) for name, values in differences.items()}
+    name = max(means, key=lambda each: means[each])
+    text = f"A model trained on clean images scores {_show(means[name])} differently on protected ones for {name}, "
+    text += f"{'the most of all classes' if len(means) > 1 else 'on average'} (at most {within:g} is allowed)."
+    return Check("utility_within", means[name] <= within, text, NOT_PROTECTED)
 
 
 def _study_checks(
@@ -186,6 +207,7 @@ def decide(
     chance: float | None = None,
     fidelity: Mapping[str, Any] | None = None,
     budget: Mapping[str, Any] | None = None,
+    utility: Sequence[Row] = (),
     gap: Mapping[str, Any] | None = None,
     rules: VerdictRules | None = None,
 ) -> Decision:
@@ -197,6 +219,7 @@ def decide(
         chance: What guessing reaches, ``1 / n_classes`` for balanced accuracy; ``None`` where it is not defined.
         fidelity: The ``fidelity`` part of ``report.json``.
         budget: The ``budget`` part of ``report.json``.
+        utility: The ``utility`` part of ``report.json``.
         gap: The result of :func:`closed_gap`, computed if not given.
         rules: The rules, :class:`VerdictRules` with its defaults if not given.
 
@@ -206,7 +229,7 @@ def decide(
     rules = rules or VerdictRules()
     gap = gap or closed_gap(rows, metric, chance=chance)
     strength = _strength_checks(rows, metric, chance, gap, rules)
-    images = _fidelity_checks(fidelity, budget, rules)
+    images = _image_checks(fidelity, budget, utility, rules)
     measured = [check for check in images if check.otherwise == NOT_PROTECTED]
     unmeasured = [check for check in images if check.otherwise != NOT_PROTECTED]
     checks = [*measured, *_study_checks(rows, metric, chance, gap, rules), *unmeasured, *strength]

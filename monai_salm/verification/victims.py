@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Victims: networks that a third party trains on what it was given, and how well they do on clean held-out cases."""
+"""Victims that classify: networks that a third party trains on what it was given, and how well they do afterwards."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.metrics import compute_roc_auc
 from torch import Tensor, nn
 
-from monai_salm.surrogates import RandomView
+from monai_salm.io.base import Case
+from monai_salm.perturbations.base import Perturbation
+from monai_salm.surrogates import RandomView, ResizeView
+from monai_salm.verification.arms import RANDOM_NOISE, ArmWriter
+from monai_salm.verification.training import Batches, Task, VictimResult, train_network, victim_digest
 
-__all__ = ["METRIC", "VictimResult", "evaluate", "scores", "train_victim", "victim_digest"]
+__all__ = ["METRIC", "Classification", "VictimResult", "evaluate", "scores", "train_victim", "victim_digest"]
 
 METRIC = "balanced_accuracy"
 """Headline metric of classification."""
@@ -26,103 +29,110 @@ Labelled = tuple[Tensor, Tensor]
 """(N, 1, *spatial) unit intensities and (N,) class indices."""
 
 
-@dataclass(frozen=True)
-class VictimResult:
-    """One training.
+@dataclass(frozen=True, eq=False)
+class Classification(Task):
+    """One class per image.
 
     Args:
-        row: metrics on the test cases, ``seconds`` and ``curve``, as in ``arms`` of ``docs/report.md``.
-        network: the trained network, in evaluation mode.
+        classes: their names.
+        augment: random views of the training images.
+        spatial_size: size of the victims' input in voxels; images are resized to it once.
     """
 
-    row: dict[str, Any]
-    network: nn.Module
+    name: ClassVar[str] = "Classification"
+    metric: ClassVar[str] = METRIC
+    curve_points: ClassVar[int] = 20
+    controls: ClassVar[Mapping[str, Perturbation]] = {"random_noise": RANDOM_NOISE}
+
+    classes: tuple[str, ...]
+    augment: RandomView | None = None
+    spatial_size: tuple[int, ...] = ()
+
+    @property
+    def chance(self) -> float:
+        return 1 / len(self.classes)
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        return tuple(range(len(self.classes)))
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return (len(self.classes),)
+
+    def describe(self) -> str:
+        """Type and plain attributes of the view; PyTorch's own text leaves the attributes out."""
+        view = self.augment
+        if view is None:
+            return ""
+        plain = {key: value for key, value in vars(view).items() if not key.startswith("_") and key != "training"}
+        return f"{type(view).__module__}.{type(view).__qualname__} {sorted(plain.items())} {view}"
+
+    def writer(self, path: Path) -> ArmWriter:
+        return ArmWriter(path)
+
+    def view(self, unit: Tensor) -> Tensor:
+        return ResizeView(self.spatial_size)(unit[None])[0]
+
+    def truth(self, case: Case, mask: np.ndarray | None, spacing: tuple[float, ...]) -> int:
+        return case.label
+
+    def probe(self, data: Labelled) -> Tensor:
+        return data[0][:2]
+
+    def count(self, data: Labelled) -> int:
+        return len(data[0])
+
+    def batches(self, data: Labelled, seed: int, device: torch.device) -> Batches:
+        images, labels = data[0].to(device), data[1].to(device)
+
+        def batch(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            # Batch normalization of one value per channel is an error in PyTorch; two copies are harmless.
+            index = (chosen if len(chosen) > 1 else chosen.repeat(2)).to(device)
+            seen = images[index]
+            if self.augment is not None:
+                seen = self.augment(seen, self.augment.draw(len(seen), generator))
+            return seen, labels[index]
+
+        return batch
+
+    def losses(self, output: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        right = (output.detach().argmax(1) == truth).float().mean()
+        return {"train_loss": F.cross_entropy(output, truth), "train_accuracy": right}
+
+    def evaluate(self, network: nn.Module, data: Labelled, batch_size: int, *, full: bool = True) -> dict[str, Any]:
+        return scores(evaluate(network, data[0], batch_size), data[1], self.classes)
 
 
 def train_victim(
     make: Callable[[], nn.Module],
-    train: Labelled,
-    test: Labelled,
+    train: Any,
+    test: Any,
     *,
-    classes: Sequence[str],
-    seed: int,
-    epochs: int = 30,
-    batch_size: int = 32,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 1e-2,
+    task: Task | None = None,
+    classes: Sequence[str] = (),
     augment: RandomView | None = None,
-    device: torch.device | str = "cpu",
-    metric: str = METRIC,
-    curve_points: int = 20,
+    **recipe: Any,
 ) -> VictimResult:
-    """Train one network with AdamW and a one-cycle learning rate, and test it once training is over.
-
-    The last epoch counts: nothing is chosen by the test cases. One seed gives one start, order of images and
-    augmentation in every arm, so that arms can be compared in pairs. On CPU the same seed and number of threads give
-    the same result; the global random state is left as it was.
+    """Train one network and test it, see :py:func:`monai_salm.verification.training.train_network`.
 
     Args:
-        make: builds the untrained network, which maps (B, 1, *spatial) to (B, n_classes) logits.
-        train: (N, 1, *spatial) unit intensities and (N,) labels.
+        make: builds the untrained network.
+        train: what the task's arms load; for classification (N, 1, *spatial) unit intensities and (N,) labels.
         test: clean held-out cases, of the same form.
-        classes: names of the classes.
-        seed: of start, order and augmentation.
-        epochs: passes over ``train``.
-        batch_size: largest batch; the batches of an epoch are of nearly equal size.
-        learning_rate: highest rate of the one-cycle schedule.
-        weight_decay: of AdamW.
-        augment: random views of the training images.
-        device: where to train.
-        metric: which metric the curve follows, a key of :py:func:`scores`.
-        curve_points: at most about this many epochs are tested for the curve.
-
-    Raises:
-        ValueError: When there is nothing to train or to test on.
+        task: what is learned; default: classification.
+        classes, augment: of classification, see :py:class:`Classification`.
+        recipe: the other arguments of ``train_network``.
     """
-    if not len(train[0]) or not len(test[0]):
-        raise ValueError(f"{len(train[0])} training and {len(test[0])} test cases; a victim needs at least one of each")
-    device, start = torch.device(device), time.monotonic()
-    images, labels = train[0].to(device), train[1].to(device)
-    test = (test[0].to(device), test[1].to(device))
-    n_batches = -(-len(images) // batch_size)
-    curve: list[dict[str, Any]] = []
-    generator = torch.Generator().manual_seed(seed)
-    with _seeded(seed, device):
-        network = make().to(device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=epochs * n_batches, cycle_momentum=False
-        )
-        for epoch in range(1, epochs + 1):
-            network.train()
-            loss_sum, n_right = torch.zeros((), device=device), torch.zeros((), device=device)
-            for chosen in torch.randperm(len(images), generator=generator).tensor_split(n_batches):
-                # Batch normalization of one value per channel is an error in PyTorch; two copies are harmless.
-                index = (chosen if len(chosen) > 1 else chosen.repeat(2)).to(device)
-                batch, truth = images[index], labels[index]
-                if augment is not None:
-                    batch = augment(batch, augment.draw(len(batch), generator))
-                logits = network(batch)
-                loss = F.cross_entropy(logits, truth)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                loss_sum += loss.detach() * len(chosen)
-                n_right += (logits.detach().argmax(1) == truth).float().mean() * len(chosen)
-            point = {"train_loss": float(loss_sum) / len(images), "train_accuracy": float(n_right) / len(images)}
-            tested = epoch == epochs or epoch % max(1, epochs // curve_points) == 0
-            if tested:
-                found = scores(evaluate(network, test[0], batch_size), test[1], classes)
-            curve.append({"epoch": epoch, **point, metric: found[metric] if tested else None})
-    return VictimResult({**found, "seconds": time.monotonic() - start, "curve": curve}, network.eval())
+    return train_network(task or Classification(tuple(classes), augment), make, train, test, **recipe)
 
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
-    """(N, n_classes) probabilities on CPU, of (N, 1, *spatial) images on the network's device."""
+    """(N, n_classes) probabilities on CPU, of (N, 1, *spatial) images."""
     network.eval()
-    logits = torch.cat([network(batch) for batch in images.split(batch_size)])
+    device = next((weight.device for weight in network.parameters()), images.device)
+    logits = torch.cat([network(batch.to(device)) for batch in images.split(batch_size)])
     return logits.float().softmax(1).nan_to_num(0.0).cpu()
 
 
@@ -151,43 +161,3 @@ def scores(probability: Tensor, label: Tensor, classes: Sequence[str]) -> dict[s
         "auc": sum(aucs) / len(aucs) if aucs else None,
         "recall": recall,
     }
-
-
-def victim_digest(make: Callable[[], nn.Module], images: Tensor, n_classes: int) -> str:
-    """What tells one kind of victim from another: its layers and the weights that it starts from.
-
-    Args:
-        make: builds the network.
-        images: (B, 1, *spatial) images to try it on.
-        n_classes: how many outputs it must have.
-
-    Raises:
-        ValueError: When its output does not fit the classes.
-    """
-    with _seeded(0, torch.device("cpu")), torch.no_grad():
-        network = make().eval()
-        shape = tuple(network(images).shape)
-    if shape != (len(images), n_classes):
-        raise ValueError(
-            f"a victim ({type(network).__name__}) gives {shape} for {len(images)} images of {n_classes} classes; "
-            f"build it with {n_classes} outputs"
-        )
-    digest = hashlib.sha256(f"{network}".encode())
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators that initialization and dropout draw from, and restore them on leaving."""
-    index = None
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-    with torch.random.fork_rng(devices=[] if index is None else [index]):
-        torch.default_generator.manual_seed(seed)
-        if index is not None:
-            torch.cuda.init()
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield

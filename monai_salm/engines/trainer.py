@@ -10,8 +10,6 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +23,15 @@ from torch.utils.data import Dataset
 
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
+from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
-from monai_salm.perturbations.codes import class_codes
-from monai_salm.records import Record, image_digest
+from monai_salm.records import Record
 from monai_salm.release.progress import track
-from monai_salm.stored import StoredCodec, lattice_of
-from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
+from monai_salm.stored import lattice_of
 
-CODE_STRENGTH = (1.0, 4.0)
-"""Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
 SETTLED_OVER = 3
 """Rounds over which the loss is compared to tell whether it has settled."""
-VOXELS_AT_ONCE = 2**25
-"""Bound on the native voxels of a perturbation batch: about 1.5 GB of intermediate values."""
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What the fit must know of a case before it touches its voxels again."""
-
-    sample_id: str
-    label: int
-    codec: StoredCodec
-    shape: tuple[int, ...]
-    digest: str
-    levels: int
 
 
 class PerturbationTrainer(Trainer):
@@ -69,7 +50,8 @@ class PerturbationTrainer(Trainer):
     Args:
         device: where to compute.
         max_epochs: rounds at most; fewer when the loss settles.
-        dataset: items ``{"image": stored values from LoadStored, "label": class index}``. Shapes may differ.
+        dataset: items ``{"image": stored values from LoadStored, "label": class index}``, or with (1, *spatial) class
+            indices from LoadMask for voxel labels. Shapes may differ.
         objective: surrogate, loss and views; its network is trained here.
         optimizer: of the surrogate's parameters.
         perturbation: the method, such as :py:class:`monai_salm.perturbations.salm.SALM`.
@@ -111,24 +93,24 @@ class PerturbationTrainer(Trainer):
             raise ValueError(
                 f"rounds {max_epochs}, surrogate_steps {surrogate_steps} and batch_size {batch_size} must be 1 or more"
             )
-        self.dataset, self.objective, self.optimizer, self.perturbation = dataset, objective, optimizer, perturbation
+        self.objective, self.optimizer, self.perturbation = objective, optimizer, perturbation
         self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
         self.model_file, self.transplant = model_file, transplant
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self._compute_device = torch.device(device)
         self.objective.to(self._compute_device)
-        self.facts = self._examine(dataset)
+        self.cases = Cases(dataset, self.budget, self._compute_device)
         super().__init__(
             device=self._compute_device,
             max_epochs=max_epochs,
-            data_loader=_Steps(len(self.facts), batch_size, seed),
+            data_loader=_Steps(len(self.cases), batch_size, seed),
             epoch_length=surrogate_steps,
             decollate=False,
         )
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
         self.deltas: dict[str, Tensor] = {}
-        self._seen: dict[int, Tensor] = {}  # images at the size the network sees
+        self.samples = self._samples()
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
@@ -160,17 +142,17 @@ class PerturbationTrainer(Trainer):
         Returns:
             (C, *spatial) integer lattice steps by sample id.
         """
-        facts = self._examine(dataset)
+        cases = Cases(dataset, self.budget, self._compute_device)
         deltas: dict[str, Tensor] = {}
         for call in range(calls or self.state.epoch):
-            for batch in self._batches(facts):
-                deltas |= self._perturb(dataset, facts, batch, deltas, ("other", call))
+            for batch in cases.batches(self.batch_size):
+                deltas |= self._perturb(cases, batch, deltas, ("other", call))
         return deltas
 
     @property
     def passes_per_image(self) -> dict[str, float]:
         """Forward and backward passes through the surrogate per image, by purpose."""
-        training, perturbing = (n / len(self.facts) for n in (self.surrogate_passes, self.perturbation_passes))
+        training, perturbing = (n / len(self.cases) for n in (self.surrogate_passes, self.perturbation_passes))
         return {"surrogate_training": training, "perturbation": perturbing, "total": training + perturbing}
 
     def fingerprint(self) -> str:
@@ -184,7 +166,7 @@ class PerturbationTrainer(Trainer):
             "perturbation": str(self.perturbation),
             "budget": str(self.budget),
             "rounds": [self.state.max_epochs, self.state.epoch_length, self.batch_size, self.seed, self.settle],
-            "cases": [[fact.sample_id, fact.label, fact.digest] for fact in self.facts],
+            "cases": [[fact.sample_id, fact.label, fact.digest] for fact in self.cases.facts],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -196,7 +178,7 @@ class PerturbationTrainer(Trainer):
         """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
         started, before = time.monotonic(), self.objective.passes
         generator = self._generator("step", engine.state.iteration)
-        image, delta, label = self._perturbed(batchdata, generator)
+        image, delta, label = self.samples(batchdata, self.deltas, generator)
         if self.transplant:
             image = image[torch.randperm(len(image), generator=generator).to(image.device)]
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -210,29 +192,13 @@ class PerturbationTrainer(Trainer):
         next(self._bar, None)
         return [{CommonKeys.LOSS: loss.detach()}]
 
-    def _perturbed(self, batch: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Images and perturbations (B, 1, *spatial_size) as the network sees them, in unit intensity, and labels."""
-        view, images, deltas = self.objective.network.view, [], []
-        for at in batch:
-            fact = self.facts[at]
-            if at not in self._seen:
-                self._seen[at] = view(fact.codec.to_unit(self._stored(self.dataset, at)[None]))
-            images.append(self._seen[at])
-            delta = self.deltas.get(fact.sample_id)
-            if delta is not None:
-                deltas.append(view(delta[None].to(self._compute_device).float() * fact.codec.unit_step))
-            elif self.transplant:
-                strength = torch.empty(()).uniform_(*CODE_STRENGTH, generator=generator)
-                code = self._codes(tuple(images[-1].shape[2:]))[fact.label]
-                deltas.append(float(strength) * fact.levels * abs(fact.codec.unit_step) * code[None])
-            else:
-                deltas.append(torch.zeros_like(images[-1]))
-        return torch.cat(images), torch.cat(deltas), self._labels(self.facts, batch)
-
-    @lru_cache(maxsize=1)  # noqa: B019 - a trainer lives as long as the process
-    def _codes(self, spatial_size: tuple[int, ...]) -> Tensor:
-        classes = 1 + max(fact.label for fact in self.facts)
-        return class_codes(spatial_size, classes, _derive(self.seed, "codes")).to(self._compute_device)
+    def _samples(self) -> Samples:
+        """What the surrogate trains on: whole images, or patches of volumes with voxel labels."""
+        options = {"coded": self.transplant, "seed": _derive(self.seed, "codes")}
+        if self.cases.voxelwise:
+            return Patches(self.cases, self.objective.tile_size, **options)
+        view = self.objective.network.view
+        return ResizedImages(self.cases, view.spatial_size, view, **options)
 
     def _warmth(self, step: int) -> float:
         """Learning rate of a round's step as a fraction of the optimizer's: warm-up over a fifth, then a cosine."""
@@ -252,74 +218,36 @@ class PerturbationTrainer(Trainer):
         """One call of the perturbation for every case; returns the mean objective on the way."""
         started, before = time.monotonic(), self.objective.passes
         self.objective.reset_mean()
-        for batch in self._batches(self.facts):
-            position = ("round", self.state.epoch)
-            self.deltas |= self._perturb(self.dataset, self.facts, batch, self.deltas, position)
+        for batch in self.cases.batches(self.batch_size):
+            self.deltas |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
             next(self._bar, None)
         self.perturbation_passes += self.objective.passes - before
         self.seconds += time.monotonic() - started
         return self.objective.mean()
 
     def _perturb(
-        self,
-        dataset: Dataset,
-        facts: Sequence[_Facts],
-        batch: Sequence[int],
-        deltas: Mapping[str, Tensor],
-        position: tuple,
+        self, cases: Cases, batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
     ) -> dict[str, Tensor]:
-        stored = [self._stored(dataset, at) for at in batch]
-        codecs = [facts[at].codec for at in batch]
-        lattice = lattice_of(stored, codecs, self.budget)
+        facts = [cases.facts[at] for at in batch]
+        stored = [cases.stored(at) for at in batch]
+        codecs = [fact.codec for fact in facts]
         image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
-        start = [deltas.get(facts[at].sample_id) for at in batch]
+        start = [deltas.get(fact.sample_id) for fact in facts]
         begin = None if start[0] is None else torch.stack([delta.to(image.device) for delta in start])
         found = self.perturbation(
             self.objective,
             image,
-            self._labels(facts, batch),
-            lattice,
+            cases.labels(batch),
+            lattice_of(stored, codecs, self.budget),
             begin,
-            generator=self._generator(*position, facts[batch[0]].sample_id),
+            generator=self._generator(*position, facts[0].sample_id),
         )
-        return {facts[at].sample_id: _compact(delta, facts[at].levels) for at, delta in zip(batch, found, strict=True)}
-
-    def _batches(self, facts: Sequence[_Facts]) -> list[list[int]]:
-        """Positions of cases of one shape, as many at a time as batch size and memory allow."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for at, fact in enumerate(facts):
-            by_shape.setdefault(fact.shape, []).append(at)
-        batches = []
-        for shape, group in by_shape.items():
-            size = max(1, min(self.batch_size, VOXELS_AT_ONCE // math.prod(shape)))
-            batches += [group[i : i + size] for i in range(0, len(group), size)]
-        return batches
+        return {fact.sample_id: _compact(delta, fact.levels) for fact, delta in zip(facts, found, strict=True)}
 
     def _settled(self) -> bool:
         if not self.settle or len(self.scores) <= SETTLED_OVER:
             return False
         return self.scores[-1] > (1 - self.settle) * self.scores[-1 - SETTLED_OVER]
-
-    def _examine(self, dataset: Dataset) -> list[_Facts]:
-        facts = []
-        for at in track(range(len(dataset)), "reading"):  # type: ignore[arg-type]
-            item = dataset[at]
-            image = item[CommonKeys.IMAGE]
-            codec = codec_of(image, None)
-            stored = stored_array(image, codec)
-            sample_id, label = meta_of(image, "sample_id"), int(item[CommonKeys.LABEL])
-            facts.append(_Facts(sample_id, label, codec, stored.shape, image_digest(stored), codec.levels(self.budget)))
-        if not facts or len({fact.sample_id for fact in facts}) < len(facts):
-            raise ValueError(
-                f"the dataset has {len(facts)} cases; it needs at least one, and every sample_id only once"
-            )
-        return facts
-
-    def _stored(self, dataset: Dataset, at: int) -> Tensor:
-        return plain_tensor(dataset[at][CommonKeys.IMAGE]).to(self._compute_device)
-
-    def _labels(self, facts: Sequence[_Facts], batch: Sequence[int]) -> Tensor:
-        return torch.tensor([facts[at].label for at in batch], device=self._compute_device)
 
     def _generator(self, *position: Any) -> torch.Generator:
         return torch.Generator().manual_seed(_derive(self.seed, *position))
@@ -339,7 +267,7 @@ class PerturbationTrainer(Trainer):
         )
 
     def _records(self) -> Iterator[Record]:
-        for fact in self.facts:
+        for fact in self.cases.facts:
             yield Record(fact.sample_id, self.deltas[fact.sample_id], fact.digest, fact.levels, fact.codec.step)
 
     def _restore(self) -> None:
@@ -356,10 +284,10 @@ class PerturbationTrainer(Trainer):
         self.state.iteration = round_ * self.state.epoch_length
         self.data_loader.start = self.state.iteration
         if not self.bank.finished:
-            self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.facts}
+            self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.cases.facts}
 
     def _ticks_left(self) -> int:
-        passes = len(self._batches(self.facts))
+        passes = len(self.cases.batches(self.batch_size))
         return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes)
 
 

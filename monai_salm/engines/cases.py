@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cohort as the fit sees it: facts of each case, and batches of what the surrogate trains on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from monai.utils import CommonKeys
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.codes import class_codes, voxel_codes
+from monai_salm.perturbations.voxels import IGNORED
+from monai_salm.records import as_array, image_digest
+from monai_salm.release.progress import track
+from monai_salm.stored import StoredCodec
+from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
+
+CODE_STRENGTH = (1.0, 4.0)
+"""Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
+VOXELS_AT_ONCE = 2**25
+"""Bound on the native voxels of a perturbation batch: about 1.5 GB of intermediate values."""
+FOREGROUND_PATCHES = 0.75
+"""Part of the patches that lie around a labeled voxel, where there is one; the others lie anywhere."""
+
+Sample = tuple[Tensor, Tensor, Tensor]
+"""Images and perturbations (B, 1, *size) in unit intensity, and labels, as a surrogate's step takes them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the fit must know of a case before it touches its voxels again.
+
+    ``label`` is a class index, or for voxel labels their digest.
+    """
+
+    sample_id: str
+    label: int | str
+    codec: StoredCodec
+    shape: tuple[int, ...]
+    digest: str
+    levels: int
+
+
+class Cases:
+    """The cases of a dataset, read once.
+
+    Args:
+        dataset: items ``{"image": stored values from LoadStored, "label": class index}``, or with voxel labels, which
+            are (1, *spatial) class indices.
+        budget: largest change of a voxel.
+        device: where tensors are handed out.
+
+    Raises:
+        ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or an image and its
+            voxel labels differ in shape.
+    """
+
+    def __init__(self, dataset: Dataset, budget: Budget, device: torch.device) -> None:
+        self.dataset, self.device = dataset, device
+        self.n_classes, self.voxelwise = 0, False
+        self.facts = [self._examine(at, budget) for at in track(range(len(dataset)), "reading")]  # type: ignore[arg-type]
+        if not self.facts or len({fact.sample_id for fact in self.facts}) < len(self.facts):
+            raise ValueError(
+                f"the dataset has {len(self.facts)} cases; it needs at least one, and every sample_id only once"
+            )
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def stored(self, at: int) -> Tensor:
+        """(1, *spatial) stored values."""
+        return plain_tensor(self.dataset[at][CommonKeys.IMAGE]).to(self.device)
+
+    def unit(self, at: int) -> Tensor:
+        """(1, *spatial) unit intensities."""
+        return self.facts[at].codec.to_unit(self.stored(at))
+
+    def label(self, at: int) -> Tensor:
+        """Class index, or (1, *spatial) class indices."""
+        return _label(self.dataset[at]).to(self.device)
+
+    def labels(self, batch: Sequence[int]) -> Tensor:
+        """(B,) class indices, or (B, 1, *spatial) of cases of one shape."""
+        return torch.stack([self.label(at) for at in batch])
+
+    def unit_delta(self, at: int, delta: Tensor) -> Tensor:
+        """A case's perturbation in unit intensity."""
+        return delta.to(self.device).float() * self.facts[at].codec.unit_step
+
+    def unit_budget(self, at: int) -> float:
+        """A case's budget in unit intensity."""
+        return self.facts[at].levels * abs(self.facts[at].codec.unit_step)
+
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """Positions of cases of one shape, as many at a time as batch size and memory allow."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for at, fact in enumerate(self.facts):
+            by_shape.setdefault(fact.shape, []).append(at)
+        batches = []
+        for shape, group in by_shape.items():
+            size = max(1, min(batch_size, VOXELS_AT_ONCE // math.prod(shape)))
+            batches += [group[i : i + size] for i in range(0, len(group), size)]
+        return batches
+
+    def _examine(self, at: int, budget: Budget) -> Facts:
+        item = self.dataset[at]
+        image, label = item[CommonKeys.IMAGE], _label(item)
+        codec = codec_of(image, None)
+        stored = stored_array(image, codec)
+        self.n_classes = max(self.n_classes, 1 + int(label.max()))
+        sample_id, target = meta_of(image, "sample_id"), int(label) if label.ndim == 0 else ""
+        if label.ndim:
+            self.voxelwise = True
+            target = hashlib.sha256(as_array(label).tobytes()).hexdigest()
+            if tuple(label.shape) != stored.shape:
+                raise ValueError(
+                    f"{sample_id}: image {stored.shape} and voxel labels {tuple(label.shape)} differ in shape; "
+                    "load both with LoadStored and LoadMask"
+                )
+        return Facts(sample_id, target, codec, stored.shape, image_digest(stored), codec.levels(budget))
+
+
+def _label(item: Mapping[str, object]) -> Tensor:
+    label = item[CommonKeys.LABEL]
+    return plain_tensor(label) if isinstance(label, Tensor) else torch.tensor(int(label))  # type: ignore[call-overload]
+
+
+class Samples:
+    """Training samples of a surrogate: where a case has no perturbation yet, a class code stands for it, or nothing.
+
+    Args:
+        cases: the cohort.
+        size: of a sample in voxels.
+        coded: show class codes where there is no perturbation.
+        seed: of the codes.
+    """
+
+    def __init__(self, cases: Cases, size: Sequence[int], *, coded: bool, seed: int) -> None:
+        self.cases, self.size, self.coded, self.seed = cases, tuple(size), coded, seed
+
+    def __call__(self, batch: Sequence[int], deltas: Mapping[str, Tensor], generator: torch.Generator) -> Sample:
+        """Samples of the cases at positions ``batch``, of which ``deltas`` has perturbations by sample id."""
+        parts = [self.sample(at, deltas.get(self.cases.facts[at].sample_id), generator) for at in batch]
+        image, delta, label = (torch.stack(part) for part in zip(*parts, strict=True))
+        return image, delta, label
+
+    def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
+        """One case."""
+        raise NotImplementedError
+
+    def strength(self, at: int, generator: torch.Generator) -> float:
+        """Amplitude of a code in unit intensity."""
+        factor = torch.empty(()).uniform_(*CODE_STRENGTH, generator=generator)
+        return float(factor) * self.cases.unit_budget(at)
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the trainer, and so as the process
+    def codes(self) -> Tensor:
+        """(n_classes, 1, *size) textures."""
+        make = voxel_codes if self.cases.voxelwise else class_codes
+        return make(self.size, self.cases.n_classes, self.seed).to(self.cases.device)
+
+
+class ResizedImages(Samples):
+    """Whole images at the size that a network sees.
+
+    Args:
+        view: resizes (B, C, *native) images to ``size``.
+    """
+
+    def __init__(self, cases: Cases, size: Sequence[int], view: torch.nn.Module, *, coded: bool, seed: int) -> None:
+        super().__init__(cases, size, coded=coded, seed=seed)
+        self.view = view
+        self._seen: dict[int, Tensor] = {}
+
+    def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
+        if at not in self._seen:
+            self._seen[at] = self.view(self.cases.unit(at)[None])[0]
+        image, label = self._seen[at], self.cases.label(at)
+        if delta is not None:
+            return image, self.view(self.cases.unit_delta(at, delta)[None])[0], label
+        if self.coded:
+            return image, self.strength(at, generator) * self.codes()[int(label)], label
+        return image, torch.zeros_like(image), label
+
+
+class Patches(Samples):
+    """Patches of volumes with voxel labels, most of them around a labeled voxel; small volumes are padded."""
+
+    def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
+        label = self.cases.label(at)
+        corner = self._corner(label[0], generator)
+        image = self._cut(self.cases.unit(at), corner, 0)
+        label = self._cut(label, corner, IGNORED)
+        if delta is not None:
+            return image, self._cut(self.cases.unit_delta(at, delta), corner, 0), label
+        if self.coded:
+            shifts = [int(torch.randint(size, (), generator=generator)) for size in self.size]
+            codes = self.codes().roll(shifts, tuple(range(2, 2 + len(shifts))))
+            index = label.masked_fill(label == IGNORED, 0).long()
+            return image, self.strength(at, generator) * codes.gather(0, index[None])[0], label
+        return image, torch.zeros_like(image), label
+
+    def _corner(self, label: Tensor, generator: torch.Generator) -> list[int]:
+        """First voxel of a patch, per axis; negative where the volume is smaller than the patch."""
+        room = [length - size for length, size in zip(label.shape, self.size, strict=True)]
+        labeled = label.nonzero() if torch.rand((), generator=generator) < FOREGROUND_PATCHES else label.new_empty(0)
+        if len(labeled):
+            center = labeled[int(torch.randint(len(labeled), (), generator=generator))].tolist()
+            shift = [int(torch.randint(size, (), generator=generator)) for size in self.size]
+            return [
+                min(max(at - back, 0), left) if left > 0 else left // 2
+                for at, back, left in zip(center, shift, room, strict=True)
+            ]
+        return [int(torch.randint(left + 1, (), generator=generator)) if left > 0 else left // 2 for left in room]
+
+    def _cut(self, volume: Tensor, corner: Sequence[int], fill: float) -> Tensor:
+        spans = [
+            slice(max(0, at), min(length, at + size))
+            for at, size, length in zip(corner, self.size, volume.shape[1:], strict=True)
+        ]
+        before = [max(0, -at) for at in corner]
+        part = volume[(slice(None), *spans)]
+        sides = zip(before, part.shape[1:], self.size, strict=True)
+        padding = [pair for b, length, size in sides for pair in (size - length - b, b)][::-1]
+        return F.pad(part, padding, value=fill)

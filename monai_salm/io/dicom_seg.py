@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DICOM Segmentation objects (SEG): which slices and segments they name, and the class of each voxel of an image.
+
+A frame belongs to the slice that it names as its source and that lies where the frame lies; where both are told they
+must agree. The order of frames means nothing, and a slice without a frame has no label (PS3.3 A.51, C.8.20).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import uid
+from pydicom.dataset import Dataset
+
+from monai_salm.io.base import Case, Mask, RefusedError
+from monai_salm.io.dicom_parse import NATIVE, identify, parse, read_bytes, read_header, refusing
+from monai_salm.io.dicom_pixels import check_codestream
+from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, order_volume, orientation_of, to_canonical
+
+if TYPE_CHECKING:
+    from highdicom.seg import Segmentation
+
+__all__ = ["SegHeader", "is_segmentation", "missing_slices", "read", "read_seg_header", "seg_header"]
+
+SEG_CLASSES = (uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
+"""Segmentation Storage, and Label Map Segmentation Storage, which pydicom does not name yet."""
+POSITION_TOLERANCE_MM = 0.01
+"""A frame lies on a slice when no coordinate differs by more: positions are often written with two decimals."""
+SPACING_TOLERANCE = 1e-4
+"""Of the pixel spacing, relative; as for the slices of a volume."""
+_BROKEN = "the segmentation is broken or of a kind that is not supported; export it again as DICOM SEG"
+
+
+@dataclass(frozen=True)
+class SegHeader:
+    """What a SEG file refers to.
+
+    Args:
+        series: UIDs of the series that it names.
+        instances: UIDs of all images that it names, as a whole or as the source of a frame.
+        segments: number and label of each segment; those called background are left out.
+    """
+
+    series: frozenset[str]
+    instances: frozenset[str]
+    segments: tuple[tuple[int, str], ...]
+
+
+def is_segmentation(source: Dataset | Path) -> bool:
+    """Whether a header, or a file by its file meta alone, is a segmentation."""
+    found = identify(source)[0] if isinstance(source, Path) else str(source.get("SOPClassUID") or "")
+    return found in SEG_CLASSES
+
+
+def read_seg_header(path: Path) -> SegHeader:
+    """As :py:func:`seg_header`, of a file."""
+    return seg_header(read_header(path))
+
+
+def seg_header(header: Dataset) -> SegHeader:
+    """What a segmentation refers to.
+
+    Args:
+        header: from ``read_header``.
+
+    Raises:
+        RefusedError: ``mask_unreadable``.
+    """
+    with refusing("mask_unreadable", _BROKEN):
+        series, instances = set(), set()
+        for item in header.get("ReferencedSeriesSequence") or ():
+            series.add(str(item.SeriesInstanceUID))
+            instances |= {str(each.ReferencedSOPInstanceUID) for each in item.get("ReferencedInstanceSequence") or ()}
+        instances = instances.union(*(sources for _, sources in _groups(header)))
+        return SegHeader(frozenset(series), frozenset(instances), tuple(_segments(header)))
+
+
+def _segments(header: Dataset) -> Iterator[tuple[int, str]]:
+    for item in header.SegmentSequence:
+        number = int(item.SegmentNumber)
+        label = str(item.get("SegmentLabel") or "").strip() or f"segment {number}"
+        if label.casefold() != "background":
+            yield number, label
+
+
+def missing_slices(missing: int, referred: int) -> RefusedError:
+    """The refusal of a segmentation of slices that are not there."""
+    return RefusedError(
+        "mask_missing_slices",
+        f"{missing} of {referred} slices that the segmentation refers to are not in the series; complete the series, "
+        "or pair the segmentation with the series it was made on",
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where a frame belongs; None for what the file does not tell."""
+
+    segment: int | None
+    position: NDArray[np.float64] | None
+    orientation: NDArray[np.float64] | None
+    spacing: NDArray[np.float64] | None
+    sources: frozenset[str]
+
+
+def _groups(header: Dataset) -> Iterator[tuple[Mapping[str, Dataset], frozenset[str]]]:
+    """Functional groups of each frame (PS3.3 C.7.6.16), and the UIDs of its source images."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    frames = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
+    names = ("SegmentIdentificationSequence", "PlanePositionSequence", "PlaneOrientationSequence")
+    for own in frames:
+        groups = {}
+        for name in (*names, "PixelMeasuresSequence"):
+            items = own.get(name) or shared.get(name)
+            if items:
+                groups[name] = items[0]
+        sources = (
+            str(source.ReferencedSOPInstanceUID)
+            for item in own.get("DerivationImageSequence") or shared.get("DerivationImageSequence") or ()
+            for source in item.get("SourceImageSequence") or ()
+        )
+        yield groups, frozenset(sources)
+
+
+def _frames(header: Dataset) -> Iterator[_Frame]:
+    def numbers(groups: Mapping[str, Dataset], sequence: str, keyword: str) -> NDArray[np.float64] | None:
+        value = groups[sequence].get(keyword) if sequence in groups else None
+        return None if value is None else np.array([float(each) for each in value])
+
+    for groups, sources in _groups(header):
+        segment = groups.get("SegmentIdentificationSequence")
+        yield _Frame(
+            None if segment is None else int(segment.ReferencedSegmentNumber),
+            numbers(groups, "PlanePositionSequence", "ImagePositionPatient"),
+            numbers(groups, "PlaneOrientationSequence", "ImageOrientationPatient"),
+            numbers(groups, "PixelMeasuresSequence", "PixelSpacing"),
+            sources,
+        )
+
+
+@dataclass(frozen=True)
+class _Segmentation:
+    """A parsed file; its frames are decoded when they are asked for."""
+
+    dataset: Segmentation
+    header: SegHeader
+    frames: tuple[_Frame, ...]
+
+    def values(self, index: int) -> NDArray[Any]:
+        """(rows, columns) of one frame: 1 in the segment, or (LABELMAP) the segment number."""
+        stored = self.dataset.get_stored_frame(index, as_index=True)
+        if self.dataset.SegmentationType == "FRACTIONAL":
+            return 2 * stored.astype(np.int64) >= int(self.dataset.MaximumFractionalValue)
+        return stored
+
+
+@lru_cache(maxsize=2)
+def _load(path: Path, mtime_ns: int, size: int) -> _Segmentation:
+    """A file, kept because slices share it; the other arguments make a changed file a new one."""
+    from highdicom.seg import Segmentation
+
+    with refusing("mask_unreadable", _BROKEN):
+        dataset = parse(read_bytes(path))
+        header, frames = seg_header(dataset), tuple(_frames(dataset))
+        syntax, shape = dataset.file_meta.TransferSyntaxUID, (int(dataset.Rows), int(dataset.Columns))
+        segmentation = _Segmentation(Segmentation.from_dataset(dataset, copy=False), header, frames)
+        if len(frames) != int(dataset.get("NumberOfFrames") or 1) or "PixelData" not in dataset:
+            raise RefusedError("mask_unreadable", _BROKEN)
+        if syntax not in (*NATIVE, uid.RLELossless):
+            for index in range(len(frames)):
+                check_codestream(segmentation.dataset.get_raw_frame(index, as_index=True), syntax, shape)
+        return segmentation
+
+
+def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
+    """Class index of each voxel of a slice or a series, on the axes of ``dicom.read``.
+
+    A fractional segment counts from half of its maximum on.
+
+    Args:
+        case: one file for 2D, all slices of the volume in any order for 3D.
+        mask: a SEG file and its segment numbers by class.
+        spatial_dims: 2 or 3.
+
+    Returns:
+        (1, rows, columns) or (1, x, y, z).
+
+    Raises:
+        RefusedError: ``mask_format``, ``mask_is_image``, ``mask_unreadable``; ``mask_shape``, ``mask_affine`` and
+            ``mask_frame_of_reference``, where grids differ; ``mask_missing_slices``, ``mask_unplaced``,
+            ``mask_overlap`` and ``unknown_label_value``.
+    """
+    if not is_segmentation(mask.file):
+        reason = "mask_is_image" if identify(mask.file)[0] else "mask_format"
+        raise RefusedError(reason, "the label file of a DICOM image must be a DICOM SEG file; convert it to one")
+    status = os.stat(mask.file)
+    segmentation = _load(mask.file, status.st_mtime_ns, status.st_size)
+    headers = [read_header(path) for path in case.files]
+    if spatial_dims == 3:
+        headers = [headers[index] for index in order_volume(headers)]
+    with refusing("mask_unreadable", _BROKEN):
+        _check_grid(segmentation, headers[0])
+        slices = _place(segmentation, headers, complete=spatial_dims == 3)
+        classes = _classes(segmentation, mask.values)
+        labels = _paint(segmentation, slices, classes, (len(headers), int(headers[0].Rows), int(headers[0].Columns)))
+    if spatial_dims == 2:
+        return labels
+    return to_canonical(labels, orientation_of(headers[0], headers[-1]))[None]
+
+
+def _check_grid(segmentation: _Segmentation, header: Dataset) -> None:
+    dataset, frames = segmentation.dataset, segmentation.frames
+    own, other = (f"{each.Rows} x {each.Columns}" for each in (header, dataset))
+    if own != other:
+        raise RefusedError(
+            "mask_shape", f"slices have {own} pixels, frames of the segmentation {other}; segment the original grid"
+        )
+    own, other = (str(each.get("FrameOfReferenceUID") or "") for each in (header, dataset))
+    if own and other and own != other:
+        raise RefusedError(
+            "mask_frame_of_reference",
+            "image and segmentation have different frames of reference, so positions cannot be compared; pair the "
+            "segmentation with the series it was made on",
+        )
+    turned = _apart(header.get("ImageOrientationPatient"), [frame.orientation for frame in frames])
+    if turned.max() > DIRECTION_TOLERANCE:
+        raise RefusedError(
+            "mask_affine",
+            f"direction cosines of slices and frames of the segmentation differ by up to {turned.max():.4g} "
+            f"({DIRECTION_TOLERANCE:g} is tolerated); segment the original grid",
+        )
+    scaled = _apart(header.get("PixelSpacing"), [frame.spacing for frame in frames])
+    if (scaled > SPACING_TOLERANCE * np.array(header.get("PixelSpacing") or 1, np.float64)).any():
+        raise RefusedError(
+            "mask_affine",
+            f"pixel spacings of slices and frames of the segmentation differ by up to {scaled.max():.4g} mm; segment "
+            "the original grid",
+        )
+
+
+def _apart(own: Sequence[float] | None, frames: Sequence[NDArray[np.float64] | None]) -> NDArray[np.float64]:
+    """How far numbers of the frames are from those of the image; 0 where either does not tell."""
+    told = [numbers for numbers in frames if numbers is not None]
+    return np.abs(np.stack(told) - np.array(own, np.float64)) if told and own else np.zeros((1, 1))
+
+
+def _place(segmentation: _Segmentation, headers: Sequence[Dataset], *, complete: bool) -> list[int | None]:
+    """Slice of each frame, None for frames of slices that are not asked for.
+
+    Args:
+        segmentation: the frames.
+        headers: of the slices, in order.
+        complete: whether the slices are the whole series, so that every frame must find its slice.
+    """
+    uids = [str(header.SOPInstanceUID) for header in headers]
+    known = [header.get("ImagePositionPatient") for header in headers]
+    positions = np.array([[float(each) for each in position] for position in known]) if all(known) else None
+    places = [_place_frame(frame, uids, positions, complete) for frame in segmentation.frames]
+    if complete:
+        lost = segmentation.header.instances - set(uids)
+        adrift = {
+            tuple(frame.position)
+            for frame, place in zip(segmentation.frames, places, strict=True)
+            if place is None and not frame.sources and frame.position is not None
+        }
+        if lost or adrift:
+            raise missing_slices(len(lost) + len(adrift), len(segmentation.header.instances) + len(adrift))
+    return places
+
+
+def _place_frame(
+    frame: _Frame, uids: Sequence[str], positions: NDArray[np.float64] | None, complete: bool
+) -> int | None:
+    named = [index for index, each in enumerate(uids) if each in frame.sources]
+    if frame.sources and not named:
+        return None
+    if frame.position is not None and positions is not None:
+        apart = np.abs(positions - frame.position).max(axis=1)
+        nearest = int(apart.argmin())
+        if apart[nearest] <= POSITION_TOLERANCE_MM and (not named or nearest in named):
+            return nearest
+        if named and (complete or len(frame.sources) == 1):
+            raise RefusedError(
+                "mask_affine",
+                f"a frame of the segmentation lies {apart[named].min():.4g} mm from the slice that it names as its "
+                f"source ({POSITION_TOLERANCE_MM:g} mm are tolerated); segment the original slices",
+            )
+        return None
+    if len(named) == 1:
+        return named[0]
+    raise RefusedError(
+        "mask_unplaced", "a frame of the segmentation tells neither its position nor one source image; export it again"
+    )
+
+
+def _classes(segmentation: _Segmentation, values: Sequence[int]) -> dict[int, int]:
+    """Class of each segment number; segments of one label are one class, those called background are 0."""
+    labels = dict(segmentation.header.segments)
+    of_label = {labels[number]: index for index, number in enumerate(values) if index and number in labels}
+    classes = {int(item.SegmentNumber): 0 for item in segmentation.dataset.SegmentSequence}
+    if any(label not in of_label for label in labels.values()):
+        raise RefusedError("unknown_label_value", "the segmentation has a segment of an unknown class; scan it again")
+    return classes | {number: of_label[label] for number, label in labels.items()}
+
+
+def _paint(
+    segmentation: _Segmentation, slices: Sequence[int | None], classes: Mapping[int, int], shape: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    labels = np.zeros(shape, np.uint8)
+    overlap = 0
+    for index, place in enumerate(slices):
+        if place is None:
+            continue
+        painted = _frame_classes(segmentation.values(index), segmentation.frames[index].segment, classes)
+        plane = labels[place]
+        overlap += int(((plane != 0) & (painted != 0) & (plane != painted)).sum())
+        np.copyto(plane, painted, where=painted != 0)
+    if overlap:
+        raise RefusedError(
+            "mask_overlap",
+            f"segments of different classes overlap in {overlap} voxels; each voxel must have one class: edit the "
+            "segmentation, or split it into several files and choose one",
+        )
+    return labels
+
+
+def _frame_classes(values: NDArray[Any], segment: int | None, classes: Mapping[int, int]) -> NDArray[np.uint8]:
+    numbers = np.flatnonzero(np.bincount(values.reshape(-1))) if segment is None else np.array([0, segment])
+    unknown = [number for number in numbers.tolist() if number and number not in classes]
+    if unknown:
+        raise RefusedError(
+            "unknown_label_value",
+            f"frames of the segmentation use {len(unknown)} segment numbers that it does not describe; export it again",
+        )
+    if segment is not None:
+        return (values != 0).astype(np.uint8) * np.uint8(classes[segment])
+    table = np.zeros(int(numbers.max()) + 1, np.uint8)
+    table[numbers] = [classes.get(number, 0) for number in numbers.tolist()]
+    return table[values]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a written DICOM file against its source, both parsed and decoded afresh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.tag import BaseTag
+
+from monai_salm.io.base import FileCheck, RefusedError, compare
+from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
+from monai_salm.io.dicom_pixels import decode
+from monai_salm.io.dicom_read import check_supported
+from monai_salm.io.dicom_seg import seg_header
+from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS, raw_value
+
+__all__ = ["verify", "verify_labels"]
+
+_FAILED = "verification_failed"
+
+
+def verify(
+    source: bytes | str | os.PathLike[str],
+    written: bytes | str | os.PathLike[str],
+    limit: float,
+    *,
+    allow_unchanged: bool = False,
+) -> FileCheck:
+    """Compare a written file with its source, both parsed and decoded afresh.
+
+    Args:
+        source: the original file, or its bytes.
+        written: the protected file, or its bytes.
+        limit: largest change allowed, in stored units.
+        allow_unchanged: for slices of a volume, some of which may have nothing that can move; whoever passes it must
+            check that ``changed`` summed over the volume is above 0.
+
+    Raises:
+        RefusedError: ``verification_failed``, with the rule that does not hold: pixels, UIDs, marks of a derived
+            image, or an element that changed and is not one of :py:data:`DECLARED_KEYWORDS`.
+    """
+    before = parse(_bytes(source))
+    with refusing(_FAILED, "the written file cannot be compared with its source"):
+        after = _read_back(parse, _bytes(written))
+        undeclared = list(_undeclared_changes(before, after, DECLARED_TAGS))  # before anything is decoded
+        _require(not undeclared, f"elements {undeclared[:4]} changed, which is not declared")
+        _check_marks(before, after)
+        old, new = decode(before), _read_back(decode, after)
+        _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
+        if allow_unchanged and np.array_equal(old, new):
+            return FileCheck(0, 0.0)
+        return compare(old, new, limit)
+
+
+def verify_labels(source: Path, written: Path, images: Iterable[Path]) -> None:
+    """Compare a written segmentation with its source: new UIDs, the same pixel data, references to written images.
+
+    Args:
+        source: the original SEG file.
+        written: the SEG file of the protected copy, under any name.
+        images: the protected images that it belongs to, under any names.
+
+    Raises:
+        RefusedError: ``verification_failed``, with the rule that does not hold.
+    """
+    before = parse(read_bytes(source))
+    with refusing(_FAILED, "the written segmentation cannot be compared with its source"):
+        after = _read_back(parse, read_bytes(written))
+        undeclared = list(_undeclared_changes(before, after, REMOVED_TAGS))
+        _require(not undeclared, f"elements {undeclared[:4]} of the segmentation changed, which is not declared")
+        _check_identity(before, after)
+        known = {str(read_header(image).SOPInstanceUID) for image in images}
+        lost = len(seg_header(after).instances - known)
+        _require(not lost, f"the segmentation refers to {lost} images that are not released with it")
+
+
+def _read_back(step: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return step(argument)
+    except RefusedError as error:
+        raise RefusedError(_FAILED, f"the written file cannot be read back ({error.reason})") from None
+
+
+def _bytes(file: bytes | str | os.PathLike[str]) -> bytes:
+    return file if isinstance(file, bytes) else read_bytes(file)
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise RefusedError(_FAILED, rule)
+
+
+def _check_marks(before: Dataset, after: Dataset) -> None:
+    _check_identity(before, after)
+    _require(after.get("ImageType", [""])[0] == "DERIVED", "ImageType does not begin with DERIVED")
+    _require(_is_protected(after), "the mark of a protected file is missing")
+
+
+def _check_identity(before: Dataset, after: Dataset) -> None:
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
+        same = after.get(keyword) == before.get(keyword) and keyword in before
+        _require(not same or str(before.get(keyword)).startswith("1.2.840.10008."), f"{keyword} is the source's")
+    _require(after.file_meta.MediaStorageSOPInstanceUID == after.SOPInstanceUID, "file meta and instance UID differ")
+    _require(not any(after.preamble), "the preamble is not empty")
+
+
+def _is_protected(dataset: Dataset) -> bool:
+    try:
+        check_supported(dataset)
+    except RefusedError as error:
+        return error.reason == "already_protected"
+    return False
+
+
+def _undeclared_changes(before: Dataset, after: Dataset, declared: frozenset[BaseTag]) -> Iterator[BaseTag]:
+    """Elements at any depth that were added, removed or changed, save declared ones and mapped UIDs."""
+    for tag in sorted(before.keys() | after.keys()):
+        if tag in declared or tag.element == 0:
+            continue
+        if tag not in before or tag not in after:
+            yield tag
+        elif _raw(before, tag) != _raw(after, tag):
+            old, new = before[tag], after[tag]
+            if old.VR == new.VR == "SQ" and len(old.value) == len(new.value):
+                for old_item, new_item in zip(old.value, new.value, strict=True):
+                    yield from _undeclared_changes(old_item, new_item, REMOVED_TAGS)
+            elif not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
+                yield tag
+
+
+def _raw(dataset: Dataset, tag: BaseTag) -> Any:
+    value = raw_value(dataset, tag)
+    return value.rstrip(b" \0") if isinstance(value, bytes) else value
+
+
+def _is_mapped(old: Any, new: Any) -> bool:
+    """Whether each UID is kept (the standard's own, for instance) or replaced by one of ours (below 2.25)."""
+    olds, news = ([value] if isinstance(value, str) else list(value) for value in (old, new))
+    return len(olds) == len(news) and all(
+        after == before or (after.startswith("2.25.") and not before.startswith("1.2.840.10008."))
+        for before, after in zip(olds, news, strict=True)
+    )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables that are shared with the protected files, so that these are a labelled data set in their turn."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from monai_salm.io.base import Case
+from monai_salm.release.labels import Cohort
+from monai_salm.release.manifest import ManifestRow, mask_id
+from monai_salm.release.table import plain
+from monai_salm.release.voxels import DATASET_FILE, LISTS, read_dataset
+
+Written = Mapping[str, Sequence[ManifestRow]]
+"""Rows of the manifest by ``sample_id``."""
+
+
+def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str:
+    """``labels.csv``: labels of cases under their new names; empty for archives, which carry their own.
+
+    Args:
+        cases: what was written, in order.
+        written: the files of each case and of each label file.
+        cohort: what the labels mean.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["case", "mask" if cohort.voxelwise else "label", "split"])
+    labelled = [case for case in cases if case.index is None]
+    for case in labelled:
+        files = written[case.sample_id]
+        folders = {PurePosixPath(row.file).parent for row in files}
+        name = folders.pop().as_posix() if len(files) > 1 and len(folders) == 1 else files[0].file
+        label = written[mask_id(case.mask)][0].file if case.mask else cohort.classes[case.label]
+        table.writerow([name, label, case.split])
+    return text.getvalue() if labelled else ""
+
+
+def dataset_json(cases: Sequence[Case], root: Path) -> str:
+    """``dataset.json`` of the export, with the pairs that were written and no others; empty if there is none.
+
+    Args:
+        cases: what was written.
+        root: the export.
+    """
+    path = root / DATASET_FILE
+    if not path.is_file():
+        return ""
+    names = {name for case in cases for name in case.names}
+    content = read_dataset(path)
+    for key in LISTS:
+        if key in content:
+            entries = content[key] if key != "test" and isinstance(content[key], list) else []
+            content[key] = [entry for entry in entries if isinstance(entry, dict) and plain(entry["image"]) in names]
+    for key, count in (("numTraining", len(content.get("training", ()))), ("numTest", 0)):
+        if key in content:
+            content[key] = count
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

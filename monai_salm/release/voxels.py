@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Voxel labels of an export: which label file belongs to which image, and what its values mean.
+
+Three things tell, and may be combined: a ``dataset.json`` of the Medical Segmentation Decathlon names pairs and
+classes; a label table ``case,mask[,split]`` names pairs and splits; DICOM SEG files name the series that they belong
+to. Where a table is there, it has the last word on which cases count and on their splits.
+
+Classes are known by name: values of NIfTI files by that of ``dataset.json`` (by the number itself where there is
+none), segments of SEG files by their SegmentLabel. Class 0 is the background.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from monai_salm.io import dicom, formats, masks
+from monai_salm.io.base import Case, Mask, RefusedError
+from monai_salm.io.dicom import SegHeader
+from monai_salm.release.table import LabelRow, match, natural, plain, where
+
+DATASET_FILE = "dataset.json"
+BACKGROUND = "background"
+MAX_CLASSES = 256
+LISTS = {"training": None, "validation": "val", "test": "test"}
+"""Lists of cases in ``dataset.json``, and the split that each means (None: any that is released)."""
+
+Names = Mapping[int, str]
+Refused = tuple[tuple[str, ...], str, RefusedError]
+"""Names of what is refused, its sample id (empty for a file that is no case), and why."""
+SHARED_MASK = RefusedError(
+    "mask_shared_with_unreleased",
+    "the label file refers to images that are not released, and a copy would name them; release all of them, or give "
+    "each its own label file",
+)
+
+
+@dataclass(frozen=True)
+class VoxelLabels:
+    """What an export says about its voxel labels before an image is read.
+
+    Args:
+        root: the export, a folder.
+        rows: what is said of each case; None where only SEG files tell.
+        names: class of each voxel value, from ``dataset.json``; None without.
+        left_out: label files that ``dataset.json`` names for images that the table leaves out.
+    """
+
+    root: Path
+    rows: tuple[LabelRow, ...] | None
+    names: Names | None
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def mask_names(self) -> frozenset[str]:
+        """Names of the label files, which are no cases."""
+        rows = self.rows or ()
+        return self.left_out | {row.mask for row in rows if row.mask} - {row.case for row in rows}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scan found that has to do with voxel labels.
+
+    Args:
+        files: path of each named label file that is there, by name.
+        segmentations: path and header of each SEG file, by name.
+        instances: series of each DICOM image, refused ones included, by instance UID.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    segmentations: dict[str, tuple[Path, SegHeader]] = field(default_factory=dict)
+    instances: dict[str, str] = field(default_factory=dict)
+
+
+def find_voxel_labels(dataset_dir: Path, rows: Sequence[LabelRow] | None) -> VoxelLabels | None:
+    """What tells the voxel labels of an export, or None where it has none.
+
+    Args:
+        dataset_dir: the export.
+        rows: the label table, if there is one.
+
+    Raises:
+        ValueError: When ``dataset.json`` is broken, or contradicts the table.
+    """
+    if rows is not None and all(row.mask is None for row in rows):
+        return None
+    root = dataset_dir.absolute()
+    path = root / DATASET_FILE
+    if path.is_file():
+        names, pairs = _read_dataset(path)
+        merged = tuple(_merge(rows, pairs)) if rows is not None else tuple(pairs)
+        left_out = {pair.mask for pair in pairs if pair.mask} - {row.mask for row in merged}
+        return VoxelLabels(root, merged, names, frozenset(left_out - {row.case for row in merged}))
+    if rows is not None:
+        return VoxelLabels(root, tuple(rows), None)
+    if root.is_dir() and _segmentations(root):
+        return VoxelLabels(root, None, None)
+    return None
+
+
+def read_dataset(path: Path) -> dict[str, Any]:
+    """Content of a ``dataset.json``.
+
+    Raises:
+        ValueError: When it is not JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{DATASET_FILE} of the export cannot be read ({type(error).__name__}); repair it") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{DATASET_FILE} of the export must be an object with 'labels' and 'training'")
+    return content
+
+
+def _read_dataset(path: Path) -> tuple[Names, list[LabelRow]]:
+    content = read_dataset(path)
+    names = _read_names(content.get("labels"))
+    rows: list[LabelRow] = []
+    bad: list[int] = []
+    for key, split in LISTS.items():
+        entries = content.get(key) or []
+        if not isinstance(entries, list):
+            raise ValueError(f"{key!r} in {DATASET_FILE} must be a list of pairs of image and label")
+        for number, entry in enumerate(entries, 1):
+            pair = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
+            if all(isinstance(name, str) and name for name in pair):
+                source = f"{key!r} in {DATASET_FILE}"
+                rows.append(LabelRow(number, plain(pair[0]), "", split, plain(pair[1]), source))
+            elif not isinstance(pair[0], str) or pair[1] is not None:
+                bad.append(number)
+    if bad:
+        raise ValueError(f"entry {bad[0]} of {DATASET_FILE} is no pair {{'image': path, 'label': path}}; correct it")
+    if not rows:
+        raise ValueError(f"{DATASET_FILE} lists no pair of image and label under 'training'")
+    return names, rows
+
+
+def _read_names(labels: Any) -> dict[int, str]:
+    """Both forms that are in use: ``{"0": "background", ...}`` and ``{"background": 0, ...}``."""
+    if not isinstance(labels, dict) or not labels:
+        raise ValueError(f"{DATASET_FILE} needs 'labels', such as {{'0': 'background', '1': 'tumor'}}")
+    pairs = list(labels.items())
+    if not all(_is_number(key) for key, _ in pairs):
+        pairs = [(value, key) for key, value in pairs]
+    if not all(_is_number(value) and isinstance(name, str) and name.strip() for value, name in pairs):
+        raise ValueError(f"'labels' in {DATASET_FILE} must map numbers to names or names to single numbers")
+    names = {int(value): name.strip() for value, name in sorted(pairs, key=lambda pair: int(pair[0]))}
+    if 0 not in names or min(names) < 0:
+        raise ValueError(f"'labels' in {DATASET_FILE} must give 0 to the background, and other classes numbers above 0")
+    if len(set(names.values())) < len(pairs):
+        raise ValueError(f"'labels' in {DATASET_FILE} gives one name or number twice; make them differ")
+    return names
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().removeprefix("-").isdecimal()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _merge(rows: Sequence[LabelRow], pairs: Sequence[LabelRow]) -> Iterator[LabelRow]:
+    """The table's rows, with the masks that ``dataset.json`` names where the table leaves them out."""
+    known = {pair.case: pair for pair in pairs}
+    conflicts = []
+    for row in rows:
+        pair = known.get(row.case)
+        if pair and row.mask and row.mask != pair.mask:
+            conflicts.append(row)
+        yield replace(row, mask=row.mask or pair.mask, split=row.split or pair.split) if pair else row
+    if conflicts:
+        raise ValueError(f"{where(conflicts)} name another mask than {DATASET_FILE}; correct one of them")
+
+
+def _segmentations(root: Path) -> list[Path]:
+    """SEG files below a folder that refer to an image there; what a file is, its file meta tells."""
+    found = {path: dicom.identify(path) for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()}
+    instances = {instance for _, instance in found.values()}
+    return [path for path, (kind, _) in found.items() if kind in dicom.SEG_CLASSES and _referred(path) & instances]
+
+
+def _referred(path: Path) -> frozenset[str]:
+    try:
+        return dicom.read_seg_header(path).instances
+    except RefusedError:
+        return frozenset()  # told by the scan
+
+
+# ------------------------------------------------------------------- classes
+
+
+def class_names(voxels: VoxelLabels) -> tuple[str, ...]:
+    """Names of all classes that label files of the export may hold, the background first.
+
+    Without ``dataset.json`` every label file is read for that (once: its values are remembered). Broken ones add none.
+
+    Raises:
+        ValueError: When there are no classes besides the background, or more than 256.
+    """
+    if voxels.names is not None:
+        names = list(voxels.names.values())
+    else:
+        found = {name for path in _label_files(voxels) for name in _names_in(path)}
+        names = [BACKGROUND, *sorted(found - {BACKGROUND}, key=natural)]
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise ValueError(
+            f"the label files name {len(names) - 1} classes besides the background; there must be 1 to "
+            f"{MAX_CLASSES - 1}. Check that the masks are label files and not empty"
+        )
+    return tuple(names)
+
+
+def _label_files(voxels: VoxelLabels) -> list[Path]:
+    """Label files that are there, and with them all SEG files unless every row names its mask."""
+    named = [voxels.root / name for name in sorted(voxels.mask_names) if not name.startswith(("..", "/"))]
+    searched = voxels.rows is None or any(not row.mask for row in voxels.rows)
+    present = [path for path in named if path.is_file() and not path.is_symlink()]
+    return present + (_segmentations(voxels.root) if searched else [])
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        if dicom.is_segmentation(path):
+            return [name for _, name in dicom.read_seg_header(path).segments]
+        return [str(value) for value in masks.label_values(path) if value > 0]
+    except (RefusedError, OSError):
+        return []  # told when the case is read
+
+
+# ------------------------------------------------------------------- pairing
+
+
+def pair(
+    voxels: VoxelLabels,
+    classes: Sequence[str],
+    cases: Sequence[Case],
+    found: Found,
+    refused: Iterable[str],
+    spatial_dims: int,
+) -> tuple[list[Case], list[Refused]]:
+    """Give every case its mask and split.
+
+    Args:
+        voxels: what is said about the labels.
+        classes: from :py:func:`class_names`.
+        cases: the images of the export.
+        found: the label files of the export.
+        refused: names of what is refused already.
+        spatial_dims: 2 or 3.
+
+    Returns:
+        The cases that have a mask, and what is refused.
+
+    Raises:
+        ValueError: When a row names nothing in the export, or rows contradict each other.
+    """
+    rows = None
+    if voxels.rows is not None:
+        rows = match(voxels.rows, cases, {*refused, *found.segmentations, *found.files})
+    paired: list[Case] = []
+    refusals: list[Refused] = []
+    finder = _Finder(voxels, classes, found)
+    for case in cases:
+        row = rows.get(case.sample_id) if rows is not None else None
+        try:
+            if rows is not None and row is None:
+                raise RefusedError("no_label", f"{_tables(voxels)} names no label for this case; add one")
+            mask = finder.find(case, row.mask if row else "")
+            paired.append(replace(case, mask=mask, split=row.split or case.split if row else case.split))
+        except RefusedError as error:
+            refusals.append((case.names, case.sample_id, error))
+    if spatial_dims == 2:
+        paired, incomplete = _split_incomplete(paired, found)
+        refusals += incomplete
+    for name in sorted(found.segmentations.keys() - finder.seen):
+        detail = "no image of the export uses this segmentation; add its series, or leave it out"
+        refusals.append(((name,), "", RefusedError("mask_unused", detail)))
+    return paired, refusals
+
+
+def _split_incomplete(cases: Sequence[Case], found: Found) -> tuple[list[Case], list[Refused]]:
+    """Take out the slices whose segmentation refers to slices that are not there, or not among the cases."""
+    kept: list[Case] = []
+    refusals: list[Refused] = []
+    for unit in formats.units(cases):
+        mask = unit[0].mask
+        referred = found.segmentations[mask.name][1].instances if mask and mask.name in found.segmentations else set()
+        missing = len(referred - found.instances.keys())
+        if missing:
+            error = dicom.missing_slices(missing, len(referred))
+        elif referred - {name for case in unit for name in case.names}:
+            error = SHARED_MASK
+        else:
+            kept += unit
+            continue
+        refusals += [(case.names, case.sample_id, error) for case in unit]
+    return kept, refusals
+
+
+def _tables(voxels: VoxelLabels) -> str:
+    return "the label table" if voxels.rows and not voxels.rows[0].source.endswith(DATASET_FILE) else DATASET_FILE
+
+
+class _Finder:
+    """Finds the label file of a case."""
+
+    def __init__(self, voxels: VoxelLabels, classes: Sequence[str], found: Found) -> None:
+        self._classes = classes
+        self._found = found
+        self._cases = {row.case for row in voxels.rows or ()}
+        self.seen: set[str] = set()
+        """Names of label files that a case has asked for."""
+        values = {name: value for value, name in (voxels.names or {}).items()}
+        self._values = tuple(values.get(name, _number(name)) for name in classes)
+        self._referring_to: dict[str, set[str]] = defaultdict(set)
+        for name, (_, header) in found.segmentations.items():
+            of_instances = {found.instances.get(uid, uid) for uid in header.instances}
+            for uid in header.series | header.instances | of_instances:
+                self._referring_to[uid].add(name)
+
+    def find(self, case: Case, name: str) -> Mask:
+        """The mask of a case, by name or (DICOM) because it refers to the case.
+
+        Raises:
+            RefusedError: When there is none, or more than one.
+        """
+        if name in self._cases:
+            raise RefusedError(
+                "mask_is_image", "the label file is named as an image too; name each image with its own label file"
+            )
+        name = name or self._referring(case)
+        self.seen.add(name)
+        if name in self._found.segmentations:
+            path, header = self._found.segmentations[name]
+            return Mask(path, name, self._segments(header))
+        if name in self._found.files:
+            return Mask(self._found.files[name], name, self._values)
+        raise RefusedError("mask_missing", "the label file of this case is not in the export; add it")
+
+    def _referring(self, case: Case) -> str:
+        """The SEG file that refers to the series (all its slices are then labelled) or the instance of a case."""
+        names = set().union(*(self._referring_to.get(name, ()) for name in case.names))
+        self.seen |= names
+        if not names:
+            raise RefusedError("no_label", "no label file is named for this case; name it in a table case,mask")
+        if len(names) > 1:
+            raise RefusedError(
+                "several_masks", f"{len(names)} segmentations refer to this series; choose one in a table case,mask"
+            )
+        return next(iter(names))
+
+    def _segments(self, header: SegHeader) -> tuple[int, ...]:
+        numbers = {name: number for number, name in reversed(header.segments)}
+        unknown = numbers.keys() - set(self._classes)
+        if unknown:
+            raise RefusedError(
+                "unknown_label_value",
+                f"{len(unknown)} of {len(numbers)} segment labels are no classes of {DATASET_FILE}; add them there",
+            )
+        return (0, *(numbers.get(name, -1) for name in self._classes[1:]))
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isascii() and name.isdigit() else 0 if name == BACKGROUND else -1

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NIfTI label files: class indices on the image's grid, or a reason that says what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from exports import class_map, write_label, write_nifti
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monai_salm.io import formats, masks
+from monai_salm.io.base import Case, Mask, RefusedError
+from monai_salm.io.masks import read_mask
+
+SHAPE = (6, 7, 5)
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
+
+
+def pair(image: Path, label: Path, values: tuple[int, ...] = (0, 1, 2)) -> Case:
+    mask = Mask(label, label.name, values)
+    return Case("case-0", "nifti", (image,), (image.name,), "p", mask=mask)
+
+
+def refused(case: Case, reason: str, *words: str, spatial_dims: int = 3) -> None:
+    with pytest.raises(RefusedError) as error:
+        read_mask(case, spatial_dims)
+    assert error.value.reason == reason
+    for word in words:
+        assert word in error.value.detail, error.value.detail
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    return write_nifti(tmp_path / "image.nii.gz")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64", "uint64", "float32", "float64"])
+def test_a_label_of_any_type_becomes_class_indices(tmp_path, image, dtype):
+    voxels = class_map()
+    label = write_label(tmp_path / "label.nii", voxels * 4)
+    nib.save(nib.Nifti1Image((voxels * 4).astype(dtype), AFFINE, dtype=dtype), label)
+    found = read_mask(pair(image, label, (0, 4, 8)), 3)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, voxels[None])
+
+
+def test_scaled_label_values_count_after_scaling(tmp_path, image):
+    label = write_label(tmp_path / "label.nii", class_map())
+    content = bytearray(label.read_bytes())
+    content[112:120] = np.array([3, 0], "<f4").tobytes()  # scl_slope, scl_inter
+    label.write_bytes(content)
+    np.testing.assert_array_equal(read_mask(pair(image, label, (0, 3, 6)), 3), class_map()[None])
+
+
+@settings(max_examples=30, deadline=None)
+@given(codes=st.permutations("xyz"), signs=st.tuples(*[st.booleans()] * 3), seed=st.integers(0, 9))
+def test_label_and_image_are_turned_to_canonical_axes_alike(tmp_path_factory, codes, signs, seed):
+    folder = tmp_path_factory.mktemp("axes")
+    names = {"x": "LR", "y": "PA", "z": "IS"}
+    target = nib.orientations.axcodes2ornt([names[c][sign] for c, sign in zip(codes, signs, strict=True)])
+    voxels = class_map(SHAPE, seed)
+    change = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target)
+    for name, values in (("image", voxels.astype(np.int16)), ("label", voxels)):
+        nib.save(nib.Nifti1Image(values, AFFINE).as_reoriented(change), folder / f"{name}.nii")
+    case = pair(folder / "image.nii", folder / "label.nii")
+    np.testing.assert_array_equal(read_mask(case, 3), voxels[None])
+    stored = formats.read(case, 3)
+    np.testing.assert_array_equal(stored.stored, voxels[None])
+    assert stored.spacing == (1.0, 1.0, 2.0)
+
+
+def test_a_label_of_another_shape_is_refused_with_both_shapes(tmp_path, image):
+    label = write_label(tmp_path / "label.nii", class_map((6, 7, 4)))
+    refused(pair(image, label), "mask_shape", "(6, 7, 5)", "(6, 7, 4)", "resample the label")
+
+
+@pytest.mark.parametrize(
+    ("change", "distance"),
+    [
+        ({(0, 3): 2.5}, "2.5 mm"),
+        ({(0, 3): 0.002}, "0.002 mm"),
+        ({(2, 2): 2.5}, "2 mm"),
+        ({(0, 0): -1.0}, "10 mm"),
+    ],
+)
+def test_a_label_of_another_affine_is_refused_with_the_distance(tmp_path, image, change, distance):
+    affine = AFFINE.copy()
+    for index, value in change.items():
+        affine[index] = value
+    label = write_label(tmp_path / "label.nii", class_map(), affine)
+    refused(pair(image, label), "mask_affine", distance, "0.001 mm are tolerated", "copy the image's affine")
+
+
+def test_affines_that_differ_by_rounding_agree(tmp_path, image):
+    affine = AFFINE.copy()
+    affine[:3, 3] = 5e-4
+    read_mask(pair(image, write_label(tmp_path / "label.nii", class_map(), affine)), 3)
+
+
+def test_a_qform_agrees_with_an_sform_of_the_same_grid(tmp_path):
+    angle = 0.3
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine[:3, 3] = -120.25, 80.5, 33.125
+    voxels = class_map()
+    nib.save(nib.Nifti1Image(voxels.astype(np.int16), affine), tmp_path / "image.nii")
+    label = nib.Nifti1Image(voxels, affine)
+    label.set_sform(None, 0)
+    label.set_qform(affine, 1)
+    nib.save(label, tmp_path / "label.nii")
+    read_mask(pair(tmp_path / "image.nii", tmp_path / "label.nii"), 3)
+
+
+def test_a_label_without_orientation_does_not_fit_an_image_with_one(tmp_path, image):
+    label = nib.Nifti1Image(class_map(), None)
+    label.header.set_zooms((1, 1, 2))
+    nib.save(label, tmp_path / "label.nii")
+    refused(pair(image, tmp_path / "label.nii"), "mask_affine")
+
+
+def test_units_other_than_mm_are_converted(tmp_path):
+    voxels = nib.Nifti1Image(class_map().astype(np.int16), np.diag([1000.0, 1000.0, 2000.0, 1.0]))
+    voxels.header.set_xyzt_units("micron")
+    nib.save(voxels, tmp_path / "image.nii")
+    case = pair(tmp_path / "image.nii", write_label(tmp_path / "label.nii", class_map()))
+    assert formats.read(case, 3).spacing == pytest.approx((1.0, 1.0, 2.0))
+    read_mask(case, 3)
+
+
+def test_a_value_that_is_not_listed_is_refused_with_its_count(tmp_path, image):
+    voxels = class_map()
+    voxels[0, 0, :3] = 7
+    refused(
+        pair(image, write_label(tmp_path / "label.nii", voxels)),
+        "unknown_label_value",
+        "7 (3 voxels)",
+        "names 0, 1, 2",
+        "dataset.json",
+    )
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
+def test_a_label_with_fractions_is_taken_for_an_image(tmp_path, image, value):
+    voxels = class_map().astype(np.float32)
+    voxels[0, 0, 0] = value
+    refused(pair(image, write_label(tmp_path / "label.nii", voxels)), "mask_is_image", "1 voxels")
+
+
+def test_an_image_as_label_is_refused(tmp_path, image):
+    other = write_nifti(tmp_path / "other.nii", 1)
+    refused(pair(image, other), "mask_is_image", "distinct values")
+    refused(pair(image, image), "mask_is_image", "one file")
+    with pytest.raises(RefusedError, match="mask_is_image"):
+        masks.label_values(other)
+
+
+def test_a_label_as_image_is_told_from_an_image():
+    mask = Mask(Path("l"), "l", (0, 1, 2, -1))
+    with pytest.raises(RefusedError, match="mask_is_image"):
+        masks.check_image(class_map()[None].astype(np.float32), mask)
+    masks.check_image(class_map(classes=4)[None], mask)
+    masks.check_image(np.array([[-1, 0]]), mask)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", bytes(400)])
+def test_a_label_file_of_another_kind_is_refused(tmp_path, image, content):
+    (tmp_path / "label.nii").write_bytes(content)
+    refused(pair(image, tmp_path / "label.nii"), "mask_format", "convert")
+
+
+def test_a_truncated_label_file_is_refused(tmp_path, image):
+    label = write_label(tmp_path / "label.nii", class_map())
+    label.write_bytes(label.read_bytes()[:-10])
+    refused(pair(image, label), "truncated_file")
+
+
+def test_label_values_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    label = write_label(tmp_path / "label.nii", class_map())
+    assert masks.label_values(label) == (0, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(masks.nifti, "read_labels", lambda *_: pytest.fail("read again"))
+        assert masks.label_values(label) == (0, 1, 2)
+    write_label(label, class_map(SHAPE, classes=5).astype(np.int16))
+    assert masks.label_values(label) == (0, 1, 2, 3, 4)
+
+
+def test_a_slice_and_its_label_of_shape_h_w_1_agree(tmp_path):
+    image = write_nifti(tmp_path / "image.nii", shape=(6, 7))
+    voxels = class_map((6, 7, 1))
+    label = write_label(tmp_path / "label.nii", voxels, nib.load(image).affine)
+    case = pair(image, label)
+    found = read_mask(case, 2)
+    assert found.shape == formats.read(case, 2).stored.shape
+    flat = write_nifti(tmp_path / "flat.nii", shape=(6, 7, 1))
+    np.testing.assert_array_equal(read_mask(pair(flat, write_label(tmp_path / "l.nii", voxels)), 2).sum(), voxels.sum())
+    refused(pair(flat, label), "not_3d", "spatial_dims=2")
+
+
+def test_a_slice_and_its_label_keep_their_pixels_together(tmp_path):
+    voxels = class_map((6, 7, 1))
+    image = tmp_path / "image.nii"
+    nib.save(nib.Nifti1Image(voxels.astype(np.int16), AFFINE), image)
+    case = pair(image, write_label(tmp_path / "label.nii", voxels))
+    np.testing.assert_array_equal(read_mask(case, 2), formats.read(case, 2).stored)
+
+
+def test_anisotropic_spacing_of_10_to_1_is_read(tmp_path):
+    affine = np.diag([0.5, 0.5, 5.0, 1.0])
+    nib.save(nib.Nifti1Image(class_map(classes=9).astype(np.int16), affine), tmp_path / "image.nii")
+    case = pair(tmp_path / "image.nii", write_label(tmp_path / "label.nii", class_map(), affine))
+    assert formats.read(case, 3).spacing == (0.5, 0.5, 5.0)
+    assert read_mask(case, 3).shape == (1, *SHAPE)
+
+
+def test_a_case_without_mask_is_an_error(image):
+    with pytest.raises(ValueError, match="no voxel labels"):
+        read_mask(Case("case-0", "nifti", (image,), ("image",), "p"), 3)
+
+
+def test_masks_of_archives_are_refused(image):
+    case = Case("case-0", "npz", (image,), ("image",), "p", mask=Mask(image, "image", (0, 1)))
+    refused(case, "mask_format")
+
+
+def test_every_real_label_fits_its_image(data_dir):
+    root = data_dir / "Task04_Hippocampus"
+    for path in sorted((root / "imagesTr").glob("*.nii.gz")):
+        label = root / "labelsTr" / path.name
+        case = pair(path, label)
+        found = read_mask(case, 3)
+        assert found.shape == formats.read(case, 3).stored.shape
+        np.testing.assert_array_equal(
+            np.bincount(found.reshape(-1)), np.bincount(np.ravel(nib.load(label).dataobj).astype(int))
+        )
