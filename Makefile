@@ -9,7 +9,7 @@ BUNDLE_RUN := $(BIN)/python -W "ignore:parsing config_file" -m monai.bundle run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-3d test lint bench clean
+.PHONY: help demo demo-3d demo-seg test lint bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -21,21 +21,24 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,mlflow,test]"
 	@touch $@
 
-# $(1): 2 or 3, $(2): output folder.
+# $(1): 2 or 3, $(2): classification or segmentation, $(3): output folder.
 define run_demo
-	$(BIN)/python -m monai_salm.cohorts.demo --dim $(1) --output $(2)/export
+	$(BIN)/python -m monai_salm.cohorts.demo --dim $(1) --task $(2) --output $(3)/export
 	$(BUNDLE_RUN) \
-	    --config_file bundles/salm_$(1)d_classification/configs/train.yaml \
-	    --meta_file bundles/salm_$(1)d_classification/configs/metadata.json \
-	    --logging_file bundles/salm_$(1)d_classification/configs/logging.conf \
-	    --dataset_dir $(2)/export --output_dir $(2)
+	    --config_file bundles/salm_$(1)d_$(2)/configs/train.yaml \
+	    --meta_file bundles/salm_$(1)d_$(2)/configs/metadata.json \
+	    --logging_file bundles/salm_$(1)d_$(2)/configs/logging.conf \
+	    --dataset_dir $(3)/export --output_dir $(3)
 endef
 
 demo: $(STAMP)  ## protect the embedded 2D cohort and prove it (10 minutes): build/demo/report.html
-	$(call run_demo,2,build/demo)
+	$(call run_demo,2,classification,build/demo)
 
 demo-3d: $(STAMP)  ## the same with 3D volumes (20 minutes): build/demo-3d/report.html
-	$(call run_demo,3,build/demo-3d)
+	$(call run_demo,3,classification,build/demo-3d)
+
+demo-seg: $(STAMP)  ## the same with lesions to segment in 3D (25 minutes): build/demo-seg/report.html
+	$(call run_demo,3,segmentation,build/demo-seg)
 
 test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA names them
 	$(BIN)/python -m pytest

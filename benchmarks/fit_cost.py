@@ -34,6 +34,7 @@ from monai_salm.perturbations.base import Objective, frozen
 from monai_salm.stored import StoredCodec
 from monai_salm.transforms.meta import codec_to_meta
 from monai_salm.verification.results import write_atomically
+from monai_salm.workflows import bundle_for
 
 TARGET = 1.15
 """Wall time of the fit over that of the bare loop that we want at most."""
@@ -169,7 +170,7 @@ def measure(workload: Workload, repetitions: int, overrides: Mapping[str, Any]) 
 
 def _parser(workload: Workload, overrides: Mapping[str, Any]) -> ConfigParser:
     fixed = {"device": "cpu", "num_classes": CLASSES, "spatial_size": list(workload.spatial_size)}
-    parser = configured(len(workload.shape), {**fixed, **overrides})
+    parser = configured(bundle_for(len(workload.shape)), {**fixed, **overrides})
     set_determinism(seed=0)
     return parser
 

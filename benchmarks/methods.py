@@ -81,7 +81,7 @@ def fit(
     values = {"device": "cpu", "spatial_size": list(SIZE), "num_classes": classes, "seed": seed}
     values |= {**(method.overrides or {}), **overrides}
     name = hashlib.sha256(json.dumps([values, method.trainer], sort_keys=True).encode()).hexdigest()[:16]
-    parser = configured(2, {**values, "output_dir": str(work / name), "train::dataset": dataset})
+    parser = configured("salm_2d_classification", {**values, "output_dir": str(work / name), "train::dataset": dataset})
     set_determinism(seed=seed)
     trainer = parser.get_parsed_content(method.trainer)
     trainer.run()
@@ -108,7 +108,7 @@ def random_noise(images: Mapping[str, StoredImage], budget: Budget, seed: int) -
 
 def victims(overrides: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     """Those of the shipped study, and a small DenseNet."""
-    parser = configured(2, overrides)
+    parser = configured("salm_2d_classification", overrides)
     shipped = {name: parser.get_parsed_content(f"study::victims::{name}") for name in parser["study::victims"]}
     sizes = {"init_features": 16, "growth_rate": 8, "block_config": (2, 2, 2)}
     dense = partial(DenseNet, spatial_dims=2, in_channels=1, out_channels=parser["num_classes"], **sizes)

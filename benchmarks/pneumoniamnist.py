@@ -149,7 +149,7 @@ class Benchmark:
         self.split, self.seeds, self.fits, self.train_size = split, seeds, min(fits, seeds), train_size
         self.workers = default_workers(torch.device("cpu")) if workers is None else workers
         self.overrides = dict(overrides or {})
-        config = configured(2, self.overrides)
+        config = configured("salm_2d_classification", self.overrides)
         self.budget = Budget.parse(config["epsilon"])
         shipped = ("epochs", "batch_size", "learning_rate", "weight_decay")
         self.recipe = {name: config.get_parsed_content(f"study::{name}") for name in shipped}

@@ -15,20 +15,20 @@ import torch
 from monai.bundle import ConfigParser
 
 from monai_salm import __version__
-from monai_salm.workflows import bundle_for, bundle_path
+from monai_salm.workflows import bundle_path
 
 
-def configured(spatial_dims: int, overrides: Mapping[str, Any]) -> ConfigParser:
-    """The classification bundle's ``train.yaml``, so that the shipped defaults are what is measured.
+def configured(bundle: str, overrides: Mapping[str, Any]) -> ConfigParser:
+    """A bundle's ``train.yaml``, so that the shipped defaults are what is measured.
 
     Args:
-        spatial_dims: 2 or 3.
+        bundle: its name.
         overrides: values by config id, such as ``{"mask_ratio": 0.2, "train::dataset": dataset}``; later ones win.
     """
     parser = ConfigParser()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a config can run code: this one is part of the repository
-        parser.read_config(bundle_path(bundle_for(spatial_dims)) / "configs" / "train.yaml")
+        parser.read_config(bundle_path(bundle) / "configs" / "train.yaml")
     for name, value in overrides.items():
         parser[name] = value
     return parser

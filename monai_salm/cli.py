@@ -30,6 +30,7 @@ exit codes:
 """
 _SHOWN = 20
 """Rows of a list on the screen unless all are asked for."""
+_DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="list what an export holds and what would be refused, with reasons")
     inspect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
     _add_input(inspect)
-    inspect.add_argument(
-        "--dim", type=int, choices=(2, 3), default=2, help="2 (default): every slice is a case; 3: every volume"
-    )
+    inspect.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
     inspect.add_argument("--all", action="store_true", help="list every case and every refusal")
     inspect.set_defaults(command=_inspect)
 
@@ -75,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     protect.add_argument("out", type=Path, metavar="OUT", help="new or empty folder; OUT/protected is what you share")
     _add_input(protect)
     which = protect.add_mutually_exclusive_group()
-    which.add_argument("--dim", type=int, choices=(2, 3), help="2 (default): every slice is a case; 3: every volume")
+    which.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
     which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
     protect.add_argument("--epsilon", metavar="BUDGET", help="largest change, as '8/255', '5 HU' or '12 stored'")
     protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
@@ -151,7 +150,7 @@ def _inspect(options: argparse.Namespace) -> int:
     labels = find_labels(options.export, options.labels)
     window = tuple(options.window) if options.window else "auto"
     voxels = labels if isinstance(labels, VoxelLabels) else None
-    catalog = scan(options.export, options.dim, window=window, voxels=voxels)
+    catalog = scan(options.export, _dim(options, voxels is not None), window=window, voxels=voxels)
     cohort, problem = None, None
     if labels is not None or any(case.label >= 0 for case in catalog.cases):
         try:
@@ -176,24 +175,22 @@ def _inspect(options: argparse.Namespace) -> int:
     return NOT_PROTECTED if refusals else DONE
 
 
+def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
+    """Slices or volumes; labels of voxels are mostly drawn in volumes."""
+    return options.dim or (3 if voxelwise else 2)
+
+
 def _protect(options: argparse.Namespace) -> int:
     from monai_salm import workflows
     from monai_salm.perturbations.budget import Budget
     from monai_salm.perturbations.masks import SparsityMask
     from monai_salm.release.commit import check_output
-    from monai_salm.release.labels import read_labels
+    from monai_salm.release.labels import find_labels
+    from monai_salm.release.voxels import VoxelLabels
 
     # What a typing error could spoil is checked now, and not after hours of fitting.
-    bundle = options.bundle or workflows.bundle_for(options.dim or 2)
-    workflows.bundle_path(bundle)
-    overrides = dict(options.set) | workflows.protect_overrides(
-        options.export,
-        options.out,
-        labels=options.labels,
-        epsilon=options.epsilon,
-        mask_ratio=options.mask_ratio,
-        window=options.window,
-    )
+    if options.bundle:
+        workflows.bundle_path(options.bundle)
     if options.epsilon is not None:
         Budget.parse(options.epsilon)
     if options.mask_ratio is not None:
@@ -201,8 +198,17 @@ def _protect(options: argparse.Namespace) -> int:
     if not options.export.exists():
         raise ValueError(f"export {options.export} does not exist; check the path")
     check_output(options.export, options.out)
-    if options.labels:
-        read_labels(options.labels)
+    voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
+    bundle = options.bundle or workflows.bundle_for(_dim(options, voxelwise), voxelwise)
+    overrides = dict(options.set) | workflows.protect_overrides(
+        options.export,
+        options.out,
+        labels=options.labels,
+        epsilon=options.epsilon,
+        mask_ratio=options.mask_ratio,
+        window=options.window,
+        spatial_dims=options.dim if voxelwise else None,
+    )
     stages = workflows.WITHOUT_VERIFY if options.no_verify else workflows.ALL
     try:
         code = _stages(bundle, stages, overrides)

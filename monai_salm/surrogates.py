@@ -129,6 +129,40 @@ class SmallCNN(nn.Module):
         return self.head(self.features(image).flatten(2).mean(2))
 
 
+class TextureReader(nn.Module):
+    """The smallest network that tells textures apart, voxel by voxel: filters, their rectified mean nearby, a vote.
+
+    It sees only what lies within ``kernel_size // 2 + 2`` voxels and has no stride, so tiles with such a halo give what
+    the whole image would. What so simple a network reads, others learn early.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the input.
+        out_channels: number of classes, background included.
+        features: number of filters.
+        kernel_size: odd side of a filter in voxels.
+
+    Example:
+        >>> TextureReader(3, 1, 2)(torch.rand(1, 1, 9, 10, 11)).shape
+        torch.Size([1, 2, 9, 10, 11])
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int, features: int = 16, kernel_size: int = 7
+    ) -> None:
+        super().__init__()
+        conv = Conv[Conv.CONV, spatial_dims]
+        norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
+        self.filters = conv(in_channels, features, kernel_size, padding=kernel_size // 2, bias=False)
+        self.energy = nn.Sequential(
+            norm(features), nn.ReLU(inplace=True), Pool[Pool.AVG, spatial_dims](5, stride=1, padding=2)
+        )
+        self.vote = conv(features, out_channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vote(self.energy(self.filters(image)))
+
+
 def small_resnet(spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> ResNet:
     """MONAI's ResNet with one basic block per stage (ResNet-10) and ``width`` channels in the first."""
     return ResNet(
@@ -155,6 +189,7 @@ class RandomView(nn.Module):
         translate: largest shift as a fraction of the image's size.
         contrast: largest relative change of contrast and largest shift of brightness.
         noise: largest standard deviation of Gaussian noise, in unit intensity.
+        affine_prob: probability that an image is rotated, zoomed and shifted at all; the others keep their sharpness.
     """
 
     def __init__(
@@ -166,14 +201,15 @@ class RandomView(nn.Module):
         translate: float = 0.05,
         contrast: float = 0.1,
         noise: float = 0.02,
+        affine_prob: float = 1.0,
     ) -> None:
         super().__init__()
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.affine_prob = spatial_dims, affine_prob
         self.flip, self.rotate, self.scale, self.translate = flip, rotate, scale, translate
         self.contrast, self.noise = contrast, noise
 
     def extra_repr(self) -> str:
-        names = ("flip", "rotate", "scale", "translate", "contrast", "noise")
+        names = ("flip", "rotate", "scale", "translate", "contrast", "noise", "affine_prob")
         return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -191,9 +227,12 @@ class RandomView(nn.Module):
                 turn[:, a, a] = turn[:, b, b] = angle.cos()
                 turn[:, a, b], turn[:, b, a] = -angle.sin(), angle.sin()
                 matrix = turn @ matrix
-        if self.flip:
-            matrix = matrix * torch.where(uniform(1, dims) < 0, -1.0, 1.0)
+        side = torch.where(uniform(1, dims) < 0, -1.0, 1.0) if self.flip else torch.ones(())
         shift = 2 * self.translate * uniform(dims, 1)
+        if self.affine_prob < 1:
+            moved = torch.rand(batch, 1, 1, generator=generator) < self.affine_prob
+            matrix, shift = torch.where(moved, matrix, torch.eye(dims)), shift * moved
+        matrix = matrix * side
         return {
             "theta": torch.cat([matrix, shift], 2),
             "gain": 1 + self.contrast * uniform(),

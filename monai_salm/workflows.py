@@ -44,9 +44,12 @@ def bundle_path(name: str) -> Path:
     raise ValueError(f"there is no bundle {name!r}; use one of {', '.join(bundle_names())}, or the folder of a bundle")
 
 
-def bundle_for(spatial_dims: int) -> str:
-    """Name of the classification bundle for slices (2) or volumes (3)."""
-    return f"salm_{spatial_dims}d_classification"
+def bundle_for(spatial_dims: int, voxelwise: bool = False) -> str:
+    """Name of the bundle for slices (2) or volumes (3), where voxels have labels or (else) whole cases.
+
+    There is one for voxel labels; its setting ``spatial_dims`` tells slices from volumes.
+    """
+    return "salm_3d_segmentation" if voxelwise else f"salm_{spatial_dims}d_classification"
 
 
 def copy_bundle(name: str, dest: Path | str) -> Path:
@@ -74,6 +77,7 @@ def protect_overrides(
     epsilon: str | None = None,
     mask_ratio: float | None = None,
     window: Sequence[float] | None = None,
+    spatial_dims: int | None = None,
 ) -> dict[str, Any]:
     """Config ids and values for what a user says in words; what is None keeps the bundle's default."""
     said = {
@@ -83,6 +87,7 @@ def protect_overrides(
         "epsilon": epsilon,
         "mask_ratio": mask_ratio,
         "window": list(window) if window else None,
+        "spatial_dims": spatial_dims,
     }
     return {name: value for name, value in said.items() if value is not None}
 

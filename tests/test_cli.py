@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exports import write_labels, write_nifti, write_npz, write_series
+from exports import write_decathlon, write_labels, write_nifti, write_npz, write_series
 from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
@@ -387,6 +387,60 @@ def test_a_label_table_outside_the_export_is_found_from_anywhere(run, export, st
     assert run("protect", "in", "out", "--labels", "table.csv", "--bundle", stub, "--no-verify")[0] == cli.DONE
     monkeypatch.chdir("/")
     assert run("verify", tmp_path / "out")[0] == cli.DONE
+
+
+# ------------------------------------------------------------------ which bundle
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple[str, tuple[str, ...], dict[str, object]]]:
+    """What would have been run: bundle, stages and overrides."""
+    calls: list[tuple[str, tuple[str, ...], dict[str, object]]] = []
+    monkeypatch.setattr(
+        workflows, "run_bundle", lambda name, stages, overrides: calls.append((name, tuple(stages), dict(overrides)))
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bundle", "spatial_dims"),
+    [
+        ([], "salm_3d_segmentation", None),
+        (["--dim", 3], "salm_3d_segmentation", 3),
+        (["--dim", 2], "salm_3d_segmentation", 2),
+        (["--set", "spatial_dims=2"], "salm_3d_segmentation", 2),
+        (["--bundle", "salm_2d_classification"], "salm_2d_classification", None),
+    ],
+)
+def test_voxel_labels_choose_the_segmentation_bundle(run, started, tmp_path, arguments, bundle, spatial_dims):
+    export, out = write_decathlon(tmp_path / "in"), tmp_path / "out"
+    code, _, err = run("protect", export, out, "--no-verify", *arguments)
+    assert code == cli.DONE, err
+    overrides = {"dataset_dir": str(export), "output_dir": str(out)}
+    overrides |= {} if spatial_dims is None else {"spatial_dims": spatial_dims}
+    assert started == [(bundle, workflows.WITHOUT_VERIFY, overrides)]
+
+
+@pytest.mark.parametrize(("arguments", "dim"), [([], 2), (["--dim", 2], 2), (["--dim", 3], 3)])
+def test_labels_of_whole_cases_choose_a_classification_bundle(run, started, export, tmp_path, arguments, dim):
+    (export / "dataset.json").write_text("{}")  # a table case,label has the last word
+    assert run("protect", export, tmp_path / "out", "--no-verify", *arguments)[0] == cli.DONE
+    overrides = {"dataset_dir": str(export), "output_dir": str(tmp_path / "out")}
+    assert started == [(f"salm_{dim}d_classification", workflows.WITHOUT_VERIFY, overrides)]
+
+
+def test_inspect_takes_volumes_where_voxels_have_labels(run, tmp_path):
+    code, out, _ = run("inspect", write_decathlon(tmp_path / "in", 3))
+    assert code == cli.DONE and "3 cases of 3 patients" in out
+    code, out, err = run("inspect", tmp_path / "in", "--dim", 2)
+    assert code == cli.BAD_INPUT and "holds no 2D image" in err
+
+
+def test_a_broken_dataset_json_is_told_before_anything_is_written(run, started, tmp_path):
+    export = write_decathlon(tmp_path / "in", 3)
+    (export / "dataset.json").write_text('{"labels": {"0": "background"}}')
+    assert_refused(run("protect", export, tmp_path / "out"), "dataset.json")
+    assert not started and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------ the real bundles

@@ -18,7 +18,7 @@ import pytest
 from monai_salm import __version__, workflows
 
 ROOT = Path(__file__).resolve().parents[1]
-BUNDLES = ("salm_2d_classification", "salm_3d_classification")
+BUNDLES = ("salm_2d_classification", "salm_3d_classification", "salm_3d_segmentation")
 METADATA_KEYS = {
     *("schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version"),
     *("required_packages_version", "task", "description", "authors", "copyright", "network_data_format"),
@@ -163,8 +163,8 @@ def test_the_bundles_readme_explains_every_knob(name):
     config = ConfigParser.load_config_file(str(folder / "configs" / "train.yaml"))
     knobs = {key for key, value in config.items() if not isinstance(value, dict)}
     knobs -= {"imports", "initialize", "run", "fit", "protect", "verify", "finalize", "bundle_root", "num_classes"}
-    text = (folder / "docs" / "README.md").read_text()
-    told = set(re.findall(r"^\| `(\w+)` \|", text[text.index("## Settings") :], re.MULTILINE))
+    text = (folder / "docs" / "README.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
+    told = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert told == knobs, f"{name}: not told {knobs - told}, not there {told - knobs}"
 
 
@@ -190,9 +190,11 @@ def test_make_lists_its_targets_and_installs_only_once(tmp_path):
         command = ["make", "-C", str(tmp_path), *arguments]
         return subprocess.run(command, env=clean, check=True, capture_output=True, text=True, timeout=60).stdout
 
-    assert {"demo", "demo-3d", "test", "lint"} <= set(re.findall(r"^  make (\S+)", make(), re.MULTILINE))
-    first = make("-n", "demo", "demo-3d", "test")
-    assert first.count("pip install") == 1 and first.count("monai.bundle run") == 2
+    assert {"demo", "demo-3d", "demo-seg", "test", "lint"} <= set(re.findall(r"^  make (\S+)", make(), re.MULTILINE))
+    first = make("-n", "demo", "demo-3d", "demo-seg", "test")
+    assert first.count("pip install") == 1 and first.count("monai.bundle run") == 3
+    for name in BUNDLES:
+        assert f"--config_file bundles/{name}/configs/train.yaml" in first
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".installed").touch()
     assert "pip install" not in make("-n", "demo", "test")

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
+import pkgutil
 
 import pytest
 import torch
@@ -11,14 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from monai_salm import perturbations
 from monai_salm.perturbations.base import Objective, Perturbation, frozen
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.codes import class_codes
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM, RandomSign
-from monai_salm.surrogates import RandomView, SmallCNN, Surrogate
+from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
+from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Networks of a few weights are much slower with two threads, above all beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Linear(nn.Module):
@@ -120,6 +134,121 @@ class TestInvariants:
             SALM(mask=SparsityMask(ratio=1.0))(
                 objective, torch.zeros(1, 1, 4, 4), torch.tensor([0]), box((1, 1, 4, 5), 2), generator=gen()
             )
+
+
+def every_method() -> list[type[Perturbation]]:
+    """All methods of the package, also those that are yet to be written."""
+    for module in pkgutil.iter_modules(perturbations.__path__, f"{perturbations.__name__}."):
+        importlib.import_module(module.name)
+    found, ahead = [], [Perturbation]
+    while ahead:
+        for method in ahead.pop().__subclasses__():
+            ahead.append(method)
+            if method.__module__.startswith("monai_salm.") and not inspect.isabstract(method):
+                found.append(method)
+    return sorted(set(found), key=lambda method: method.__name__)
+
+
+def build(method: type[Perturbation]) -> Perturbation:
+    """With a sparse random mask and few steps, where a method has such settings; else as it comes."""
+    quick = {"mask": SparsityMask(ratio=0.3, criterion="random"), "steps": 3}
+    return method(**{name: value for name, value in quick.items() if name in inspect.signature(method).parameters})
+
+
+class Spy(nn.Module):
+    """Remembers all perturbations at which the objective was evaluated."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective, self.seen = objective, []
+
+    @property
+    def network(self) -> nn.Module:
+        return self.objective.network
+
+    def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        self.seen.append(delta.detach().clone())
+        return self.objective(image, delta, label, generator)
+
+    def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        self.seen.append(delta.detach().clone())
+        return self.objective.gradient(image, delta, label, generator)
+
+
+class TestConformance:
+    """What ``Perturbation`` promises, for every method of the package and labels of both kinds."""
+
+    SHAPES = {2: (2, 1, 11, 9), 3: (2, 1, 7, 6, 5)}
+
+    def setting(self, dims: int, voxelwise: bool) -> tuple[Objective, Tensor, Tensor, Lattice]:
+        torch.manual_seed(0)
+        shape = self.SHAPES[dims]
+        image, lattice = torch.rand(shape, generator=gen(1)), box(shape, 6, seed=2)
+        lattice.lower[0, :, 0], lattice.upper[0, :, 0] = 0, 0  # voxels that may not move
+        if not voxelwise:
+            surrogate = Surrogate(SmallCNN(dims, 1, 2, (4, 4)), [8] * dims)
+            return Objective(surrogate, CROSS_ENTROPY, view=RandomView(dims)), image, torch.tensor([0, 1]), lattice
+        conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
+        layers = nn.Sequential(conv(1, 4, 3, padding=1), norm(4), nn.Dropout(), nn.ReLU(), conv(4, 3, 3, padding=1))
+        options = {"view": RandomView(dims), "tile_size": (6,) * dims, "halo": 2}
+        objective = VoxelObjective(Surrogate(PaddedNetwork(layers, 2)), CROSS_ENTROPY, **options)
+        label = torch.randint(0, 3, shape, generator=gen(3), dtype=torch.uint8)
+        return objective, image, label, lattice
+
+    def test_methods_are_found(self):
+        names = {method.__name__ for method in every_method()}
+        assert {"SALM", "RandomSign", "LabelMarker", "ContourInterior", "SliceSpectrum"} <= names
+
+    @pytest.mark.parametrize("voxelwise", [True, False], ids=["voxels", "classes"])
+    @pytest.mark.parametrize("dims", [2, 3])
+    @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.__name__)
+    def test_invariants_hold(self, method, dims, voxelwise):
+        objective, image, label, lattice = self.setting(dims, voxelwise)
+        network = objective.network.train()
+        next(network.parameters()).requires_grad_(False)
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        flags = [parameter.requires_grad for parameter in network.parameters()]
+        weights, rng, given = copy.deepcopy(network.state_dict()), torch.get_rng_state(), image.clone()
+        spy, found = Spy(objective), []
+        start = lattice.snap(3.0 * torch.randn(image.shape, generator=gen(4)))
+        try:
+            for begin, seed in ((None, 5), (None, 5), (start, 6)):
+                found.append(build(method)(spy, image, label, lattice, begin, generator=gen(seed)))
+        except ValueError as refusal:
+            assert "labels" in str(refusal) or "volumes" in str(refusal)  # says what it needs
+            assert not voxelwise or (method.__name__, dims) == ("SliceSpectrum", 2)
+        for delta in found:
+            assert delta.dtype == lattice.lower.dtype and delta.shape == image.shape and not delta.requires_grad
+            assert (delta >= lattice.lower).all() and (delta <= lattice.upper).all() and delta.any()
+        assert not found or torch.equal(found[0], found[1])
+        for delta in spy.seen:  # nothing is asked of the network that could not be stored
+            assert (delta >= lattice.lower * lattice.unit_step - 1e-6).all()
+            assert (delta <= lattice.upper * lattice.unit_step + 1e-6).all()
+        assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
+        assert all(module.training for module in network.modules())
+        assert [parameter.requires_grad for parameter in network.parameters()] == flags
+        assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in network.parameters())
+        assert torch.equal(rng, torch.get_rng_state()) and torch.equal(image, given)
+
+    @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.__name__)
+    def test_settings_show_in_the_text_that_tells_fits_apart(self, method):
+        for name, value in vars(build(method)).items():
+            assert f"{name}={value!r}" in repr(build(method))
+
+    @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.__name__)
+    def test_inverted_images_move_the_other_way(self, method):
+        """A negative slope turns stored steps around: what the network sees is the same."""
+        objective, image, label, _ = self.setting(3, True)
+        bounds = torch.full(image.shape, 6, dtype=torch.int16)
+        found = []
+        for sign in (1, -1):
+            lattice = Lattice(-bounds, bounds, torch.full((2, 1, 1, 1, 1), sign / 255))
+            found.append(build(method)(objective, image, label, lattice, generator=gen()))
+        if method.__name__ in ("RandomSign", "LabelMarker"):  # they do not look
+            assert torch.equal(found[0], found[1])
+        elif method.__name__ != "SliceSpectrum":  # its first perturbation is random steps
+            assert torch.equal(found[0], -found[1])
 
 
 class TestClosedForm:
@@ -231,3 +360,116 @@ class TestMasks:
             SparsityMask(ratio=0.1)(torch.zeros(1, 1, 2, 2))
         with pytest.raises(ValueError, match="needs the labels"):
             SparsityMask(ratio=0.1, scope="class")(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+
+
+def voxel_labels(dims: int) -> Tensor:
+    """(2, 1, ...) labels: a block of class 1, some voxels of class 2 in the first image only."""
+    size = (20, 18, 10)[:dims]
+    label = torch.zeros(2, 1, *size, dtype=torch.uint8)
+    label[(..., *[slice(4, 9)] * dims)] = 1
+    label[(0, 0, *[slice(12, 15), slice(2, 6), slice(1, 3)][:dims])] = 2
+    return label
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+class TestVoxelMasks:
+    """Masks that follow voxel labels, and those that must not."""
+
+    @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.9])
+    @pytest.mark.parametrize("criterion", ["gradient", "gradient_input", "foreground", "random", "label"])
+    def test_class_scope_is_as_dense_in_each_class(self, dims, criterion, ratio):
+        label = voxel_labels(dims)
+        image = torch.rand(label.shape, generator=gen())
+        gradient = torch.randn(label.shape, generator=gen(1)) * (1 + 100 * (label == 1))  # lures all into class 1
+        chooser = SparsityMask(ratio=ratio, criterion=criterion, scope="class")
+        mask = chooser(image, gradient, label=label, generator=gen(2))
+        for own, truth in zip(mask, label, strict=True):
+            for index in truth.unique():
+                size = int((truth == index).sum())
+                assert int(own[truth == index].sum()) == max(1, round(ratio * size))
+
+    def test_class_scope_takes_the_best_of_each_class(self, dims):
+        label = voxel_labels(dims)
+        gradient = torch.randn(label.shape, generator=gen(1))
+        mask = SparsityMask(ratio=0.3, scope="class")(gradient, gradient, label=label)
+        for own, truth, score in zip(mask, label, gradient.abs(), strict=True):
+            for index in truth.unique():
+                inside = truth == index
+                assert score[inside & own].min() >= score[inside & ~own].max()
+
+    def test_class_scope_never_leaves_what_may_move(self, dims):
+        label = voxel_labels(dims)
+        image = torch.rand(label.shape, generator=gen())
+        movable = torch.rand(label.shape, generator=gen(1)) < 0.5
+        movable &= label != 2  # a class of which nothing may move
+        mask = SparsityMask(ratio=0.3, scope="class")(image, image, label=label, movable=movable)
+        assert not (mask & ~movable).any() and not mask[label == 2].any()
+        for own, truth in zip(mask, label, strict=True):
+            for index in (0, 1):  # the fraction refers to all voxels of the class
+                assert int(own[truth == index].sum()) == round(0.3 * int((truth == index).sum()))
+
+    def test_class_scope_of_a_case_without_foreground_is_image_scope(self, dims):
+        gradient = torch.randn(voxel_labels(dims).shape, generator=gen())
+        label = torch.zeros(gradient.shape, dtype=torch.uint8)
+        masks = [SparsityMask(ratio=0.2, scope=scope)(gradient, gradient, label=label) for scope in ("class", "image")]
+        assert torch.equal(*masks)
+
+    def test_image_scope_does_not_see_the_label(self, dims):
+        label = voxel_labels(dims)
+        gradient = torch.randn(label.shape, generator=gen())
+        for criterion in ("gradient", "gradient_input", "foreground", "random"):
+            chooser = SparsityMask(ratio=0.2, criterion=criterion)
+            with_label = chooser(gradient, gradient, label=label, generator=gen(1))
+            assert torch.equal(with_label, chooser(gradient, gradient, generator=gen(1)))
+            assert (with_label.flatten(1).sum(1) == round(0.2 * label[0].numel())).all()
+
+    def test_the_label_criterion_takes_labeled_voxels_first_then_those_near(self, dims):
+        label = voxel_labels(dims)
+        image = torch.rand(label.shape, generator=gen())
+        share = float((label > 0).float().flatten(1).mean(1).min())
+        few = SparsityMask(ratio=0.5 * share, criterion="label")(image, label=label)
+        assert (label[few] > 0).all()
+        more = SparsityMask(ratio=min(1.0, 1.5 * share + 0.1), criterion="label")(image, label=label)
+        assert more[label > 0].all() and (more & (label == 0)).any()
+
+    def test_the_label_criterion_grows_outward(self, dims):
+        label = torch.zeros(1, 1, *[41] * dims, dtype=torch.uint8)
+        label[(..., *[20] * dims)] = 1
+        mask = SparsityMask(ratio=(7 / 41) ** dims, criterion="label")(torch.zeros(label.shape), label=label)
+        reach = (mask[0, 0].nonzero() - 20).abs().sum(1)
+        assert mask[(0, 0, *[20] * dims)] and reach.max() <= 3 * dims
+        inner = torch.stack(torch.meshgrid(*[torch.arange(41) - 20] * dims, indexing="ij")).abs().sum(0) <= 2
+        assert mask[0, 0][inner].all()
+
+    @pytest.mark.parametrize("label", [None, torch.tensor([0, 1])])
+    def test_the_label_criterion_needs_voxel_labels(self, dims, label):
+        image = torch.rand(2, 1, *[6] * dims)
+        with pytest.raises(ValueError, match="needs voxel labels"):
+            SparsityMask(ratio=0.2, criterion="label")(image, label=label)
+
+    def test_voxel_labels_of_another_shape_are_refused(self, dims):
+        image = torch.rand(2, 1, *[8] * dims)
+        label = torch.ones(2, 1, *[6] * dims, dtype=torch.uint8)
+        for options in ({"criterion": "label"}, {"scope": "class"}):
+            with pytest.raises(ValueError, match="differ"):
+                SparsityMask(ratio=0.2, **options)(image, image, label=label)
+
+    def test_salm_keeps_the_ratio_within_each_class(self, dims):
+        label = voxel_labels(dims)
+        image = torch.rand(label.shape, generator=gen())
+        bound = torch.full(label.shape, 4, dtype=torch.int16)
+        lattice = Lattice(-bound, bound, torch.full((2, *[1] * (dims + 1)), 1 / 255))
+        torch.manual_seed(0)
+        network = Surrogate(nn.Sequential((nn.Conv2d, nn.Conv3d)[dims - 2](1, 3, 3, padding=1)))
+        objective = VoxelObjective(network, CROSS_ENTROPY, tile_size=(9,) * dims, halo=1)
+        method = SALM(mask=SparsityMask(ratio=0.2, scope="class"))
+        delta = method(objective, image, label, lattice, generator=gen())
+        for own, truth in zip(delta, label, strict=True):
+            for index in truth.unique():
+                size = int((truth == index).sum())
+                assert 0 < int((own[truth == index] != 0).sum()) <= round(0.2 * size)
+
+
+def test_the_index_of_ignored_voxels_is_no_class():
+    """Voxel labels are bytes; the last value is taken."""
+    assert IGNORED == torch.iinfo(torch.uint8).max

@@ -12,8 +12,8 @@ only when there are more classes than directions of the first keep apart."""
 BANDWIDTH = 2.0
 """Standard deviation of a code's spectrum around its center, in cycles per image."""
 CANDIDATES = 1024
-VOXEL_CYCLES = 0.3
-"""Cycles per voxel of the codes of voxel labels: fine enough for small structures, yet kept by resampling by 1.25."""
+VOXEL_CYCLES = (0.4, 0.25)
+"""Cycles per voxel of the codes of voxel labels: finer than most anatomy; the second as above."""
 VOXEL_BANDWIDTH = 0.04
 
 
@@ -37,7 +37,7 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
     cycles = [torch.fft.fftfreq(size) * size for size in spatial_size]
-    return _textures(cycles, _centers(len(spatial_size), classes), BANDWIDTH, seed)
+    return _textures(cycles, _centers(len(spatial_size), classes, CYCLES), BANDWIDTH, seed)
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
@@ -52,8 +52,8 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         (classes, 1, *spatial_size) float tensor; the first is zero.
     """
     cycles = [torch.fft.fftfreq(size) for size in spatial_size]
-    directions = _centers(len(spatial_size), max(1, classes - 1)) / CYCLES[0]
-    codes = _textures(cycles, VOXEL_CYCLES * directions, VOXEL_BANDWIDTH, seed)[: classes - 1]
+    centers = _centers(len(spatial_size), max(1, classes - 1), VOXEL_CYCLES)
+    codes = _textures(cycles, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
     return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
 
 
@@ -70,13 +70,12 @@ def _textures(axes: list[Tensor], centers: Tensor, bandwidth: float, seed: int) 
     return torch.stack(codes)[:, None]
 
 
-def _centers(dims: int, count: int) -> Tensor:
-    """(count, dims) frequencies in cycles per image, far from each other."""
+def _centers(dims: int, count: int, shells: tuple[float, float]) -> Tensor:
+    """(count, dims) frequencies, far from each other, on the first shell or on both."""
     directions = torch.randn(CANDIDATES, dims, generator=torch.Generator().manual_seed(0)).abs()
     directions = torch.cat([torch.eye(dims), torch.ones(1, dims), directions])
     directions = directions / directions.norm(dim=1, keepdim=True)
-    shells = CYCLES if count > dims + 1 else CYCLES[:1]
-    candidates = torch.cat([directions * cycles for cycles in shells])
+    candidates = torch.cat([directions * cycles for cycles in (shells if count > dims + 1 else shells[:1])])
     chosen = candidates[:1]
     while len(chosen) < count:
         farthest = torch.cdist(candidates, chosen).amin(1).argmax()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Lattice
+from monai_salm.perturbations.voxels import require_voxel_labels
 
 
 def checkerboard(image: Tensor, cell: int) -> Tensor:
@@ -49,6 +50,7 @@ class LabelMarker(Perturbation):
         start: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
+        require_voxel_labels(image, label)
         return checkerboard(image, self.cell) * lattice.levels * (label > 0)
 
 
@@ -77,13 +79,14 @@ class ContourInterior(Perturbation):
         start: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
+        require_voxel_labels(image, label)
         contour, inside = self._regions(label)
         bound = (contour + inside * self._texture(image).clamp(min=self.interior)) * lattice.levels
         steps = start
         for _ in range(self.steps):
             gradient = objective.gradient(image, steps.round() * lattice.unit_step, label, generator)
             steps = steps - self.step_size * lattice.levels * (gradient * lattice.unit_step.sign()).sign()
-            steps = torch.maximum(torch.minimum(steps, bound), -bound)
+            steps = lattice.project(torch.maximum(torch.minimum(steps, bound), -bound))
         return steps
 
     @staticmethod
@@ -130,8 +133,10 @@ class SliceSpectrum(Perturbation):
     ) -> Tensor:
         if image.ndim != 5:
             raise ValueError(f"slices differ in volumes only, (B, C, H, W, D); the images are {tuple(image.shape)}")
-        labeled, steps = (label > 0).float(), start
-        steps = steps + labeled * (torch.rand(image.shape, generator=generator) * 2 - 1).to(image.device)
+        require_voxel_labels(image, label)
+        labeled = (label > 0).float()
+        noise = (torch.rand(image.shape, generator=generator) * 2 - 1).to(image.device)
+        steps = lattice.project(start + labeled * noise)
         with torch.no_grad():
             before = objective.network.network(image)
         for _ in range(self.steps):

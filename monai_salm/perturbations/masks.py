@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_salm.perturbations.voxels import require_voxel_labels
+
 Criterion = Literal["gradient", "gradient_input", "foreground", "random", "label"]
 Scope = Literal["image", "slice", "channel", "class"]
 _NEAR = 12  # voxels around a label that criterion "label" tells from farther ones
@@ -70,12 +72,14 @@ class SparsityMask:
             generator: CPU generator of the random criterion.
 
         Raises:
-            ValueError: When an argument that criterion or scope needs is missing.
+            ValueError: When an argument that criterion or scope needs is missing, or voxel labels have another shape.
         """
+        voxelwise = label is not None and label.ndim == image.ndim
+        if voxelwise:
+            require_voxel_labels(image, label)
         if self.ratio == 1:
             return torch.ones_like(image, dtype=torch.bool) if movable is None else movable.clone()
         score = self._label_score(label) if self.criterion == "label" else self.score(image, gradient, generator)
-        voxelwise = label is not None and label.ndim == image.ndim
         if self.scope == "class" and not voxelwise:
             score = self._shared(score, label)
         if movable is not None:

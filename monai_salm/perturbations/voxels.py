@@ -18,6 +18,19 @@ _NO_LOSS = -100  # what PyTorch's losses ignore
 Span = tuple[slice, ...]
 
 
+def require_voxel_labels(image: Tensor, label: Tensor) -> None:
+    """Check that (B, C, *spatial) images have one class index per voxel, (B, 1, *spatial).
+
+    Raises:
+        ValueError: When they have not.
+    """
+    if label.shape != (len(image), 1, *image.shape[2:]):
+        raise ValueError(
+            f"images {tuple(image.shape)} and labels {tuple(label.shape)} differ; "
+            "each voxel needs one class index: voxel labels, (B, 1, *spatial)"
+        )
+
+
 class VoxelObjective(Objective):
     """What a perturbation is to minimize where every voxel has a label.
 
@@ -37,7 +50,7 @@ class VoxelObjective(Objective):
         halo: voxels around a tile that the network sees but the tile's loss leaves out.
 
     Raises:
-        ValueError: When a tile has no voxels, or the halo is negative.
+        ValueError: When a tile has no voxels, the halo is negative, or (in a call) images and voxel labels differ in shape.
     """
 
     def __init__(
@@ -56,14 +69,14 @@ class VoxelObjective(Objective):
 
     def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) losses of (B, C, *spatial) images and perturbations with (B, 1, *spatial) class indices."""
-        losses = self._losses(image, delta, label, self._weights(label), generator)
+        losses = self._losses(image, delta, label, self._weights(image, label), generator)
         self._note(losses, len(image))
         return losses
 
     def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of the sum of the losses by ``delta``, accumulated over tiles."""
         gradient, losses = torch.zeros_like(delta), torch.zeros(len(image), device=image.device)
-        weights = self._weights(label)
+        weights = self._weights(image, label)
         for inner, outer in self.tiles(image.shape[2:]):
             truth = torch.full_like(label[outer], IGNORED)
             within = (..., *(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer[1:], strict=True)))
@@ -99,8 +112,10 @@ class VoxelObjective(Objective):
         truth = truth.masked_fill(truth == IGNORED, _NO_LOSS)
         return (self.loss(self.network.network(seen), truth) * share).flatten(1).sum(1)
 
-    def _weights(self, label: Tensor) -> Tensor:
+    @staticmethod
+    def _weights(image: Tensor, label: Tensor) -> Tensor:
         """(B, n_classes) weight of a voxel of each class: the classes of an image share its loss evenly."""
+        require_voxel_labels(image, label)
         n_classes = 1 + int(label.masked_fill(label == IGNORED, 0).max())
         counts = torch.stack([(label == index).flatten(1).sum(1) for index in range(n_classes)], 1).float()
         present = counts > 0

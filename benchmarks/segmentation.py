@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SALM, its controls and its rivals on a cohort with voxel labels, in one study of the segmentation bundle.
+
+python benchmarks/segmentation.py --data FOLDER --output benchmarks/results/NAME.json
+
+See benchmarks/README.md for the runs that wrote the files in ``results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import set_determinism
+from setting import configured, machine, versions
+
+from monai_salm.bank import PerturbationBank
+from monai_salm.release.protect import prepare_output
+
+BUNDLE = "salm_3d_segmentation"
+ALTERNATING = {
+    "transplant": False,
+    "rounds": 8,
+    "surrogate_steps": 40,
+    "perturbation_steps": 10,
+    "halo": 16,
+    "network_def::network": {
+        "_target_": "monai_salm.surrogates.PaddedNetwork",
+        "multiple": 4,
+        "network": {
+            "_target_": "monai.networks.nets.UNet",
+            "spatial_dims": "@spatial_dims",
+            "in_channels": 1,
+            "out_channels": "@num_classes",
+            "channels": [8, 16, 32],
+            "strides": [2, 2],
+            "num_res_units": 1,
+            "norm": "BATCH",
+        },
+    },
+}
+"""The rivals' setting: a U-Net is trained on the protected images, in turn with the perturbations."""
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "protected": ("train::trainer", {}),
+    "random_mask": ("control::trainer", {}),
+    "em": (
+        "train::trainer",
+        {**ALTERNATING, "mask_ratio": 1.0, "perturbation::step_size": 0.1, "perturbation::momentum": 0.0},
+    ),
+    "contour_interior": ("train::trainer", {**ALTERNATING, "perturbation": {}}),
+    "slice_spectrum": ("train::trainer", {**ALTERNATING, "perturbation": {}}),
+}
+"""Which trainer of the bundle fits an arm, and what differs from the bundle's configuration."""
+for _name, _class in (("contour_interior", "ContourInterior"), ("slice_spectrum", "SliceSpectrum")):
+    METHODS[_name][1]["perturbation"] = {
+        "_target_": f"monai_salm.perturbations.markers.{_class}",
+        "steps": "@perturbation_steps",
+    }
+
+
+def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
+    """Fit a method into ``bank``, or take what is there; its cost. To be run in a process of its own."""
+    torch.set_num_threads(1)
+    trainer_id, overrides = METHODS[method]
+    parser = configured(BUNDLE, {**settings, **overrides})
+    parser[f"{trainer_id}::bank_file"] = str(bank)
+    set_determinism(seed=parser["seed"])
+    trainer = parser.get_parsed_content(trainer_id)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer.run()
+    return {
+        "seconds": trainer.seconds,
+        "seconds_per_case": trainer.seconds / len(trainer.cases),
+        "passes_per_case": trainer.passes_per_image,
+        "peak_mb_above_start": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }
+
+
+def measure(settings: dict[str, Any], methods: Sequence[str], victims: Sequence[str], workers: int) -> dict[str, Any]:
+    """Fit, protect and verify; the report without curves, with the cost of each fit."""
+    private = Path(settings["output_dir"]) / "private"
+    prepare_output(settings["dataset_dir"], settings["output_dir"])
+    banks = {name: private / ("bank.sqlite" if name == "protected" else f"{name}.sqlite") for name in methods}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = {name: pool.submit(fit, name, settings, bank) for name, bank in banks.items()}
+        costs = {name: future.result() for name, future in running.items()}
+    parser = configured(BUNDLE, settings)
+    set_determinism(seed=parser["seed"])
+    parser["study::victims"] = {name: parser["study::victims"][name] for name in victims}
+    parser["study::timing"] = {}
+    parser["study::controls"] = {}
+    parser["study::workers"] = workers
+    parser["study::rules"] = {"min_victims": min(2, len(victims))}
+    parser.get_parsed_content("protect_cohort")()
+    study = parser.get_parsed_content("study")
+    study.controls = {name: PerturbationBank(bank) for name, bank in banks.items() if name != "protected"}
+    results = study.run()
+    for row in results["arms"]:
+        row.pop("curve", None)
+    results["cohort"].pop("refused", None)
+    return {**results, "fits": costs, "config": {**results["config"], **{k: str(v) for k, v in settings.items()}}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="Decathlon folder, or an export with labels.csv")
+    parser.add_argument("--labels", type=Path, help="table case,mask,split; default: labels.csv in the folder")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="cases that victims are tested on")
+    parser.add_argument("--epsilon", default="8/255")
+    parser.add_argument("--resample", type=float, default=1.0, help="voxel size of the study, relative to the files'")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--victims", nargs="+", default=["unet", "segresnet", "attention_unet"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another setting of the bundle")
+    parser.add_argument("--work", type=Path, required=True, help="folder for fits and trainings; they are kept there")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    if "protected" not in options.methods:
+        parser.error("--methods must name 'protected'")
+    settings: dict[str, Any] = {
+        "dataset_dir": str(options.data),
+        "output_dir": str(options.work.absolute()),
+        "epsilon": options.epsilon,
+        "resample": options.resample,
+        "seeds": options.seeds,
+        "eval_split": options.split,
+        **{key: json.loads(value) for key, value in (each.split("=", 1) for each in options.set)},
+    }
+    if options.labels:
+        settings["labels"] = str(options.labels)
+    start = time.monotonic()
+    results = measure(settings, options.methods, options.victims, options.workers)
+    for personal in ("dataset_dir", "output_dir", "labels"):
+        results["config"].pop(personal, None)
+    command = " ".join(each for each in (arguments or sys.argv[1:]) if "/" not in each or each == options.epsilon)
+    results |= {"command": command, "wall_seconds": time.monotonic() - start}
+    results |= {"versions": versions(), "machine": machine()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
