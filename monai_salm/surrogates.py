@@ -154,9 +154,11 @@ class TextureReader(nn.Module):
         conv = Conv[Conv.CONV, spatial_dims]
         norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
         self.filters = conv(in_channels, features, kernel_size, padding=kernel_size // 2, bias=False)
-        self.energy = nn.Sequential(
-            norm(features), nn.ReLU(inplace=True), Pool[Pool.AVG, spatial_dims](5, stride=1, padding=2)
-        )
+        means = []
+        for axis in range(spatial_dims):  # one axis after the other: the same mean with fewer sums
+            size = [5 if at == axis else 1 for at in range(spatial_dims)]
+            means.append(Pool[Pool.AVG, spatial_dims](size, stride=1, padding=[length // 2 for length in size]))
+        self.energy = nn.Sequential(norm(features), nn.ReLU(inplace=True), *means)
         self.vote = conv(features, out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
 SIZES: dict[str, dict[str, Any]] = {
     FLAT: {"spatial_size": [16, 16]},
     VOLUME: {"spatial_size": [16, 16, 16]},
-    VOXELS: {"spatial_size": [16, 16, 16], "tile_size": [16, 16, 16], "halo": 4},
+    VOXELS: {"spatial_size": [16, 16, 16], "tile_size": [16, 16, 16]},
 }
 RATIOS = {FLAT: 0.4, VOLUME: 0.4, VOXELS: 0.2}
 LEVELS = 8
@@ -538,6 +538,8 @@ CHANGES: dict[str, Any] = {
     "mask_criterion": "label",
     "perturbation_steps": 4,
     "surrogate_steps": 3,
+    "spatial_size": [8, 8, 8],
+    "kernel_size": 5,
     "seed": 1,
 }
 
@@ -574,6 +576,26 @@ def test_slices_with_voxel_labels_go_through_the_stages_with_spatial_dims_2_alon
     parser["spatial_dims"] = 2
     for key in ("spatial_size", "tile_size"):
         assert len(parser.get_parsed_content(key)) == 2
+
+
+@pytest.mark.data
+def test_real_hippocampi_with_voxel_labels_are_fitted_and_written(data_dir, tmp_path):
+    source, export, out = data_dir / "Task04_Hippocampus", tmp_path / "in", tmp_path / "out"
+    content = json.loads((source / "dataset.json").read_text())
+    content["training"] = content["training"][:4]
+    for pair in content["training"]:
+        for name in pair.values():
+            (export / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, export / name)
+    (export / "dataset.json").write_text(json.dumps(content))
+    before = contents(export)
+    settings = FEW | SIZES[VOXELS] | {"dataset_dir": export, "output_dir": out}
+    execute(command(VOXELS, "both", both=BOTH, **settings), tmp_path)
+    cohort = load_cohort(export, spatial_dims=3)
+    assert len(exact_deltas(cohort, out, 3, RATIOS[VOXELS])) == 4 and not read_refusals(out)
+    written = contents(out / "protected")
+    labels = {name for name in before if name.startswith("labelsTr/")}
+    assert len(labels) == 4 and all(written[name] == before[name] for name in labels)
 
 
 def test_monai_salm_picks_the_bundle_and_writes_series_with_their_segmentations(tmp_path):

@@ -6,8 +6,29 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.networks.nets import UNet
+from torch import Tensor
 
-from monai_salm.surrogates import RandomView, ResizeView, SmallCNN, Surrogate, small_resnet
+from monai_salm.surrogates import (
+    PaddedNetwork,
+    RandomView,
+    ResizeView,
+    SmallCNN,
+    Surrogate,
+    TextureReader,
+    small_resnet,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Networks of a few weights are much slower with two threads, above all beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (80, 64), (61, 20), (61, 47)])
@@ -56,3 +77,128 @@ def test_without_any_strength_a_view_only_flips():
     for one, original in zip(seen, image, strict=True):
         flips = [original, original.flip(1), original.flip(2), original.flip(1, 2)]
         assert any(torch.allclose(one, flipped, atol=1e-5) for flipped in flips)
+
+
+def unet(dims: int) -> UNet:
+    return UNet(dims, 1, 3, (2, 4, 4), (2, 2), num_res_units=1, norm="BATCH").eval()
+
+
+class TestPaddedNetwork:
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(2, 3).flatmap(lambda dims: st.lists(st.integers(1, 19), min_size=dims, max_size=dims)))
+    def test_any_size_comes_out_as_it_went_in(self, size):
+        network = PaddedNetwork(unet(len(size)), 4)
+        assert network(torch.rand(2, 1, *size)).shape == (2, 3, *size)
+
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_a_size_that_fits_is_left_alone_and_others_end_in_zeros(self, dims):
+        network, image = unet(dims), torch.rand(1, 1, *[8, 12, 4][:dims])
+        assert torch.equal(PaddedNetwork(network, 4)(image), network(image))
+        short = image[..., :-1]
+        ends_in_zero = F.pad(short, [0, 1])
+        assert torch.equal(PaddedNetwork(network, 4)(short), network(ends_in_zero)[..., :-1])
+
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_it_scripts_with_equal_output_at_every_size(self, dims):
+        surrogate = Surrogate(PaddedNetwork(unet(dims), 4)).eval()
+        scripted = torch.jit.script(surrogate)
+        for size in ([8, 8, 8], [9, 6, 5], [1, 2, 3], [13, 1, 4]):
+            image = torch.rand(2, 1, *size[:dims])
+            assert torch.allclose(scripted(image), surrogate(image), atol=1e-6)
+
+    def test_gradients_reach_the_image(self):
+        image = torch.rand(1, 1, 7, 9, requires_grad=True)
+        PaddedNetwork(unet(2), 4)(image).square().sum().backward()
+        assert (image.grad != 0).all()
+
+
+class TestTextureReader:
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_it_scripts_with_equal_output_at_every_size(self, dims):
+        surrogate = Surrogate(TextureReader(dims, 1, 3)).eval()
+        scripted = torch.jit.script(surrogate)
+        for size in ([12, 9, 10], [5, 6, 7]):
+            image = torch.rand(2, 1, *size[:dims])
+            assert scripted(image).shape == (2, 3, *size[:dims])
+            assert torch.allclose(scripted(image), surrogate(image), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "size",
+        [
+            (3, 1),
+            pytest.param((12, 10, 1), marks=pytest.mark.xfail(reason="3D pooling takes no axis below its window")),
+        ],
+    )
+    def test_a_volume_of_one_slice_goes_through(self, size):
+        network = TextureReader(len(size), 1, 3).eval()
+        assert network(torch.rand(2, 1, *size)).shape == (2, 3, *size)
+
+    @pytest.mark.parametrize("kernel_size", [3, 5, 7])
+    def test_it_sees_no_farther_than_it_says(self, kernel_size):
+        network = TextureReader(2, 1, 2, features=64, kernel_size=kernel_size).eval()
+        image = torch.rand(1, 1, 31, 31, requires_grad=True)
+        (seen,) = torch.autograd.grad(network(image)[0, :, 15, 15].sum(), image)
+        reach = (seen[0, 0].nonzero() - 15).abs().amax(0)
+        assert reach.tolist() == [kernel_size // 2 + 2] * 2
+
+
+def blocks(dims: int, batch: int = 6) -> Tensor:
+    """Voxel labels 0, 1 and 2 in blocks of no symmetry, and 255 at one border."""
+    label = torch.zeros(batch, 1, *[24, 21, 18][:dims], dtype=torch.uint8)
+    label[(..., *[slice(2, 9), slice(3, 12), slice(2, 8)][:dims])] = 1
+    label[(..., *[slice(13, 20), slice(5, 9), slice(9, 16)][:dims])] = 2
+    label[:, :, 22:] = 255
+    return label
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+class TestLabelsUnderViews:
+    def test_flips_move_labels_and_image_alike(self, dims):
+        view = RandomView(dims, rotate=0, scale=0, translate=0, contrast=0, noise=0)
+        label = blocks(dims)
+        drawn = view.draw(len(label), torch.Generator().manual_seed(0))
+        moved = view.move_labels(label, drawn)
+        assert moved.dtype == torch.uint8 and moved.shape == label.shape
+        assert torch.allclose(view(label.float(), drawn), moved.float(), atol=1e-3)
+        axes = range(1, dims + 1)
+        flips = [[axis for axis in axes if chosen >> (axis - 1) & 1] for chosen in range(2**dims)]
+        taken = set()
+        for one, original in zip(moved, label, strict=True):
+            taken |= {str(flip) for flip in flips if torch.equal(one, original.flip(flip))}
+        assert len(taken) > 2
+
+    @pytest.mark.parametrize("strength", [{}, {"rotate": 1.0, "scale": 0.3, "translate": 0.2, "flip": False}])
+    def test_rotation_zoom_and_shift_move_labels_and_image_alike(self, dims, strength):
+        view = RandomView(dims, contrast=0, noise=0, **strength)
+        label = blocks(dims)
+        drawn = view.draw(len(label), torch.Generator().manual_seed(1))
+        moved = view.move_labels(label, drawn)
+        assert (moved != label).float().mean() > 0.02
+        for value in (0, 1, 2, 255):
+            share = view((label == value).float(), drawn)  # of a voxel that comes from the class
+            assert (moved[share > 0.999] == value).all() and (moved[share < 0.001] != value).all()
+            assert value == 255 or ((share > 0.999) & (label == value)).any()
+
+    def test_no_value_is_made_up(self, dims):
+        view, label = RandomView(dims, rotate=1.0), blocks(dims)
+        moved = view.move_labels(label, view.draw(len(label), torch.Generator().manual_seed(2)))
+        assert moved.unique().tolist() == label.unique().tolist() == [0, 1, 2, 255]
+
+    def test_contrast_and_noise_leave_labels_alone(self, dims):
+        view, label = RandomView(dims, flip=False, rotate=0, scale=0, translate=0, contrast=0.5, noise=1), blocks(dims)
+        drawn = view.draw(len(label), torch.Generator().manual_seed(3))
+        assert torch.equal(view.move_labels(label, drawn), label)
+
+    def test_a_single_slice_moves_too(self, dims):
+        view, label = RandomView(dims), blocks(dims)[..., 5:6]
+        moved = view.move_labels(label, view.draw(len(label), torch.Generator().manual_seed(4)))
+        assert moved.shape == label.shape and set(moved.unique().tolist()) <= set(label.unique().tolist())
+
+
+def test_an_affine_view_is_drawn_with_its_probability():
+    steady = RandomView(2, flip=False, affine_prob=0.0)
+    half = RandomView(2, flip=False, affine_prob=0.5)
+    still = torch.eye(2, 3).repeat(400, 1, 1)
+    assert torch.equal(steady.draw(400, torch.Generator().manual_seed(0))["theta"], still)
+    moved = (half.draw(400, torch.Generator().manual_seed(0))["theta"] != still).flatten(1).any(1)
+    assert 0.4 < moved.float().mean() < 0.6

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
-from monai_salm.surrogates import PaddedNetwork, RandomView, Surrogate
+from monai_salm.surrogates import PaddedNetwork, RandomView, Surrogate, TextureReader
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 LARGE = 10**6  # a tile that holds every volume
@@ -107,6 +110,14 @@ class TestTiles:
         for wrong_tile, wrong_halo in ((tile, 0), ((6,) * dims, halo)):  # no halo; off the stride
             wrong, _ = gradients(network, wrong_tile, wrong_halo)
             assert difference(wrong, whole) > 1e-3
+
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_so_it_is_with_a_texture_reader_and_the_halo_it_asks_for(self, dims):
+        torch.manual_seed(1)
+        network = _trained(Surrogate(TextureReader(dims, 1, 3, features=4, kernel_size=5)))
+        whole, _ = gradients(network, (LARGE,) * dims, 0)
+        assert difference(gradients(network, (7,) * dims, 4)[0], whole) < 1e-12
+        assert difference(gradients(network, (7,) * dims, 3)[0], whole) > 1e-4
 
     def test_a_halo_of_16_covers_the_receptive_field_of_the_bundled_kind_of_network(self):
         network = strided_network(2)
@@ -200,6 +211,9 @@ class TestTiles:
         found = [objective.gradient(image.float(), delta.float(), label, gen(seed)) for seed in (3, 3, 4)]
         assert len({str(one["theta"]) for one in drawn[:4]}) == 4
         assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+    def test_its_text_tells_the_tiles(self):
+        assert "tile_size=(4, 6), halo=3" in str(VoxelObjective(nn.Identity(), CROSS_ENTROPY, tile_size=(4, 6), halo=3))
 
     def test_impossible_tiles_are_refused(self):
         for options in ({"tile_size": (0, 4)}, {"halo": -1}):
@@ -301,3 +315,21 @@ class TestClasses:
             objective.gradient(image, delta, label, gen())
             objective(image, delta, label, gen())
             assert objective.passes == 4 and math.isfinite(objective.mean())
+
+
+def test_the_scaling_benchmark_on_tiny_volumes(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    module = importlib.import_module("voxel_scaling")
+    monkeypatch.setattr(module, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    output = tmp_path / "out.json"
+    options = ["--sizes", "8", "12", "16", "--tile", "8", "--halo", "16", "--steps", "1", "--whole-up-to", "12"]
+    module.main(["--output", str(output), "--networks", "unet", "pointwise", *options])
+    results = json.loads(output.read_text())["networks"]
+    for found in results.values():
+        assert [row["voxels"] for row in found["rows"]] == [8**3, 12**3, 16**3]
+        assert found["rows"][0]["seen_voxels"] == 8**3 and found["rows"][2]["seen_voxels"] == 8 * 16**3
+        assert [(pair["size"], pair["double"]) for pair in found["whole_against_tiled"]] == [(12, False), (12, True)]
+        assert found["whole_against_tiled"][1]["equal"] and found["whole_against_tiled"][0]["equal_fraction"] > 0.99
+    assert module.power([1, 10, 100], [3, 30, 300])["b"] == pytest.approx(1)
+    assert module.line([0, 1, 2], [5, 7, 9]) == pytest.approx({"intercept": 5, "slope": 2, "largest_residual": 0})
+    assert str(tmp_path) not in output.read_text()

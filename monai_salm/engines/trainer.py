@@ -59,6 +59,7 @@ class PerturbationTrainer(Trainer):
         bank_file: where the perturbations go (SQLite); an unfinished fit there is continued.
         surrogate_steps: optimizer steps in a round.
         batch_size: images per step of either kind.
+        patch_size: with voxel labels, voxels per axis of what the surrogate trains on; default: the objective's tile.
         transplant: train the surrogate on perturbations moved to other images, see above.
         seed: of everything random; the secret of the release.
         settle: stop when the loss fell by less than this fraction within three rounds; 0 runs all rounds.
@@ -83,6 +84,7 @@ class PerturbationTrainer(Trainer):
         bank_file: str | os.PathLike[str],
         surrogate_steps: int = 20,
         batch_size: int = 32,
+        patch_size: Sequence[int] | None = None,
         transplant: bool = True,
         seed: int = 0,
         settle: float = 0.0,
@@ -95,7 +97,7 @@ class PerturbationTrainer(Trainer):
             )
         self.objective, self.optimizer, self.perturbation = objective, optimizer, perturbation
         self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
-        self.model_file, self.transplant = model_file, transplant
+        self.model_file, self.transplant, self.patch_size = model_file, transplant, patch_size
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self._compute_device = torch.device(device)
         self.objective.to(self._compute_device)
@@ -107,10 +109,10 @@ class PerturbationTrainer(Trainer):
             epoch_length=surrogate_steps,
             decollate=False,
         )
+        self.samples = self._samples()
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
         self.deltas: dict[str, Tensor] = {}
-        self.samples = self._samples()
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
@@ -158,7 +160,7 @@ class PerturbationTrainer(Trainer):
     def fingerprint(self) -> str:
         """Digest of all that decides the perturbations: configuration, cases and version."""
         objective = self.objective
-        parts = {
+        parts: dict[str, Any] = {
             "version": __version__,
             "network": str(objective.network),
             "objective": [str(objective.loss), str(objective.view), self.transplant],
@@ -168,6 +170,8 @@ class PerturbationTrainer(Trainer):
             "rounds": [self.state.max_epochs, self.state.epoch_length, self.batch_size, self.seed, self.settle],
             "cases": [[fact.sample_id, fact.label, fact.digest] for fact in self.cases.facts],
         }
+        if self.cases.voxelwise:
+            parts["samples"] = self.samples.size
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _begin_round(self) -> None:
@@ -196,7 +200,7 @@ class PerturbationTrainer(Trainer):
         """What the surrogate trains on: whole images, or patches of volumes with voxel labels."""
         options = {"coded": self.transplant, "seed": _derive(self.seed, "codes")}
         if self.cases.voxelwise:
-            return Patches(self.cases, self.objective.tile_size, **options)
+            return Patches(self.cases, self.patch_size or self.objective.tile_size, **options)
         view = self.objective.network.view
         return ResizedImages(self.cases, view.spatial_size, view, **options)
 

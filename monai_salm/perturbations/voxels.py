@@ -50,7 +50,7 @@ class VoxelObjective(Objective):
         halo: voxels around a tile that the network sees but the tile's loss leaves out.
 
     Raises:
-        ValueError: When a tile has no voxels, the halo is negative, or (in a call) images and voxel labels differ in shape.
+        ValueError: When a tile has no voxels, the halo is negative, or in a call images and labels differ in shape.
     """
 
     def __init__(
@@ -66,6 +66,9 @@ class VoxelObjective(Objective):
         if min(tile_size) < 1 or halo < 0:
             raise ValueError(f"tile_size is {tuple(tile_size)} and halo {halo}; tiles are 1 or more, halos 0 or more")
         self.tile_size, self.halo = tuple(int(size) for size in tile_size), int(halo)
+
+    def extra_repr(self) -> str:
+        return f"tile_size={self.tile_size}, halo={self.halo}"
 
     def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) losses of (B, C, *spatial) images and perturbations with (B, 1, *spatial) class indices."""
