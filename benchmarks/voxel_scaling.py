@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -44,8 +45,9 @@ NOTE = (
     "Volumes are uniform noise: time does not depend on what is in them.",
     "seen_voxels counts what the network sees in a step, halos included: at most ((tile + 2 halo) / tile) ** 3 times "
     "the volume, which large volumes approach. That makes the time grow faster than the volume at first.",
-    "peak_bytes is the largest resident memory in the call above that before it. held_bytes_per_voxel is what the "
-    "caller holds before: image, label and lattice.",
+    "peak_bytes is the largest resident memory in the call above that before it, in a process that returns freed "
+    "blocks to the system; seconds are those of another process. held_bytes_per_voxel is what the caller holds before "
+    "the call: image, label and lattice.",
     "state is the peak of the same call by the pointwise network: image-sized intermediate values, the mask's sort.",
     "tile_bytes is the peak of one gradient on one tile with its full halo, whatever the volume.",
     "Whole and tiled may differ in single precision where a gradient is zero but for rounding, or two scores are equal "
@@ -152,10 +154,23 @@ def _memory(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def in_fresh_process(function: Any, *arguments: Any) -> Any:
-    """What the function returns in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def in_fresh_process(function: Any, *arguments: Any, exact: bool = False) -> Any:
+    """What the function returns in a process of its own.
+
+    ``exact``: every larger block of memory goes back to the system when it is freed, so that the peak does not depend
+    on what the allocator keeps. That costs time.
+    """
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.pop(name, None)
+    if exact:
+        os.environ[name] = str(2**16)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
@@ -181,16 +196,19 @@ def growth(work: Work, sizes: Sequence[int]) -> dict[str, Any]:
     """Rows of all sizes, and the laws that they follow."""
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        rows.append(in_fresh_process(perturb, replace(work, size=size)))
-        state = in_fresh_process(perturb, replace(work, size=size, network="pointwise", halo=0))
-        rows[-1]["state_peak_bytes"] = state["peak_bytes"]
+        one = replace(work, size=size)
+        timed, measured = (in_fresh_process(perturb, one, exact=exact) for exact in (False, True))
+        if timed["sha256"] != measured["sha256"]:
+            raise RuntimeError("two equal calls gave different perturbations; did the bundle change meanwhile?")
+        state = in_fresh_process(perturb, replace(one, network="pointwise", halo=0), exact=True)
+        rows.append(timed | {"peak_bytes": measured["peak_bytes"], "state_peak_bytes": state["peak_bytes"]})
         print(json.dumps(rows[-1]), flush=True)
     voxels, seen, seconds, peaks, states = (
         [row[name] for row in rows]
         for name in ("voxels", "seen_voxels", "seconds_per_step", "peak_bytes", "state_peak_bytes")
     )
     return {
-        "tile_bytes": in_fresh_process(tile_bytes, work),
+        "tile_bytes": in_fresh_process(tile_bytes, work, exact=True),
         "rows": rows,
         "seconds_by_voxels": power(voxels, seconds),
         "seconds_by_seen_voxels": power(seen, seconds),
@@ -204,8 +222,11 @@ def compare(work: Work) -> dict[str, Any]:
     """The whole volume as one tile against tiles: cost, and how far the perturbations differ."""
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in ("tiled.pt", "whole.pt")]
-        tiled = in_fresh_process(perturb, work, files[0])
-        whole = in_fresh_process(perturb, replace(work, whole=True), files[1])
+        rows = []
+        for one, file in zip((work, replace(work, whole=True)), files, strict=True):
+            peak = in_fresh_process(perturb, one, exact=True)["peak_bytes"]
+            rows.append(in_fresh_process(perturb, one, file) | {"peak_bytes": peak})
+        tiled, whole = rows
         deltas = [torch.load(file, weights_only=True) for file in files]
     names = ("seconds_per_step", "peak_bytes")
     found = {

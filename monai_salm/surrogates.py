@@ -130,7 +130,7 @@ class SmallCNN(nn.Module):
 
 
 class TextureReader(nn.Module):
-    """The smallest network that tells textures apart, voxel by voxel: filters, their rectified mean nearby, a vote.
+    """The smallest network that tells textures apart, voxel by voxel: filters, rectified, and a vote of those nearby.
 
     It sees only what lies within ``kernel_size // 2 + 2`` voxels and has no stride, so tiles with such a halo give what
     the whole image would. What so simple a network reads, others learn early.
@@ -153,16 +153,17 @@ class TextureReader(nn.Module):
         super().__init__()
         conv = Conv[Conv.CONV, spatial_dims]
         norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
-        self.filters = conv(in_channels, features, kernel_size, padding=kernel_size // 2, bias=False)
-        means = []
-        for axis in range(spatial_dims):  # one axis after the other: the same mean with fewer sums
-            size = [5 if at == axis else 1 for at in range(spatial_dims)]
-            means.append(Pool[Pool.AVG, spatial_dims](size, stride=1, padding=[length // 2 for length in size]))
-        self.energy = nn.Sequential(norm(features), nn.ReLU(inplace=True), *means)
-        self.vote = conv(features, out_channels, 1)
+        self.filters = nn.Sequential(
+            conv(in_channels, features, kernel_size, padding=kernel_size // 2, bias=False),
+            norm(features),
+            nn.ReLU(inplace=True),
+        )
+        self.vote = conv(features, out_channels, 1, bias=False)
+        self.mean = Pool[Pool.AVG, spatial_dims](5, stride=1, padding=2)  # of votes: fewer channels than of filters
+        self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.vote(self.energy(self.filters(image)))
+        return self.mean(self.vote(self.filters(image))) + self.bias
 
 
 def small_resnet(spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> ResNet:

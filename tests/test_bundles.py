@@ -540,6 +540,8 @@ CHANGES: dict[str, Any] = {
     "surrogate_steps": 3,
     "spatial_size": [8, 8, 8],
     "kernel_size": 5,
+    "tile_size": [24, 24, 24],
+    "halo": 12,
     "seed": 1,
 }
 

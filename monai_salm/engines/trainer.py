@@ -171,7 +171,7 @@ class PerturbationTrainer(Trainer):
             "cases": [[fact.sample_id, fact.label, fact.digest] for fact in self.cases.facts],
         }
         if self.cases.voxelwise:
-            parts["samples"] = self.samples.size
+            parts["samples"] = [self.samples.size, objective.extra_repr()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _begin_round(self) -> None:

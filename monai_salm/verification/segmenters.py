@@ -70,7 +70,7 @@ class Segmentation(Task):
 
     name: ClassVar[str] = "Segmentation"
     metric: ClassVar[str] = "dice"
-    curve_points: ClassVar[int] = 4
+    curve_points: ClassVar[int] = 2
     rules: ClassVar[Mapping[str, Any]] = {"ssim_mean": 0.98, "protected_above_chance": None, "utility_within": 0.02}
     controls: ClassVar[Mapping[str, Perturbation]] = {"random_noise": RANDOM_NOISE, "label_marker": LabelMarker(cell=2)}
     not_tested: ClassVar[tuple[str, ...]] = (
