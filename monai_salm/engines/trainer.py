@@ -147,7 +147,7 @@ class PerturbationTrainer(Trainer):
         cases = Cases(dataset, self.budget, self._compute_device)
         deltas: dict[str, Tensor] = {}
         for call in range(calls or self.state.epoch):
-            for batch in cases.batches(self.batch_size):
+            for batch in track(cases.batches(self.batch_size), "perturbing"):
                 deltas |= self._perturb(cases, batch, deltas, ("other", call))
         return deltas
 
