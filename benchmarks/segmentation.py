@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -75,13 +74,11 @@ def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
     parser[f"{trainer_id}::bank_file"] = str(bank)
     set_determinism(seed=parser["seed"])
     trainer = parser.get_parsed_content(trainer_id)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer.run()
     return {
         "seconds": trainer.seconds,
         "seconds_per_case": trainer.seconds / len(trainer.cases),
         "passes_per_case": trainer.passes_per_image,
-        "peak_mb_above_start": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
     }
 
 
