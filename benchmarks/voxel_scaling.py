@@ -250,6 +250,36 @@ def tiling(network: str) -> tuple[int, int]:
     return parser.get_parsed_content("tile_size")[0], parser.get_parsed_content("halo")
 
 
+def measure(network: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """All that is measured of a network."""
+    tile, halo = tiling(network)
+    tile, halo = asked.tile or tile, halo if asked.halo is None else asked.halo
+    work = Work(network, tile, tile, halo, asked.steps, threads=asked.threads)
+    both = [size for size in asked.sizes if tile < size <= asked.whole_up_to]
+    pairs = [replace(work, size=size) for size in both] + [replace(work, size=min(both), double=True)] * bool(both)
+    return {
+        "network": str(work.network_def()),
+        "tile": tile,
+        "halo": halo,
+        "steps": asked.steps,
+        **growth(work, asked.sizes),
+        "whole_against_tiled": [compare(pair) for pair in pairs],
+    }
+
+
+def write(results: dict[str, Any], asked: argparse.Namespace) -> None:
+    """The result file, with what the numbers depend on."""
+    found = {
+        "benchmark": "voxel_scaling",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "networks": results,
+        "versions": versions(),
+        "machine": machine(),
+        "note": list(NOTE),
+    }
+    write_atomically(json.dumps(found, indent=2, allow_nan=False) + "\n", asked.output)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
@@ -260,32 +290,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="of the perturbation")
     parser.add_argument("--whole-up-to", type=int, default=128, help="largest size that is also done at once")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="keep the networks that the output has already")
     asked = parser.parse_args(arguments)
-    results = {}
-    for name in asked.networks:
-        tile, halo = tiling(name)
-        tile, halo = asked.tile or tile, halo if asked.halo is None else asked.halo
-        work = Work(name, tile, tile, halo, asked.steps, threads=asked.threads)
-        both = [size for size in asked.sizes if tile < size <= asked.whole_up_to]
-        pairs = [replace(work, size=size) for size in both] + [replace(work, size=min(both), double=True)] * bool(both)
-        results[name] = {
-            "network": str(work.network_def()),
-            "tile": tile,
-            "halo": halo,
-            **growth(work, asked.sizes),
-            "whole_against_tiled": [compare(pair) for pair in pairs],
-        }
+    results = json.loads(asked.output.read_text())["networks"] if asked.resume and asked.output.is_file() else {}
     torch.set_num_threads(asked.threads)
-    found = {
-        "benchmark": "voxel_scaling",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": {name: value for name, value in vars(asked).items() if name != "output"},
-        "networks": results,
-        "versions": versions(),
-        "machine": machine(),
-        "note": list(NOTE),
-    }
-    write_atomically(json.dumps(found, indent=2, allow_nan=False) + "\n", asked.output)
+    for name in asked.networks:
+        if name not in results:
+            results[name] = measure(name, asked)
+            write(results, asked)
     for name, one in results.items():
         print(
             f"{name}: seconds ~ seen voxels ** {one['seconds_by_seen_voxels']['b']:.3f}, ~ voxels ** "

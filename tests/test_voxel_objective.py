@@ -324,6 +324,10 @@ def test_the_scaling_benchmark_on_tiny_volumes(monkeypatch, tmp_path):
     output = tmp_path / "out.json"
     options = ["--sizes", "8", "12", "16", "--tile", "8", "--halo", "16", "--steps", "1", "--whole-up-to", "12"]
     module.main(["--output", str(output), "--networks", "unet", "pointwise", *options])
+    before = output.read_text()
+    monkeypatch.setattr(module, "measure", None)  # would fail if it were called
+    module.main(["--output", str(output), "--networks", "unet", "--resume", *options])
+    assert output.read_text() == before
     results = json.loads(output.read_text())["networks"]
     for found in results.values():
         assert [row["voxels"] for row in found["rows"]] == [8**3, 12**3, 16**3]
