@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(report: str, output: str) -> None:
     """Copy ``report`` to ``output``."""
-    results = json.loads(Path(report).read_text())
+    write(json.loads(Path(report).read_text()), Path(output))
+
+
+def write(results: dict[str, Any], output: Path) -> None:
+    """Write a report's contents as a result file."""
     for row in results["arms"]:
         row.pop("curve", None)
     results["cohort"].pop("refused", None)
-    Path(output).write_text(json.dumps(results, indent=1) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

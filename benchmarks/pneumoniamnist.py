@@ -39,7 +39,8 @@ from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 from monai_salm.verification.jobs import Job, default_workers, run_jobs
 from monai_salm.verification.results import write_atomically
 from monai_salm.verification.strength import closed_gap, summarize
-from monai_salm.verification.victims import METRIC, victim_digest
+from monai_salm.verification.training import victim_digest
+from monai_salm.verification.victims import METRIC, Classification
 
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 NOTE = (
@@ -220,7 +221,7 @@ class Benchmark:
     def _train(self, arms: Mapping[tuple[str, int], Arm], test: Arm, classes: Sequence[str]) -> list[dict[str, Any]]:
         jobs: dict[tuple[str, str, int], Job] = {}
         names: dict[str, str] = {}
-        probe = test.load()[0][:2]
+        probe, task = test.load()[0][:2], Classification(tuple(classes), self.augment)
         for victim, make in victims({"num_classes": len(classes)}).items():
             kind = victim_digest(make, probe, len(classes))
             for seed in range(self.seeds):
@@ -228,8 +229,8 @@ class Benchmark:
                     arm = arms[method, seed % self.fits]
                     decisive = [arm.digest, test.digest, kind, seed, self.recipe, str(self.augment), versions()]
                     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-                    options = {**self.recipe, "seed": seed, "augment": self.augment, "classes": classes}
-                    jobs[method, victim, seed] = Job(key, make, arm, test, {**options, "curve_points": 1}, False)
+                    options = {**self.recipe, "seed": seed, "curve_points": 1}
+                    jobs[method, victim, seed] = Job(key, make, arm, test, task, options, False)
                     names.setdefault(key, f"{method}/{victim}/{seed}")
         rows = Rows(self.output.with_suffix(".rows.jsonl"), names)
         run_jobs(list(jobs.values()), rows, self.workers)  # type: ignore[arg-type]

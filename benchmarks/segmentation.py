@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from keep_report import write
 from monai.utils import set_determinism
 from setting import configured, machine, versions
 
@@ -48,6 +48,14 @@ ALTERNATING = {
     },
 }
 """The rivals' setting: a U-Net is trained on the protected images, in turn with the perturbations."""
+
+
+def _rival(name: str) -> dict[str, Any]:
+    """A class of ``perturbations/markers.py`` in the rivals' setting."""
+    target = f"monai_salm.perturbations.markers.{name}"
+    return {**ALTERNATING, "perturbation": {"_target_": target, "steps": "@perturbation_steps"}}
+
+
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "protected": ("train::trainer", {}),
     "random_mask": ("control::trainer", {}),
@@ -55,15 +63,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "train::trainer",
         {**ALTERNATING, "mask_ratio": 1.0, "perturbation::step_size": 0.1, "perturbation::momentum": 0.0},
     ),
-    "contour_interior": ("train::trainer", {**ALTERNATING, "perturbation": {}}),
-    "slice_spectrum": ("train::trainer", {**ALTERNATING, "perturbation": {}}),
+    "contour_interior": ("train::trainer", _rival("ContourInterior")),
+    "slice_spectrum": ("train::trainer", _rival("SliceSpectrum")),
 }
 """Which trainer of the bundle fits an arm, and what differs from the bundle's configuration."""
-for _name, _class in (("contour_interior", "ContourInterior"), ("slice_spectrum", "SliceSpectrum")):
-    METHODS[_name][1]["perturbation"] = {
-        "_target_": f"monai_salm.perturbations.markers.{_class}",
-        "steps": "@perturbation_steps",
-    }
 
 
 def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
 
 
 def measure(settings: dict[str, Any], methods: Sequence[str], victims: Sequence[str], workers: int) -> dict[str, Any]:
-    """Fit, protect and verify; the report without curves, with the cost of each fit."""
+    """Fit, protect and verify; the report, with the cost of each fit."""
     private = Path(settings["output_dir"]) / "private"
     prepare_output(settings["dataset_dir"], settings["output_dir"])
     banks = {name: private / ("bank.sqlite" if name == "protected" else f"{name}.sqlite") for name in methods}
@@ -101,9 +104,6 @@ def measure(settings: dict[str, Any], methods: Sequence[str], victims: Sequence[
     study = parser.get_parsed_content("study")
     study.controls = {name: PerturbationBank(bank) for name, bank in banks.items() if name != "protected"}
     results = study.run()
-    for row in results["arms"]:
-        row.pop("curve", None)
-    results["cohort"].pop("refused", None)
     return {**results, "fits": costs, "config": {**results["config"], **{k: str(v) for k, v in settings.items()}}}
 
 
@@ -140,11 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure(settings, options.methods, options.victims, options.workers)
     for personal in ("dataset_dir", "output_dir", "labels"):
         results["config"].pop(personal, None)
-    command = " ".join(each for each in (arguments or sys.argv[1:]) if "/" not in each or each == options.epsilon)
-    results |= {"command": command, "wall_seconds": time.monotonic() - start}
-    results |= {"versions": versions(), "machine": machine()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    results |= {"wall_seconds": time.monotonic() - start, "versions": versions(), "machine": machine()}
+    write(results, options.output)
 
 
 if __name__ == "__main__":

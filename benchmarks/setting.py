@@ -7,15 +7,16 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
 
-from monai_salm import __version__
+from monai_salm.verification.setting import versions
 from monai_salm.workflows import bundle_path
+
+__all__ = ["configured", "machine", "versions"]
 
 
 def configured(bundle: str, overrides: Mapping[str, Any]) -> ConfigParser:
@@ -32,15 +33,6 @@ def configured(bundle: str, overrides: Mapping[str, Any]) -> ConfigParser:
     for name, value in overrides.items():
         parser[name] = value
     return parser
-
-
-def versions() -> dict[str, str]:
-    """Of all that decides the numbers."""
-    return {
-        "monai_salm": __version__,
-        **{name: version(name) for name in ("monai", "torch", "numpy")},
-        "python": platform.python_version(),
-    }
 
 
 def machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import Conv, Pool
+from monai.networks.layers import Conv, Pad, Pool
 from monai.networks.nets import ResNet
 from torch import Tensor, nn
 
@@ -159,7 +159,8 @@ class TextureReader(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.vote = conv(features, out_channels, 1, bias=False)
-        self.mean = Pool[Pool.AVG, spatial_dims](5, stride=1, padding=2)  # of votes: fewer channels than of filters
+        # Of votes, which have fewer channels than filters. Padded apart: PyTorch pools no axis shorter than the window.
+        self.mean = nn.Sequential(Pad[Pad.CONSTANTPAD, spatial_dims](2, 0.0), Pool[Pool.AVG, spatial_dims](5, stride=1))
         self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
 
     def forward(self, image: Tensor) -> Tensor:

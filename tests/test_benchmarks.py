@@ -9,18 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 QUICK = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -65,7 +56,7 @@ def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_p
     text = output.read_text()
     assert len(text) < 200_000 and str(tmp_path) not in text
 
-    monkeypatch.setattr("monai_salm.verification.jobs.train_victim", None)  # would fail if it were called
+    monkeypatch.setattr("monai_salm.verification.jobs.train_network", None)  # would fail if it were called
     again = module.Benchmark(archive, output, tmp_path, **given).run()
     assert again["rows"] == results["rows"]
 

@@ -24,15 +24,6 @@ from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
 from monai_salm.transforms.meta import codec_to_meta
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks of a few weights are much slower with two threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Killed(BaseException):
     """Stands for a kill between two rounds."""
 

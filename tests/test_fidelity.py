@@ -18,14 +18,6 @@ from monai_salm.stored import StoredCodec
 from monai_salm.verification.fidelity import Fidelity, measure_fidelity, ssim_of, ssim_sample
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pair(moves: dict[int, float], *, size: int = 16, dtype: str = "int16", **codec) -> tuple[StoredImage, StoredImage]:
     """A ramp from 0 to 255 and its copy with some voxels moved."""
     stored = np.linspace(0, 255, size * size).reshape(1, size, size).astype(dtype)

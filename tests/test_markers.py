@@ -20,15 +20,6 @@ SIZES = {2: (16, 14), 3: (12, 11, 9)}
 BLOCK = slice(3, 9)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks of a few weights are much slower with two threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -26,15 +26,6 @@ from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks of a few weights are much slower with two threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Linear(nn.Module):
     """Surrogate with logits (w.x, -w.x): the gradient of its loss is known in closed form."""
 
@@ -160,7 +151,7 @@ class Spy(nn.Module):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.objective, self.seen = objective, []
+        self.objective, self.seen, self.passes = objective, [], 0
 
     @property
     def network(self) -> nn.Module:

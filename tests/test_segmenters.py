@@ -35,8 +35,7 @@ from monai_salm.verification.report import verdict_table
 from monai_salm.verification.results import validate_results
 from monai_salm.verification.segmenters import Segmentation, described, volume_scores
 from monai_salm.verification.study import VictimStudy
-from monai_salm.verification.training import victim_digest
-from monai_salm.verification.victims import train_victim
+from monai_salm.verification.training import train_network, victim_digest
 
 CLASSES = ("background", "bright", "dark")
 PATCH = (12, 12, 12)
@@ -44,14 +43,6 @@ STEP = 120
 CONTRAST = 60
 BUDGET = f"{STEP} stored"
 WINDOW = (0.0, 1000.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class TinySegmenter(nn.Sequential):
@@ -194,7 +185,7 @@ def test_training_learns_and_is_deterministic_with_ordinary_transforms():
     for seed in (1, 1, 2):
         task = Segmentation(CLASSES, PATCH, augmentation())
         np.random.mtrand._rand.seed(len(rows))  # MONAI's transforms must not draw from the global state
-        rows.append(train_victim(TinySegmenter, cases, cases, task=task, seed=seed, **options).row)
+        rows.append(train_network(task, TinySegmenter, cases, cases, seed=seed, **options).row)
     first, again, other = ({**row, "seconds": 0} for row in rows)
     assert first == again
     assert first["curve"] != other["curve"]
@@ -221,7 +212,7 @@ def test_one_seed_shows_the_same_patches_in_every_arm():
 def test_case_without_foreground_and_single_slice_are_trained_on():
     empty, flat = torch.zeros(10, 10, 10, dtype=torch.uint8), cube(2, 6)[..., 2:3]
     cases = [volume_of(empty), volume_of(flat), *cases_of(2)]
-    row = train_victim(TinySegmenter, cases, cases, task=Segmentation(CLASSES, PATCH), seed=0, epochs=1).row
+    row = train_network(Segmentation(CLASSES, PATCH), TinySegmenter, cases, cases, seed=0, epochs=1).row
     assert math.isfinite(row["curve"][0]["train_loss"]) and row["dice"] is not None
     coarse = Segmentation(CLASSES, PATCH, resample=1.25)
     assert coarse.view(flat[None].float()).shape == (1, 13, 13, 1)
@@ -459,9 +450,9 @@ def test_nothing_is_trained_twice(released, out, monkeypatch):
 
     def counted(*args, **options):
         trained.append(options["seed"])
-        return train_victim(*args, **options)
+        return train_network(*args, **options)
 
-    monkeypatch.setattr(jobs_module, "train_victim", counted)
+    monkeypatch.setattr(jobs_module, "train_network", counted)
     cohort, _ = released
     first = study(cohort, out, epochs=1, transforms=augmentation()).run()
     assert len(trained) == 5

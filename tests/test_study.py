@@ -23,20 +23,13 @@ from monai_salm.surrogates import RandomView, SmallCNN
 from monai_salm.verification import jobs as jobs_module
 from monai_salm.verification.results import validate_results
 from monai_salm.verification.study import VictimStudy
-from monai_salm.verification.victims import evaluate, scores, train_victim
+from monai_salm.verification.training import train_network
+from monai_salm.verification.victims import Classification, evaluate, scores
 
 SIZE = 12
 STEP = 80
 BUDGET = f"{STEP} stored"
 QUICK = {"epochs": 20, "batch_size": 8, "learning_rate": 0.02}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Brightness(nn.Module):
@@ -139,14 +132,14 @@ def untimed(rows: list[dict]) -> list[dict]:
 
 def test_victim_learns_and_is_deterministic_for_a_seed():
     train, test = images_of_two_classes(40), images_of_two_classes(20)
-    make, augment = partial(SmallCNN, 2, 1, 2, features=(4, 8)), RandomView(2)
-    options = {"classes": ["a", "b"], "augment": augment, "epochs": 10, "learning_rate": 0.02, "batch_size": 8}
+    make, task = partial(SmallCNN, 2, 1, 2, features=(4, 8)), Classification(("a", "b"), RandomView(2))
+    options = {"epochs": 10, "learning_rate": 0.02, "batch_size": 8}
     torch.manual_seed(5)
-    first = train_victim(make, train, test, seed=1, **options)
+    first = train_network(task, make, train, test, seed=1, **options)
     state = torch.get_rng_state()
     torch.manual_seed(6)
-    again = train_victim(make, train, test, seed=1, **options)
-    other = train_victim(make, train, test, seed=2, **options)
+    again = train_network(task, make, train, test, seed=1, **options)
+    other = train_network(task, make, train, test, seed=2, **options)
     torch.manual_seed(5)
     assert torch.equal(torch.get_rng_state(), state)  # the global state was not touched
     assert untimed([first.row]) == untimed([again.row])
@@ -160,14 +153,14 @@ def test_victim_learns_and_is_deterministic_for_a_seed():
 @pytest.mark.parametrize(("count", "batch_size"), [(5, 4), (9, 8), (3, 1), (1, 1)])
 def test_batch_of_one_does_not_crash(count, batch_size):
     images, labels = images_of_two_classes(count)
-    options = {"classes": ["a", "b"], "seed": 0, "epochs": 2, "batch_size": batch_size}
-    result = train_victim(NormedFeatures, (images, labels), (images, labels), **options)
+    options = {"seed": 0, "epochs": 2, "batch_size": batch_size}
+    result = train_network(Classification(("a", "b")), NormedFeatures, (images, labels), (images, labels), **options)
     assert len(result.row["curve"]) == 2
 
 
 def test_curve_of_a_long_training_is_thinned_but_ends_with_the_result():
     data = images_of_two_classes(4)
-    row = train_victim(Brightness, data, data, classes=["a", "b"], seed=0, epochs=9, curve_points=3).row
+    row = train_network(Classification(("a", "b")), Brightness, data, data, seed=0, epochs=9, curve_points=3).row
     known = [point["epoch"] for point in row["curve"] if point["balanced_accuracy"] is not None]
     assert known == [3, 6, 9]
 
@@ -241,9 +234,9 @@ def test_nothing_is_trained_twice(released, out, monkeypatch):
 
     def counted(*args, **options):
         trained.append(options["seed"])
-        return train_victim(*args, **options)
+        return train_network(*args, **options)
 
-    monkeypatch.setattr(jobs_module, "train_victim", counted)
+    monkeypatch.setattr(jobs_module, "train_network", counted)
     first = study(cohort, out, epochs=3).run()
     assert len(trained) == 8
     again = study(cohort, out, epochs=3).run()
@@ -274,9 +267,9 @@ def test_killed_study_goes_on_and_ends_with_the_same_rows(released, out, monkeyp
 
     def counted(*args, **options):
         trained.append(options["seed"])
-        return train_victim(*args, **options)
+        return train_network(*args, **options)
 
-    monkeypatch.setattr(jobs_module, "train_victim", counted)
+    monkeypatch.setattr(jobs_module, "train_network", counted)
     again = study(cohort, out, epochs=3).run()
     assert len(trained) == 5
     assert untimed(again["arms"]) == untimed(whole["arms"])

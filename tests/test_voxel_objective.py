@@ -29,15 +29,6 @@ SIZES = {2: (45, 38), 3: (21, 18, 13)}
 """Divided neither by the tile nor by the stride."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiles of a few voxels are much slower with two threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

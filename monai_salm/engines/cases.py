@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,7 +134,7 @@ def _label(item: Mapping[str, object]) -> Tensor:
     return plain_tensor(label) if isinstance(label, Tensor) else torch.tensor(int(label))  # type: ignore[call-overload]
 
 
-class Samples:
+class Samples(ABC):
     """Training samples of a surrogate: where a case has no perturbation yet, a class code stands for it, or nothing.
 
     Args:
@@ -152,9 +153,9 @@ class Samples:
         image, delta, label = (torch.stack(part) for part in zip(*parts, strict=True))
         return image, delta, label
 
+    @abstractmethod
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
         """One case."""
-        raise NotImplementedError
 
     def strength(self, at: int, generator: torch.Generator) -> float:
         """Amplitude of a code in unit intensity."""
@@ -195,12 +196,12 @@ class Patches(Samples):
     """Patches of volumes with voxel labels, most of them around a labeled voxel; small volumes are padded."""
 
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
-        label = self.cases.label(at)
+        label, codec = self.cases.label(at), self.cases.facts[at].codec
         corner = self._corner(label[0], generator)
-        image = self._cut(self.cases.unit(at), corner, 0)
-        label = self._cut(label, corner, IGNORED)
+        image = self._padded(codec.to_unit(self._cut(self.cases.stored(at), corner)), corner, 0)
+        label = self._padded(self._cut(label, corner), corner, IGNORED)
         if delta is not None:
-            return image, self._cut(self.cases.unit_delta(at, delta), corner, 0), label
+            return image, self._padded(self.cases.unit_delta(at, self._cut(delta, corner)), corner, 0), label
         if self.coded:
             shifts = [int(torch.randint(size, (), generator=generator)) for size in self.size]
             codes = self.codes().roll(shifts, tuple(range(2, 2 + len(shifts))))
@@ -221,13 +222,15 @@ class Patches(Samples):
             ]
         return [int(torch.randint(left + 1, (), generator=generator)) if left > 0 else left // 2 for left in room]
 
-    def _cut(self, volume: Tensor, corner: Sequence[int], fill: float) -> Tensor:
-        spans = [
-            slice(max(0, at), min(length, at + size))
-            for at, size, length in zip(corner, self.size, volume.shape[1:], strict=True)
-        ]
-        before = [max(0, -at) for at in corner]
-        part = volume[(slice(None), *spans)]
-        sides = zip(before, part.shape[1:], self.size, strict=True)
-        padding = [pair for b, length, size in sides for pair in (size - length - b, b)][::-1]
+    def _cut(self, volume: Tensor, corner: Sequence[int]) -> Tensor:
+        """What of a (1, *spatial) volume lies in the patch."""
+        places = zip(corner, self.size, volume.shape[1:], strict=True)
+        spans = [slice(max(0, at), min(length, at + size)) for at, size, length in places]
+        return volume[(slice(None), *spans)]
+
+    def _padded(self, part: Tensor, corner: Sequence[int], fill: float) -> Tensor:
+        """The patch, ``fill`` where the volume is smaller."""
+        places = zip(corner, part.shape[1:], self.size, strict=True)
+        sides = [(max(0, -at), size - length - max(0, -at)) for at, length, size in places]
+        padding = [voxels for before, after in sides[::-1] for voxels in (before, after)]
         return F.pad(part, padding, value=fill)

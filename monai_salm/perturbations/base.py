@@ -91,6 +91,19 @@ class Perturbation(ABC):
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
 
+    @staticmethod
+    def gradient(
+        objective: Objective,
+        image: Tensor,
+        label: Tensor,
+        lattice: Lattice,
+        steps: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Gradient of the objective by lattice steps, at the perturbation that would be stored."""
+        gradient = objective.gradient(image, steps.round() * lattice.unit_step, label, generator)
+        return gradient * lattice.unit_step.sign()
+
     @abstractmethod
     def compute(
         self,

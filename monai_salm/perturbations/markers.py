@@ -84,8 +84,8 @@ class ContourInterior(Perturbation):
         bound = (contour + inside * self._texture(image).clamp(min=self.interior)) * lattice.levels
         steps = start
         for _ in range(self.steps):
-            gradient = objective.gradient(image, steps.round() * lattice.unit_step, label, generator)
-            steps = steps - self.step_size * lattice.levels * (gradient * lattice.unit_step.sign()).sign()
+            gradient = self.gradient(objective, image, label, lattice, steps, generator)
+            steps = steps - self.step_size * lattice.levels * gradient.sign()
             steps = lattice.project(torch.maximum(torch.minimum(steps, bound), -bound))
         return steps
 
@@ -140,10 +140,11 @@ class SliceSpectrum(Perturbation):
         with torch.no_grad():
             before = objective.network.network(image)
         for _ in range(self.steps):
-            delta = steps * lattice.unit_step
-            gradient = objective.gradient(image, delta, label, generator)
-            gradient = gradient + self._diversity_gradient(objective, image, delta, before)
-            steps = steps - self.step_size * lattice.levels * (gradient * lattice.unit_step.sign()).sign() * labeled
+            diversity = self._diversity_gradient(objective, image, steps.round() * lattice.unit_step, before)
+            objective.passes += len(image)  # the second one of this step, through the network itself
+            gradient = self.gradient(objective, image, label, lattice, steps, generator)
+            gradient = gradient + diversity * lattice.unit_step.sign()
+            steps = steps - self.step_size * lattice.levels * gradient.sign() * labeled
             steps = lattice.project(steps)
         return steps * labeled
 

@@ -73,7 +73,7 @@ class SALM(Perturbation):
         steps, mean = start, torch.zeros_like(start)
         seen = objective.network.view(image)  # the same in every step
         for step in range(1, self.steps + 1):
-            gradient = self._gradient(objective, seen, label, lattice, steps * keep, generator)
+            gradient = self.gradient(objective, seen, label, lattice, steps * keep, generator)
             size = gradient.abs().flatten(1).mean(1).reshape(lattice.unit_step.shape)
             mean = self.momentum * mean + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
             if not chosen and step >= self.look:
@@ -81,19 +81,6 @@ class SALM(Perturbation):
                 chosen = self.refresh != "step"
             steps = lattice.project(steps - stride * mean.sign())
         return steps * keep
-
-    def _gradient(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        steps: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Gradient by lattice steps at the perturbation that would be stored."""
-        gradient = objective.gradient(image, steps.round() * lattice.unit_step, label, generator)
-        return gradient * lattice.unit_step.sign()
 
 
 class RandomSign(Perturbation):

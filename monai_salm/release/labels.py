@@ -183,7 +183,7 @@ def label_cases(catalog: Catalog, rows: Sequence[LabelRow] | VoxelLabels | None,
     _check_classes(named, classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
     _warn_of_shared_patients(cases)
-    return Cohort(cases, classes, tuple(refusals), catalog.root, _held_out(cases, seed))
+    return Cohort(cases, classes, tuple(refusals), catalog.root, _named_test(cases) or _held_out(cases, seed))
 
 
 def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
@@ -207,7 +207,7 @@ def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
         _check_foreground(cases, present, catalog.classes)
     _warn_of_shared_patients(cases)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
-    held_out = _held_out_patients(cases, present, seed)
+    held_out = _named_test(cases) or _held_out_patients(cases, present, seed)
     return Cohort(tuple(cases), catalog.classes, tuple(refusals), catalog.root, held_out, counts)
 
 
@@ -232,15 +232,21 @@ def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) ->
         raise ValueError(f"{missing} of {len(classes)} classes have cases in split test only; move some to train")
 
 
-def _held_out(cases: Sequence[Case], seed: int) -> frozenset[str]:
-    """Test cases; else whole patients, taken until each class has lent its part, but never a class's last patient."""
-    test = frozenset(case.sample_id for case in cases if case.split == "test")
-    if test:
-        return test
+def _named_test(cases: Sequence[Case]) -> frozenset[str]:
+    return frozenset(case.sample_id for case in cases if case.split == "test")
+
+
+def _train_patients(cases: Sequence[Case]) -> dict[str, list[Case]]:
     groups: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         if case.split == "train":
             groups[case.group].append(case)
+    return groups
+
+
+def _held_out(cases: Sequence[Case], seed: int) -> frozenset[str]:
+    """Whole patients, taken until each class has lent its part, but never a class's last patient."""
+    groups = _train_patients(cases)
     total = _count(case for members in groups.values() for case in members)
     taken: dict[int, int] = defaultdict(int)
     out: set[str] = set()
@@ -255,14 +261,8 @@ def _held_out(cases: Sequence[Case], seed: int) -> frozenset[str]:
 
 
 def _held_out_patients(cases: Sequence[Case], present: Mapping[str, set[int]], seed: int) -> frozenset[str]:
-    """Test cases; else a seeded quarter of the patients, but never the last one that has a class."""
-    test = frozenset(case.sample_id for case in cases if case.split == "test")
-    if test:
-        return test
-    groups: dict[str, list[Case]] = defaultdict(list)
-    for case in cases:
-        if case.split == "train":
-            groups[case.group].append(case)
+    """A seeded quarter of the patients, but never the last one that has a class."""
+    groups = _train_patients(cases)
     has = {group: set().union(*(present[case.sample_id] for case in members)) for group, members in groups.items()}
     left = Counter(label for labels in has.values() for label in labels)
     taken: list[str] = []

@@ -47,8 +47,8 @@ from monai_salm.release.manifest import (
     whole_lines,
 )
 from monai_salm.release.progress import track
-from monai_salm.release.tables import dataset_json, labels_table
 from monai_salm.release.voxels import DATASET_FILE
+from monai_salm.release.written_tables import dataset_json, labels_table
 
 __all__ = [
     "KEY",

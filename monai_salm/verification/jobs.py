@@ -25,7 +25,7 @@ from torch import nn
 from monai_salm.release import commit as door
 from monai_salm.release.progress import track
 from monai_salm.verification.arms import Arm, VolumeArm
-from monai_salm.verification.victims import train_victim
+from monai_salm.verification.training import Task, train_network
 
 __all__ = ["Job", "Ledger", "default_workers", "run_jobs"]
 
@@ -44,7 +44,8 @@ class Job:
         make: builds the network.
         train: what it is trained on.
         test: what it is tested on.
-        options: other arguments of :py:func:`train_victim`.
+        task: what is learned.
+        options: other arguments of :py:func:`train_network`.
         keep: keep the trained weights.
     """
 
@@ -52,6 +53,7 @@ class Job:
     make: Callable[[], nn.Module]
     train: Arm | VolumeArm
     test: Arm | VolumeArm
+    task: Task
     options: Mapping[str, Any]
     keep: bool
 
@@ -133,7 +135,7 @@ def run_jobs(jobs: Sequence[Job], ledger: Ledger, workers: int) -> None:
 
 
 def _finish(job: Job) -> tuple[str, dict[str, Any], bytes | None]:
-    result = train_victim(job.make, job.train.load(), job.test.load(), **job.options)
+    result = train_network(job.task, job.make, job.train.load(), job.test.load(), **job.options)
     if not job.keep:
         return job.key, result.row, None
     stream = io.BytesIO()

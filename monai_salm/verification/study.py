@@ -318,11 +318,11 @@ class VictimStudy:
         for victim, make in self.victims.items():
             kind = victim_digest(make, probe, *self.learning.output)
             for seed in self.seeds:
-                options = {**self.recipe, "seed": seed, "task": self.learning, "device": str(self.device)}
+                options = {**self.recipe, "seed": seed, "device": str(self.device)}
                 for name, arm in arms.items():
                     decisive = [arm.digest, kind, seed, self.cohort.classes, *common]
                     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-                    jobs[name, victim, seed] = Job(key, make, arm, test, options, name == "clean")
+                    jobs[name, victim, seed] = Job(key, make, arm, test, self.learning, options, name == "clean")
         return jobs
 
     def _utility(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +18,9 @@ from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
 from monai_salm.surrogates import RandomView, ResizeView
 from monai_salm.verification.arms import RANDOM_NOISE, ArmWriter
-from monai_salm.verification.training import Batches, Task, VictimResult, train_network, victim_digest
+from monai_salm.verification.training import Batches, Task
 
-__all__ = ["METRIC", "Classification", "VictimResult", "evaluate", "scores", "train_victim", "victim_digest"]
+__all__ = ["METRIC", "Classification", "evaluate", "scores"]
 
 METRIC = "balanced_accuracy"
 """Headline metric of classification."""
@@ -102,29 +102,6 @@ class Classification(Task):
 
     def evaluate(self, network: nn.Module, data: Labelled, batch_size: int, *, full: bool = True) -> dict[str, Any]:
         return scores(evaluate(network, data[0], batch_size), data[1], self.classes)
-
-
-def train_victim(
-    make: Callable[[], nn.Module],
-    train: Any,
-    test: Any,
-    *,
-    task: Task | None = None,
-    classes: Sequence[str] = (),
-    augment: RandomView | None = None,
-    **recipe: Any,
-) -> VictimResult:
-    """Train one network and test it, see :py:func:`monai_salm.verification.training.train_network`.
-
-    Args:
-        make: builds the untrained network.
-        train: what the task's arms load; for classification (N, 1, *spatial) unit intensities and (N,) labels.
-        test: clean held-out cases, of the same form.
-        task: what is learned; default: classification.
-        classes, augment: of classification, see :py:class:`Classification`.
-        recipe: the other arguments of ``train_network``.
-    """
-    return train_network(task or Classification(tuple(classes), augment), make, train, test, **recipe)
 
 
 @torch.no_grad()
