@@ -352,7 +352,7 @@ class VictimStudy:
     def _default_task(self) -> str:
         images = "volumes" if self.spatial_dims == 3 else "images"
         classes = len(self.learning.learned)
-        return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes} classes"
+        return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes} class{'es' if classes > 1 else ''}"
 
     def _describe_cohort(
         self, twins: Mapping[str, Case], held_out: Sequence[Case], present: Mapping[str, frozenset[int]]
