@@ -351,8 +351,9 @@ class VictimStudy:
 
     def _default_task(self) -> str:
         images = "volumes" if self.spatial_dims == 3 else "images"
-        classes = len(self.learning.learned)
-        return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes} class{'es' if classes > 1 else ''}"
+        count = len(self.learning.learned)
+        classes = "1 class" if count == 1 else f"{count} classes"
+        return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes}"
 
     def _describe_cohort(
         self, twins: Mapping[str, Case], held_out: Sequence[Case], present: Mapping[str, frozenset[int]]
