@@ -32,6 +32,8 @@ _SHOWN = 20
 """Rows of a list on the screen unless all are asked for."""
 _DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
 
+_EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     which = protect.add_mutually_exclusive_group()
     which.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
     which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
-    protect.add_argument("--epsilon", metavar="BUDGET", help="largest change, as '8/255', '5 HU' or '12 stored'")
+    protect.add_argument("--epsilon", metavar="BUDGET", help=_EPSILON_HELP)
     protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
     _add_set(protect)
     protect.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
@@ -192,7 +194,7 @@ def _protect(options: argparse.Namespace) -> int:
     if options.bundle:
         workflows.bundle_path(options.bundle)
     if options.epsilon is not None:
-        Budget.parse(options.epsilon)
+        Budget.parse(options.epsilon).check_window(options.window)
     if options.mask_ratio is not None:
         SparsityMask(ratio=options.mask_ratio)
     if not options.export.exists():

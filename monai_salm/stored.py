@@ -33,6 +33,7 @@ class StoredCodec:
         padding: inclusive range of stored values that stand for "no image"; never touched, never reached.
         inverted: low values are bright (DICOM MONOCHROME1).
         unit: name of the physical unit, ``"HU"`` or ``"a.u."``.
+        modality: DICOM modality, such as ``"CT"``; empty where the file does not tell.
 
     Raises:
         ValueError: When the window is empty, the slope 0 or not finite, or the type not a real number type.
@@ -51,6 +52,7 @@ class StoredCodec:
     padding: tuple[float, float] | None = None
     inverted: bool = False
     unit: str = "a.u."
+    modality: str = ""
 
     def __post_init__(self) -> None:
         kind = np.dtype(self.dtype).kind
@@ -89,7 +91,12 @@ class StoredCodec:
         return self.slope * self.step / self.width * (-1.0 if self.inverted else 1.0)
 
     def levels(self, budget: Budget) -> int:
-        """Lattice steps that ``budget`` allows in this image (see :py:meth:`Budget.levels`)."""
+        """Lattice steps that ``budget`` allows in this image.
+
+        Raises:
+            ValueError: When the budget is for another modality, or does not fit (see :py:meth:`Budget.levels`).
+        """
+        budget.check_modality(self.modality)
         return budget.levels(lsb=self.lsb, window_width=self.width)
 
     def to_unit(self, stored: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ class StoredImage:
             (rows, columns) as displayed.
         codec: how to read the values.
         spacing: mm from voxel to voxel along each spatial axis of ``stored``; empty where the file does not tell.
+        windows: the display windows that the file lists, (low, high) in physical units.
     """
 
     stored: np.ndarray
     codec: StoredCodec
     spacing: tuple[float, ...] = ()
+    windows: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

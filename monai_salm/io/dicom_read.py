@@ -44,6 +44,10 @@ MODIFYING_EQUIPMENT = "109103"
 CT_WINDOW = (-160.0, 240.0)
 """HU, soft tissue; for CT files that name no window."""
 
+_MODALITIES = frozenset({"CT", "MR", "CR", "DX", "MG", "IO", "XA", "RF", "US", "NM", "PT", "OT"})
+_READ_IN_THEIR_WINDOW = ("CT", "CR", "DX")
+"""Modalities whose files mostly list the window that they are displayed in; of MR it is a habit of the scanner."""
+
 # Monochrome single-frame images. PET is left out: its values are measurements (SUV), as are dose and parametric maps.
 SOP_CLASSES = frozenset(
     {
@@ -195,8 +199,9 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
     Args:
         case: one file for 2D, all slices of the volume in any order for 3D.
         spatial_dims: 2 or 3.
-        window: ``"auto"`` or (low, high) in physical units. ``"auto"`` is for CT the first linear window of the file
-            (for a volume: of its lowest slice), else -160..240 HU; for all others percentiles 0.5 and 99.5.
+        window: ``"auto"`` or (low, high) in physical units. ``"auto"`` is for CT, CR and DX the first linear window of
+            the file (for a volume: of its lowest slice), else for CT -160..240 HU; for all others percentiles 0.5 and
+            99.5.
 
     Raises:
         RefusedError: See :py:func:`check_supported`, ``order_volume`` and ``dicom_pixels.decode``; and
@@ -223,7 +228,8 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     if orientation is not None:
         stored = to_canonical(stored, orientation)[None]
     codec = _codec(headers[0], stored, window)
-    image = StoredImage(stored, codec, spacing_of(headers, orientation))
+    windows = tuple(dict.fromkeys(each for header in headers for each in _file_windows(header)))
+    image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
     return Slices(image, tuple(case.files[index] for index in order), orientation)
 
 
@@ -234,10 +240,12 @@ def _codec(header: Dataset, stored: NDArray[Any], window: Window) -> StoredCodec
     if inside.size == 0 or inside.min() == inside.max():
         raise RefusedError("constant_image", "all pixels outside the padding are equal: there is nothing to protect")
     is_ct = header.SOPClassUID == uid.CTImageStorage
+    modality = "CT" if is_ct else _modality(header)
     if isinstance(window, str):
         if window != "auto":
             raise ValueError(f"window is {window!r}; use 'auto' or (low, high) in physical units")
-        window = _file_window(header) or CT_WINDOW if is_ct else auto_window(inside, slope, intercept)
+        listed = _file_windows(header) if modality in _READ_IN_THEIR_WINDOW else ()
+        window = listed[0] if listed else CT_WINDOW if is_ct else auto_window(inside, slope, intercept)
     return StoredCodec(
         dtype=stored_dtype(header).name,
         window=(float(window[0]), float(window[1])),
@@ -247,7 +255,14 @@ def _codec(header: Dataset, stored: NDArray[Any], window: Window) -> StoredCodec
         padding=padding,
         inverted=header.PhotometricInterpretation == "MONOCHROME1",
         unit="HU" if is_ct else "a.u.",
+        modality=modality,
     )
+
+
+def _modality(header: Dataset) -> str:
+    """One of the modalities that we know of, as the value will show up in messages; empty for all others."""
+    value = header.get("Modality")
+    return str(value) if value in _MODALITIES else ""
 
 
 def _padding(header: Dataset) -> tuple[float, float] | None:
@@ -266,19 +281,22 @@ def _bits(value: int | bytes) -> int:
     return (int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)) & 0xFFFF
 
 
-def _file_window(header: Dataset) -> tuple[float, float] | None:
-    """The first window of the file in physical units, if it has a linear one (PS3.3 C.11.2.1.2)."""
+def _file_windows(header: Dataset) -> list[tuple[float, float]]:
+    """The linear windows of the file in physical units (PS3.3 C.11.2.1.2)."""
     with refusing("unreadable", "the display window is broken; name a window instead of 'auto'"):
-        center, width = (_first(header.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
-        function = header.get("VOILUTFunction") or "LINEAR"
-        shrink = {"LINEAR": 1.0, "LINEAR_EXACT": 0.0}.get(function)
-        if center is None or width is None or shrink is None or not width > shrink:
-            return None
-        middle, half = center - shrink / 2, (width - shrink) / 2
-        return (middle - half, middle + half) if np.isfinite([middle, half]).all() else None
+        shrink = {"LINEAR": 1.0, "LINEAR_EXACT": 0.0}.get(header.get("VOILUTFunction") or "LINEAR")
+        if shrink is None:
+            return []
+        centers, widths = (_numbers(header.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
+        ends = [
+            (center - shrink / 2 - (width - shrink) / 2, center - shrink / 2 + (width - shrink) / 2)
+            for center, width in zip(centers, widths, strict=False)
+            if width > shrink
+        ]
+        return [(low, high) for low, high in ends if np.isfinite([low, high]).all()]
 
 
-def _first(value: float | Sequence[float] | None) -> float | None:
+def _numbers(value: float | Sequence[float] | None) -> list[float]:
     if value is None or value == "":
-        return None
-    return float(value[0] if isinstance(value, Sequence) else value)
+        return []
+    return [float(each) for each in (value if isinstance(value, Sequence) else [value])]

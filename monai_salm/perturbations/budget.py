@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from monai_salm.perturbations.presets import PRESETS
 
 Unit = Literal["window", "physical", "stored"]
 _TEXT = re.compile(r"^\s*([-+.\deE]+)\s*(?:/\s*([-+.\deE]+))?\s*(\w+)?\s*$")
@@ -25,6 +27,9 @@ class Budget:
         epsilon: the bound, above 0. For ``unit="window"`` a fraction of the intensity window, at most 1.
         unit: ``"window"`` (fraction of the image's intensity window), ``"physical"`` (HU and the like, after the
             rescale slope) or ``"stored"`` (integers of the file).
+        modalities: DICOM modalities that the bound has a meaning for; empty: any.
+        own_window: the fraction is of a window of the image's own, not of one that was named for all.
+        said: what the user wrote, for messages.
 
     Raises:
         ValueError: When ``epsilon`` is not a finite number above 0, or a window fraction above 1.
@@ -38,6 +43,9 @@ class Budget:
 
     epsilon: float
     unit: Unit = "window"
+    modalities: tuple[str, ...] = field(default=(), repr=False)
+    own_window: bool = field(default=False, repr=False)
+    said: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.unit not in _UNIT_NAMES.values():
@@ -52,17 +60,61 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float | Budget) -> Budget:
-        """Read ``"8/255"``, ``"8/255 window"``, ``"5 HU"`` or ``"12 stored"``; a bare number is a window fraction."""
+        """Read ``"8/255"``, ``"8/255 window"``, ``"5 HU"``, ``"12 stored"`` or the name of a preset.
+
+        A bare number is a fraction of the window; HU have a meaning in CT only.
+
+        Raises:
+            ValueError: When it is none of these.
+        """
         if isinstance(text, Budget):
             return text
+        preset = PRESETS.get(str(text).strip().lower())
+        if preset is not None:
+            budget, said = cls.parse(preset.budget), f"{str(text).strip().lower()} ({preset.budget})"
+            return replace(budget, modalities=preset.modalities, own_window=budget.unit == "window", said=said)
         match = _TEXT.match(str(text))
         if match is None or match[3] not in _UNIT_NAMES:
-            raise ValueError(f"cannot read budget {text!r}; write '8/255 window', '5 HU' or '12 stored'")
+            raise ValueError(
+                f"cannot read budget {text!r}; write '8/255 window', '5 HU' or '12 stored', or one of the presets "
+                + ", ".join(f"{name} ({preset.budget})" for name, preset in PRESETS.items())
+            )
         try:
             epsilon = float(match[1]) / float(match[2] or 1)
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"cannot read budget {text!r}: {error}") from error
-        return cls(epsilon, _UNIT_NAMES[match[3]])
+        modalities = ("CT",) if match[3] in ("HU", "hu") else ()
+        return cls(epsilon, _UNIT_NAMES[match[3]], modalities, said=str(text).strip())
+
+    def check_modality(self, modality: str) -> None:
+        """Refuse an image that the bound has no meaning for.
+
+        Args:
+            modality: DICOM modality; empty where the file does not tell, which passes.
+
+        Raises:
+            ValueError: When the bound is meant for others.
+        """
+        if modality and self.modalities and modality not in self.modalities:
+            raise ValueError(
+                f"epsilon {self.said or self} is for {' and '.join(self.modalities)}, and an image is {modality}; "
+                "give a budget for each kind of image, such as '4/255 window'"
+            )
+
+    def check_window(self, window: object) -> None:
+        """Refuse a named window where the bound is a fraction of the image's own.
+
+        Args:
+            window: ``"auto"`` or None for the image's own, else (low, high).
+
+        Raises:
+            ValueError: When one is named.
+        """
+        if self.own_window and window not in (None, "auto"):
+            raise ValueError(
+                f"epsilon {self.said} is a fraction of each image's own window, and {window} is named as the window; "
+                "leave the window out, or write the fraction without the preset's name"
+            )
 
     def levels(self, *, lsb: float, window_width: float) -> int:
         """Lattice steps the budget allows: ``floor(epsilon / lsb)``.

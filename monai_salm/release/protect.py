@@ -97,10 +97,12 @@ def protect_cohort(
         IntegrityError: When ``protected/`` holds a file that this release did not write.
     """
     output_dir = Path(output_dir).absolute()
+    budget = Budget.parse(budget)
+    budget.check_window(window)
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
     door.check_output(cohort.root, output_dir)
     door.open_output(output_dir)
-    writer = _Writer(bank, Budget.parse(budget), output_dir, spatial_dims, window, key_file)
+    writer = _Writer(bank, budget, output_dir, spatial_dims, window, key_file)
     rows: dict[tuple[Case, ...], list[ManifestRow]] = {}
     refusals = list(cohort.refusals)
     for unit in track(formats.units(cohort.released), "protecting"):
