@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from monai_salm.perturbations.budget import Budget, Lattice
+if TYPE_CHECKING:  # the process that reads files needs no torch, and starts faster and smaller without
+    from torch import Tensor
+
+    from monai_salm.perturbations.budget import Budget, Lattice
 
 FLOAT_STEPS = 4096
 """Float files have no smallest step of their own; their window is cut into as many steps as 12-bit images have."""
@@ -39,6 +40,7 @@ class StoredCodec:
         ValueError: When the window is empty, the slope 0 or not finite, or the type not a real number type.
 
     Example:
+        >>> import torch
         >>> codec = StoredCodec("int16", window=(-160.0, 240.0), intercept=-1024.0, unit="HU")
         >>> codec.to_unit(torch.tensor([[1064]], dtype=torch.int16)).item()
         0.5
@@ -106,7 +108,7 @@ class StoredCodec:
         unit = unit.clamp_(0, 1).nan_to_num_(0.0).float()
         return 1 - unit if self.inverted else unit
 
-    def movable(self, stored: Tensor) -> Tensor:
+    def movable(self, stored: Tensor | np.ndarray) -> Any:
         """True where a voxel may be changed: inside the window, the stored range, finite and not padding."""
         low, high = self._open_range()
         inside = (stored >= low) & (stored <= high)
@@ -116,6 +118,8 @@ class StoredCodec:
 
     def bounds(self, stored: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
         """Least and largest change of each voxel in lattice steps (int16 or int32), both 0 where it may not move."""
+        import torch
+
         levels = self.levels(budget)
         low, high = self._open_range()
         values = stored.double()
@@ -203,6 +207,10 @@ def auto_window(
 
 def lattice_of(stored: Sequence[Tensor], codecs: Sequence[StoredCodec], budget: Budget) -> Lattice:
     """Lattice of a batch of stored images (C, *spatial) of one shape, with one codec each."""
+    import torch
+
+    from monai_salm.perturbations.budget import Lattice
+
     bounds = [codec.bounds(image, budget) for image, codec in zip(stored, codecs, strict=True)]
     steps = torch.tensor([codec.unit_step for codec in codecs], dtype=torch.float32, device=stored[0].device)
     return Lattice(

@@ -157,6 +157,7 @@ def _parse(file: BinaryIO, size: int, header_only: bool) -> Dataset:
     file.seek(0)
     stop = _Stop(size)
     dataset = read_partial(file, stop if header_only else None)
+    dataset.filename = dataset.buffer = dataset.fileobj_type = None  # it would hold on to the file
     if header_only:
         dataset.pixel_element, encoded = stop.found, stop.left
     else:

@@ -10,7 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydicom import dcmwrite
 from pydicom.dataelem import DataElement, RawDataElement
@@ -123,7 +122,7 @@ def _add(slices: Slices, delta: NDArray[Any]) -> NDArray[Any]:
 
 
 def _all_movable(codec: StoredCodec, values: NDArray[Any]) -> bool:
-    return bool(codec.movable(torch.from_numpy(values.astype(np.int64))).all())
+    return bool(codec.movable(values.astype(np.int64)).all())
 
 
 def _derive(source: bytes, plane: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:

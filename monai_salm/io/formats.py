@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from monai_salm.io import dicom, nifti, npz
+from monai_salm.io import dicom, nifti, npz, worker
 from monai_salm.io.base import Case, FileCheck, StoredImage, Window
 
 Deltas = Callable[[Case], np.ndarray]
@@ -75,6 +75,10 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
     Raises:
         RefusedError: When the case cannot be protected.
     """
+    return worker.call(_read, case, spatial_dims, window)
+
+
+def _read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     return FORMATS[case.format].read(case, spatial_dims, window)
 
 
@@ -109,7 +113,14 @@ def protect(
         ValueError: When a perturbation does not fit its image.
     """
     options = {"spatial_dims": spatial_dims, "window": window, "uids": uids, "when": when}
-    written = FORMATS[unit[0].format].protect(unit, deltas, **options)
+    return worker.stream(_protect, tuple(unit), [deltas(case) for case in unit], options)
+
+
+def _protect(
+    unit: tuple[Case, ...], deltas: Sequence[np.ndarray], options: Mapping[str, Any]
+) -> Iterator[ProtectedFile]:
+    of_case = dict(zip((case.sample_id for case in unit), deltas, strict=True))
+    written = FORMATS[unit[0].format].protect(unit, lambda case: of_case[case.sample_id], **options)
     for source, (name, content) in zip(files_of(unit), written, strict=True):
         yield ProtectedFile(source, name, content)
 
@@ -127,4 +138,8 @@ def verify(form: str, source: Path, written: Path, limit: float) -> FileCheck:
         RefusedError: When anything changed that must not, or a voxel by too much; and when nothing changed, save in
             DICOM, where single slices of a volume may stay as they are (so sum ``changed`` over a unit).
     """
+    return worker.call(_verify, form, source, written, limit)
+
+
+def _verify(form: str, source: Path, written: Path, limit: float) -> FileCheck:
     return FORMATS[form].verify(source, written, limit)

@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 
-from monai_salm.io import dicom, dicom_seg, nifti
+from monai_salm.io import dicom, dicom_seg, nifti, worker
 from monai_salm.io.base import Case, FileCheck, Mask, RefusedError
 
 __all__ = ["CORNER_TOLERANCE_MM", "MAX_VALUES", "check_image", "label_values", "protect", "read_mask", "verify"]
@@ -49,9 +49,9 @@ def read_mask(case: Case, spatial_dims: int) -> np.ndarray:
     if case.mask is None:
         raise ValueError(f"{case.sample_id} has no voxel labels; this works on cohorts with masks")
     if case.format == "nifti":
-        return _read_nifti(case, case.mask, spatial_dims)
+        return worker.call(_read_nifti, case, case.mask, spatial_dims)
     if case.format == "dicom":
-        return dicom_seg.read(case, case.mask, spatial_dims)
+        return worker.call(dicom_seg.read, case, case.mask, spatial_dims)
     raise RefusedError("mask_format", f"voxel labels of {case.format} images are not supported; use NIfTI or DICOM")
 
 
@@ -68,6 +68,10 @@ def label_values(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _label_values(path: Path, mtime_ns: int, size: int) -> tuple[int, ...]:
+    return worker.call(_values_of, path)
+
+
+def _values_of(path: Path) -> tuple[int, ...]:
     _check_nifti(path)
     values, _ = _distinct(nifti.read_labels(path, None)[0])
     _check_count(len(values), MAX_VALUES)
@@ -104,6 +108,10 @@ def protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
     Raises:
         RefusedError: When the file cannot be written under new UIDs.
     """
+    return worker.call(_protect, mask, uids)
+
+
+def _protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
     if dicom.is_segmentation(mask.file):
         return dicom.protect_labels(mask.file.read_bytes(), uids)
     return PurePosixPath(mask.name), mask.file.read_bytes()
@@ -121,6 +129,10 @@ def verify(unit: Sequence[Case], images: Mapping[Path, Path], written: Path, spa
     Raises:
         RefusedError: ``verification_failed``.
     """
+    return worker.call(_verify, tuple(unit), images, written, spatial_dims)
+
+
+def _verify(unit: Sequence[Case], images: Mapping[Path, Path], written: Path, spatial_dims: int) -> FileCheck:
     for case in unit:
         mask = cast(Mask, case.mask)
         twin = replace(case, files=tuple(images[path] for path in case.files), mask=replace(mask, file=written))

@@ -35,6 +35,15 @@ def sniff(head: bytes) -> bool:
     return head[:4] == b"PK\x03\x04"
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a zip archive holds arrays; of a broken one, whether its name says so."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError):
+        return path.suffix == ".npz"
+
+
 def labels(path: Path, spatial_dims: int) -> dict[str, np.ndarray]:
     """Integer labels (N,) of each split of an archive.
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 from pydicom.dataset import Dataset
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from monai_salm.io import dicom, formats, masks, nifti, npz
+from monai_salm.io import dicom, formats, masks, nifti, npz, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.progress import track
@@ -162,7 +160,7 @@ class _Findings:
                 self.masks.files[self.name(path)] = path
             elif nifti.sniff(head):
                 self._add_nifti(path)
-            elif npz.sniff(head) and _is_npz(path):
+            elif npz.sniff(head) and worker.call(npz.is_archive, path):
                 self._add_npz(path)
             elif head[:2] in (b"\x02\0", b"\x08\0"):  # DICOM without its file header: refused by that name
                 self._add_dicom(path)
@@ -176,7 +174,7 @@ class _Findings:
             )
 
     def _add_nifti(self, path: Path) -> None:
-        nifti.check_supported(path, self.spatial_dims)
+        worker.call(nifti.check_supported, path, self.spatial_dims)
         name = self.name(path)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
@@ -184,14 +182,14 @@ class _Findings:
 
     def _add_npz(self, path: Path) -> None:
         archive = PurePosixPath(self.name(path))
-        for split, numbers in npz.labels(path, self.spatial_dims).items():
+        for split, numbers in worker.call(npz.labels, path, self.spatial_dims).items():
             for index, label in enumerate(numbers.tolist()):
                 names = npz.case_names(archive, split, index)
                 own = pseudonym(names[0])
                 self.cases.append(Case(own, "npz", (path,), names, own, index, label, split))
 
     def _add_dicom(self, path: Path) -> None:
-        header = dicom.read_header(path)
+        header = worker.call(dicom.read_header, path)
         if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return  # a DICOMDIR under another name
         if self._voxels and dicom.is_segmentation(header):
@@ -304,7 +302,7 @@ def _check_pixels(findings: _Findings, window: Window) -> None:
 def _check_case(case: Case, findings: _Findings, window: Window) -> None:
     try:
         image = formats.read(case, findings.spatial_dims, window)
-        movable = bool(image.codec.movable(torch.from_numpy(image.stored)).any())
+        movable = bool(image.codec.movable(image.stored).any())
         if case.mask:
             masks.check_image(image.stored, case.mask)
             labels = masks.read_mask(case, findings.spatial_dims)
@@ -316,14 +314,6 @@ def _check_case(case: Case, findings: _Findings, window: Window) -> None:
         raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
     if not movable:
         raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
-
-
-def _is_npz(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".npy") for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError):
-        return path.suffix == ".npz"
 
 
 def _patient(header: Dataset) -> str:

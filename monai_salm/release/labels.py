@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from monai_salm.io import formats, npz
+from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
 from monai_salm.release.catalog import Catalog, Refusal, scan
 from monai_salm.release.table import LABELS_FILE, SPLITS, LabelRow, match, natural, read_labels
@@ -143,7 +143,7 @@ def count_classes(dataset_dir: Path | str, labels: Path | str | None = None, spa
     if found is not None:
         return len({row.label for row in found})
     archives = [Path(dataset_dir)] if Path(dataset_dir).is_file() else sorted(Path(dataset_dir).rglob("*.npz"))
-    splits = [values for archive in archives for values in npz.labels(archive, spatial_dims).values()]
+    splits = [values for archive in archives for values in worker.call(npz.labels, archive, spatial_dims).values()]
     numbers = {int(label) for values in splits for label in values}
     if not numbers:
         raise ValueError(f"no label table at {table} and no archive: name the table with labels=...")

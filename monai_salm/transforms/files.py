@@ -16,7 +16,7 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_salm.io import dicom, formats, nifti
+from monai_salm.io import dicom, formats, nifti, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.masks import read_mask
 from monai_salm.perturbations.budget import Budget
@@ -224,12 +224,12 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
         raise FileNotFoundError(f"there is no image at {path}; check the path")
     name = path.name if root is None else path.relative_to(Path(root).absolute()).as_posix()
     if path.is_file() and nifti.sniff(nifti.read_head(path)):
-        nifti.check_supported(path, spatial_dims)
+        worker.call(nifti.check_supported, path, spatial_dims)
         return Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(name))
     files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if dicom.looks_like_dicom(entry))
     if not files or not dicom.looks_like_dicom(files[0]):
         raise RefusedError("unknown_file", "neither DICOM nor NIfTI; hand over cases from release.catalog.scan instead")
-    headers = [dicom.read_header(file) for file in files]
+    headers = [worker.call(dicom.read_header, file) for file in files]
     for header in headers:
         dicom.check_supported(header)
     if len({header.SeriesInstanceUID for header in headers}) > 1 or (spatial_dims == 2 and len(files) > 1):

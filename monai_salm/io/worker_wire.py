@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python objects through a socket: large arrays without copies, and from the untrusted side nothing but plain data."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import socket
+import struct
+import sys
+import time
+from typing import Any
+
+__all__ = ["ClosedError", "receive", "send"]
+
+MAX_BUFFERS = 1 << 24
+_COUNT = struct.Struct("<Q")
+_NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
+_DATA = ("monai_salm.io.", "monai_salm.stored", "pathlib")
+"""Modules whose classes an answer may hold: records of ours, and paths."""
+_PYDICOM = ("dataset", "dataelem", "multival", "sequence", "tag", "uid", "valuerep")
+_BUILTINS = {"bytearray", "bytes", "complex", "float", "frozenset", "int", "list", "set", "str"}
+
+
+class ClosedError(Exception):
+    """The other side is gone."""
+
+
+def send(to: socket.socket, message: Any, deadline: float | None) -> None:
+    """Send a message: the number of buffers, their sizes, the buffers; the first holds the pickle, others its arrays.
+
+    Raises:
+        ClosedError: When nobody listens.
+        TimeoutError: When it takes longer than until ``deadline`` (as ``time.monotonic`` tells the time).
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(message, protocol=5, buffer_callback=arrays.append)
+    views = [memoryview(body), *(array.raw() for array in arrays)]
+    sizes = (len(views), *(view.nbytes for view in views))
+    try:
+        for view in (memoryview(struct.pack(f"<{len(sizes)}Q", *sizes)), *views):
+            while view.nbytes:
+                to.settimeout(_left(deadline))
+                view = view[to.send(view) :]
+    except (BrokenPipeError, ConnectionResetError):
+        raise ClosedError from None
+
+
+def receive(of: socket.socket, deadline: float | None, *, trusted: bool = False) -> Any:
+    """Receive a message.
+
+    Args:
+        of: the socket.
+        deadline: as for :py:func:`send`.
+        trusted: whether the sender may name any class and function; else what is not plain data is an error.
+
+    Raises:
+        ClosedError: When the other side is gone, or sent what it must not.
+        TimeoutError: See :py:func:`send`.
+    """
+    (count,) = _COUNT.unpack(_read(of, _COUNT.size, deadline))
+    if not 0 < count <= MAX_BUFFERS:
+        raise ClosedError
+    sizes = struct.unpack(f"<{count}Q", _read(of, count * _COUNT.size, deadline))
+    body, *arrays = (_read(of, size, deadline) for size in sizes)
+    if trusted:
+        return pickle.loads(body, buffers=arrays)
+    try:
+        return _PlainData(io.BytesIO(body), buffers=arrays).load()
+    except Exception:  # not only UnpicklingError: a pickle is a program, and this one may be hostile
+        raise ClosedError from None
+
+
+def _read(of: socket.socket, size: int, deadline: float | None) -> bytearray:
+    try:
+        buffer = bytearray(size)
+    except (MemoryError, OverflowError):
+        raise ClosedError from None
+    view = memoryview(buffer)
+    while view.nbytes:
+        of.settimeout(_left(deadline))
+        try:
+            count = of.recv_into(view)
+        except ConnectionResetError:
+            raise ClosedError from None
+        if not count:
+            raise ClosedError
+        view = view[count:]
+    return buffer
+
+
+def _left(deadline: float | None) -> float | None:
+    if deadline is None:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _PlainData(pickle.Unpickler):
+    """Builds arrays, records of ours, and data sets of pydicom: nothing whose making could do anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class, if it is one of those; only modules that are loaded already are looked at."""
+        allowed = (
+            (module == "builtins" and name in _BUILTINS)
+            or (module.partition(".")[0] == "numpy" and name in _NUMPY)
+            or (module.startswith(_DATA) and "." not in name)
+            or (module in {f"pydicom.{part}" for part in _PYDICOM} and "." not in name)
+        )
+        found = getattr(sys.modules.get(module), name, None) if allowed else None
+        if found is None or not (isinstance(found, type) or module.startswith("numpy")):
+            raise pickle.UnpicklingError
+        return found
