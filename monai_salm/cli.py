@@ -8,15 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from monai_salm import __version__
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from monai_salm.release.catalog import Catalog, Refusal
-    from monai_salm.release.labels import Cohort
 
 DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_CODES = """\
@@ -33,6 +27,7 @@ _SHOWN = 20
 _DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
 
 _EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
+_VISIBILITY_HELP = "of each image beside its own JPEG 2000 copy at 5:1: report it, or refuse what is more visible"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
     protect.add_argument("--epsilon", metavar="BUDGET", help=_EPSILON_HELP)
     protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
+    protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=_VISIBILITY_HELP)
     _add_set(protect)
     protect.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
     protect.set_defaults(command=_protect)
@@ -147,6 +143,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     from monai_salm.release.catalog import scan
     from monai_salm.release.labels import LABELS_FILE, find_labels, label_cases
+    from monai_salm.release.listing import cases_table, counts_line, counts_table, refusals_table
     from monai_salm.release.voxels import VoxelLabels
 
     labels = find_labels(options.export, options.labels)
@@ -160,16 +157,16 @@ def _inspect(options: argparse.Namespace) -> int:
         except ValueError as error:  # told at the end: what the export holds may show the reason
             problem = error
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(_counts_line(catalog, cohort), _counts_table(catalog, cohort), sep="\n")
+    console.print(counts_line(catalog, cohort), counts_table(catalog, cohort), sep="\n")
     if labels is None and cohort is None:
         console.print(f"No label table: 'protect' needs one ({LABELS_FILE} in the export, or --labels).")
     if options.all:
-        console.print(_cases_table(catalog, cohort))
+        console.print(cases_table(catalog, cohort))
     refusals = cohort.refusals if cohort else catalog.refusals
     if refusals:
         shown = refusals if options.all else refusals[:_SHOWN]
         console.print(f"{len(refusals)} refused: {_tally(each.reason for each in refusals)}")
-        console.print(_refusals_table(shown, catalog))
+        console.print(refusals_table(shown, catalog))
         if len(shown) < len(refusals):
             console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
     if problem:
@@ -208,6 +205,7 @@ def _protect(options: argparse.Namespace) -> int:
         labels=options.labels,
         epsilon=options.epsilon,
         mask_ratio=options.mask_ratio,
+        visibility=options.visibility,
         window=options.window,
         spatial_dims=options.dim if voxelwise else None,
     )
@@ -274,10 +272,11 @@ def _outcome(out: Path, code: int, *, verified: bool) -> int:
 
     from monai_salm.release.commit import PROTECTED
     from monai_salm.release.protect import REFUSALS, read_refusals
+    from monai_salm.release.visibility import summary
 
     if code not in (DONE, NOT_PROTECTED):
         return code
-    print(f"protected files: {out / PROTECTED}")
+    print(f"protected files: {out / PROTECTED}", *filter(None, [summary(out)]), sep="\n")
     refusals = read_refusals(out)
     if refusals:
         print(f"refused and not in the copy: {_tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
@@ -291,72 +290,6 @@ def _outcome(out: Path, code: int, *, verified: bool) -> int:
 
 def _tally(values: Iterable[str]) -> str:
     return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
-
-
-def _counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
-    cases = cohort.cases if cohort else catalog.cases
-    patients = len({case.group for case in cases})
-    line = f"{len(cases)} cases of {patients} patients: {_tally(case.format for case in cases)}"
-    if cohort and all(case.split != "test" for case in cases):
-        line += f"; no test split, verification holds {len(cohort.held_out)} back"
-    return line
-
-
-def _counts_table(catalog: Catalog, cohort: Cohort | None) -> Table:
-    """Cases by class and split where there are labels (with voxel labels: and voxels), else by format."""
-    cases = cohort.cases if cohort else catalog.cases
-    formats = Counter(case.format for case in cases)
-    if cohort is None:
-        return _table(["format", "cases"], formats.items())
-    splits = [name for name in ("train", "val", "test") if any(case.split == name for case in cases)]
-    rows = []
-    for label, name in enumerate(cohort.classes):
-        cells = [_count(cohort, label, [case for case in cases if case.split == split]) for split in splits]
-        rows.append((name, *(number for cell in [*cells, _count(cohort, label, cases)] for number in cell)))
-    kinds = ("{}", "{} voxels") if cohort.voxelwise else ("{}",)
-    return _table(["class", *(kind.format(split) for split in (*splits, "all") for kind in kinds)], rows)
-
-
-def _count(cohort: Cohort, label: int, cases: Sequence[Any]) -> tuple[int, ...]:
-    """Cases of a class; with voxel labels those that have the class, and its voxels in them."""
-    if not cohort.voxelwise:
-        return (sum(case.label == label for case in cases),)
-    voxels = [cohort.class_voxels[case.sample_id][label] for case in cases]
-    return sum(count > 0 for count in voxels), sum(voxels)
-
-
-def _cases_table(catalog: Catalog, cohort: Cohort | None) -> Table:
-    cases = cohort.cases if cohort else catalog.cases
-    classes = [(case.mask.name if case.mask else cohort.classes[case.label]) if cohort else "" for case in cases]
-    rows = [
-        (case.sample_id, case.format, len(case.files), label, case.split, case.names[0])
-        for case, label in zip(cases, classes, strict=True)
-    ]
-    label = "mask" if cohort and cohort.voxelwise else "class"
-    return _table(["case", "format", "files", label, "split", "name"], rows)
-
-
-def _refusals_table(refusals: Sequence[Refusal], catalog: Catalog) -> Table:
-    names = {case.sample_id: case.names for case in catalog.cases} | catalog.refused_names
-    rows = [(each.reason, names.get(each.name, (each.name,))[0], each.detail) for each in refusals]
-    return _table(["reason", "what", "found, and what to do"], rows)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_printable(str(cell))) for cell in row))
-    return table
-
-
-def _printable(text: str) -> str:
-    """A file's name may hold anything, control codes of the terminal included."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 # -------------------------------------------------------------------- errors

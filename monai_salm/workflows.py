@@ -76,6 +76,7 @@ def protect_overrides(
     labels: Path | None = None,
     epsilon: str | None = None,
     mask_ratio: float | None = None,
+    visibility: str | None = None,
     window: Sequence[float] | None = None,
     spatial_dims: int | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def protect_overrides(
         "labels": str(labels.absolute()) if labels else None,
         "epsilon": epsilon,
         "mask_ratio": mask_ratio,
+        "visibility": visibility,
         "window": list(window) if window else None,
         "spatial_dims": spatial_dims,
     }

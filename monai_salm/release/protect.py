@@ -47,6 +47,7 @@ from monai_salm.release.manifest import (
     whole_lines,
 )
 from monai_salm.release.progress import track
+from monai_salm.release.visibility import Gate, VisibilityLog
 from monai_salm.release.voxels import DATASET_FILE
 from monai_salm.release.written_tables import dataset_json, labels_table
 
@@ -75,6 +76,7 @@ def protect_cohort(
     spatial_dims: int,
     window: Window = "auto",
     key_file: Path | str | None = None,
+    gate: Gate | None = None,
 ) -> list[ManifestRow]:
     """Write the protected file of every released case, verified before it becomes visible.
 
@@ -86,6 +88,7 @@ def protect_cohort(
         spatial_dims: 2 or 3.
         window: ``"auto"`` or (low, high) in physical units, as it was for the fit.
         key_file: secret of the UID map; default: ``private/release.key``, made on first use.
+        gate: measures how visible each case would be, and may refuse it; default: nothing is measured.
 
     Returns:
         One row per protected file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
@@ -102,7 +105,7 @@ def protect_cohort(
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
     door.check_output(cohort.root, output_dir)
     door.open_output(output_dir)
-    writer = _Writer(bank, budget, output_dir, spatial_dims, window, key_file)
+    writer = _Writer(bank, budget, output_dir, spatial_dims, window, key_file, gate)
     rows: dict[tuple[Case, ...], list[ManifestRow]] = {}
     refusals = list(cohort.refusals)
     for unit in track(formats.units(cohort.released), "protecting"):
@@ -187,12 +190,15 @@ class _Writer:
         spatial_dims: int,
         window: Window,
         key_file: Path | str | None,
+        gate: Gate | None,
     ) -> None:
         self._bank = bank
         self._budget = budget
         self._out = output_dir
         self._spatial_dims = spatial_dims
         self._window = window
+        self._gate = gate
+        self._visibility = VisibilityLog(output_dir)
         self._when = _start_time(output_dir)
         self._key = load_or_create_key(Path(key_file) if key_file else output_dir / KEY)
         self._done: dict[str, list[ManifestRow]] = {}
@@ -215,6 +221,8 @@ class _Writer:
             )
         if len(done) == len(formats.files_of(unit)) + bool(mask) and all(self._is_there(row) for row in done):
             return done
+        if self._gate is not None:
+            self._visibility.keep([self._gate(case, images[case], deltas[case]) for case in unit])
         facts = self._facts(images, deltas)
         written = door.commit(self._out, self._staged(unit, deltas, facts))
         rows = [
@@ -318,6 +326,8 @@ class _Writer:
 
     def _digest(self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray]) -> str:
         settings = [str(self._budget), self._window, self._spatial_dims, __version__]
+        if self._gate is not None and self._gate.refuses:
+            settings.append("refuse what is too visible")
         digest = hmac.new(self._key, json.dumps(settings).encode(), hashlib.sha256)
         for file in (*formats.files_of(unit), *([unit[0].mask.file] if unit[0].mask else [])):
             digest.update(door.sha256_of(file).encode())

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How visible each protected image is, kept beside the key: it tells where the perturbation of an image is strong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+
+from monai_salm.io.base import Case, StoredImage
+from monai_salm.release import commit as door
+
+__all__ = ["VISIBILITY", "CaseVisibility", "Gate", "VisibilityLog", "WindowVisibility", "read_visibility", "summary"]
+
+VISIBILITY = f"{door.PRIVATE}/visibility.jsonl"
+
+
+@dataclass(frozen=True)
+class WindowVisibility:
+    """A protected image in one display window, beside the image's own JPEG 2000 copy at 5:1.
+
+    Args:
+        low: lower end of the window in physical units.
+        high: upper end.
+        psnr: of the protected image in dB; None where nothing differs in this window.
+        ssim: of the protected image.
+        psnr_compressed: of the compressed image; None where nothing differs.
+        ssim_compressed: of the compressed image.
+    """
+
+    low: float
+    high: float
+    psnr: float | None
+    ssim: float
+    psnr_compressed: float | None
+    ssim_compressed: float
+
+    @property
+    def less_visible(self) -> bool:
+        """True where the perturbation is no more visible than the compression, by both measures."""
+        if self.psnr is None:
+            return True
+        return self.psnr_compressed is not None and (
+            self.psnr >= self.psnr_compressed and self.ssim >= self.ssim_compressed
+        )
+
+
+@dataclass(frozen=True)
+class CaseVisibility:
+    """One case in each of its windows."""
+
+    sample_id: str
+    windows: tuple[WindowVisibility, ...]
+
+    @property
+    def less_visible(self) -> bool:
+        """True where it is so in every window."""
+        return all(window.less_visible for window in self.windows)
+
+
+class Gate(Protocol):
+    """Measures a case before it is written."""
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it may refuse a case."""
+
+    def __call__(self, case: Case, image: StoredImage, delta: np.ndarray) -> CaseVisibility:
+        """Raises RefusedError to keep the case out of the release."""
+
+
+class VisibilityLog:
+    """Keeps what was measured, a line for each case, before the case is written.
+
+    Args:
+        output_dir: folder of the release.
+        name: of the file, relative to it; shards that run side by side keep one each.
+    """
+
+    def __init__(self, output_dir: Path, name: str = VISIBILITY) -> None:
+        self._out, self._name = output_dir, name
+        self._lines = dict.fromkeys(_whole_lines(output_dir / name))
+        text = "".join(f"{line}\n" for line in self._lines)
+        if (output_dir / name).is_file() and (output_dir / name).read_text() != text:  # a killed run wrote in part
+            door.commit(output_dir, [door.Staged(PurePosixPath(name), text.encode(), lambda _: None)])
+
+    def keep(self, cases: Iterable[CaseVisibility]) -> None:
+        """Add lines that are not there yet."""
+        lines = [json.dumps(asdict(case) | {"less_visible": case.less_visible}) for case in cases if case.windows]
+        new = [line for line in lines if line not in self._lines]
+        if new:
+            door.append_line(self._out, self._name, "".join(f"{line}\n" for line in new))
+            self._lines |= dict.fromkeys(new)
+
+
+def read_visibility(output_dir: Path | str) -> list[CaseVisibility]:
+    """What was measured of each case of a release; nothing where it was not asked for."""
+    files = sorted((Path(output_dir) / door.PRIVATE).glob("visibility*.jsonl"))
+    rows = {row["sample_id"]: row for file in files for row in map(json.loads, _whole_lines(file))}
+    return [
+        CaseVisibility(name, tuple(WindowVisibility(**window) for window in row["windows"]))
+        for name, row in rows.items()
+    ]
+
+
+def summary(output_dir: Path | str) -> str:
+    """A line for the user; empty where nothing was measured."""
+    cases = read_visibility(output_dir)
+    hidden = sum(case.less_visible for case in cases)
+    return f"visibility: {hidden} of {len(cases)} images are less visible than JPEG 2000 at 5:1" if cases else ""
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text() if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
