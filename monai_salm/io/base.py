@@ -13,6 +13,9 @@ from monai_salm.stored import StoredCodec
 Window = str | tuple[float, float]
 """``"auto"`` (see each format) or (low, high) in physical units."""
 
+MAX_RASTER_BYTES = 2**31
+"""Largest unpacked PNG or TIFF image that is read."""
+
 
 class RefusedError(Exception):
     """A file or case that cannot be protected and must therefore never reach the output.
@@ -48,6 +51,23 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """A PNG or TIFF image as its file holds it.
+
+    Args:
+        samples: (H, W, C) uint8 or uint16 in the file's byte order: the colors, then alpha where there is one.
+        colors: 1 (grayscale) or 3 (RGB).
+        kept: what the file holds besides, which stays as it is.
+        inverted: low values are bright.
+    """
+
+    samples: np.ndarray
+    colors: int
+    kept: bytes
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
 class Mask:
     """The voxel labels of one case; :py:func:`monai_salm.io.masks.read_mask` reads them.
 
@@ -69,7 +89,7 @@ class Case:
 
     Args:
         sample_id: stable pseudonym, ``"case-" + 16 hex digits`` (keyless digest of the UID or relative path).
-        format: ``"dicom"``, ``"nifti"`` or ``"npz"``.
+        format: ``"dicom"``, ``"nifti"``, ``"npz"``, ``"png"`` or ``"tiff"``.
         files: absolute paths; the slices of a DICOM volume in spatial order.
         names: the names a label table may use: relative POSIX path of file and series folder, UIDs, npz key.
         group: pseudonym of the patient, for splits that keep patients together.

@@ -4,7 +4,7 @@
 Files are known by their content, never by their ending; links and devices are never followed. Nothing is guessed: a
 series with one broken slice is refused as a whole, and two files with one instance UID are both refused.
 
-Patients, for splits that keep them together: DICOM files by PatientID (by study where it is empty); NIfTI files by the
+Patients, for splits that keep them together: DICOM files by PatientID (by study where it is empty); other files by the
 first part of their path that names one (``sub-01``, ``patient_7``, ``PAT003``), else each file is its own patient.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from monai_salm.io import dicom, formats, masks, nifti, npz, worker
+from monai_salm.io import dicom, formats, masks, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.progress import track
@@ -80,8 +80,8 @@ def scan(
 
     Args:
         root: a folder, searched to any depth, or one file.
-        spatial_dims: 2: each single-frame DICOM instance and each NIfTI slice is a case. 3: each DICOM series and each
-            NIfTI volume is. Archives hold one or the other.
+        spatial_dims: 2: each single-frame DICOM instance, NIfTI slice, PNG and TIFF is a case. 3: each DICOM series
+            and each NIfTI volume is. Archives hold one or the other.
         window: ``"auto"`` or (low, high) in physical units; an image with no voxel inside is refused.
         check_pixels: decode every case once and refuse what is broken or constant; otherwise only headers are read.
         voxels: what tells the voxel labels, from :py:func:`monai_salm.release.voxels.find_voxel_labels`. Cases then
@@ -159,13 +159,15 @@ class _Findings:
             elif self.name(path) in self._mask_names:
                 self.masks.files[self.name(path)] = path
             elif nifti.sniff(head):
-                self._add_nifti(path)
+                self._add_image(path, "nifti")
+            elif form := raster.sniff(head):
+                self._add_image(path, form)
             elif npz.sniff(head) and worker.call(npz.is_archive, path):
                 self._add_npz(path)
             elif head[:2] in (b"\x02\0", b"\x08\0"):  # DICOM without its file header: refused by that name
                 self._add_dicom(path)
             else:
-                raise RefusedError("unknown_file", "the content is neither DICOM nor NIfTI nor an .npz archive")
+                raise _unknown(head)
         except RefusedError as error:
             self.refuse([self.name(path)], error)
         except OSError as error:
@@ -173,12 +175,12 @@ class _Findings:
                 [self.name(path)], RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})")
             )
 
-    def _add_nifti(self, path: Path) -> None:
-        worker.call(nifti.check_supported, path, self.spatial_dims)
+    def _add_image(self, path: Path, form: str) -> None:
+        worker.call((nifti if form == "nifti" else raster).check_supported, path, self.spatial_dims)
         name = self.name(path)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
-        self.cases.append(Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(group)))
+        self.cases.append(Case(pseudonym(name), form, (path,), (name,), pseudonym(group)))
 
     def _add_npz(self, path: Path) -> None:
         archive = PurePosixPath(self.name(path))
@@ -314,6 +316,12 @@ def _check_case(case: Case, findings: _Findings, window: Window) -> None:
         raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
     if not movable:
         raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
+
+
+def _unknown(head: bytes) -> RefusedError:
+    if head[:3] == b"\xff\xd8\xff":
+        return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
+    return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
 
 
 def _patient(header: Dataset) -> str:

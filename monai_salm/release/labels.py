@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels and splits of a cohort: from a table, from the archive that brings its own, or voxel by voxel (``voxels``)."""
+"""Labels and splits of a cohort: from a table, class folders, the archive that brings its own, or by voxel."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
 from monai_salm.release.catalog import Catalog, Refusal, scan
+from monai_salm.release.folders import class_folders
 from monai_salm.release.table import LABELS_FILE, SPLITS, LabelRow, match, natural, read_labels
 from monai_salm.release.voxels import SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
 
@@ -109,7 +110,8 @@ def load_cohort(
 
 
 def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> list[LabelRow] | VoxelLabels | None:
-    """What tells the labels of an export: a table, ``dataset.json`` or DICOM SEG files; None where only archives can.
+    """What tells the labels of an export: a table, ``dataset.json``, DICOM SEG files or class folders of PNG and TIFF
+    images; None where only archives can.
 
     A table ``case,label`` decides that cases are labelled as a whole, whatever else the export holds.
 
@@ -123,7 +125,7 @@ def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> li
     default = Path(dataset_dir) / LABELS_FILE
     table = Path(labels) if labels else default if default.is_file() else None
     rows = read_labels(table) if table else None
-    return find_voxel_labels(Path(dataset_dir), rows) or rows
+    return find_voxel_labels(Path(dataset_dir), rows) or rows or class_folders(Path(dataset_dir))
 
 
 def count_classes(dataset_dir: Path | str, labels: Path | str | None = None, spatial_dims: int = 2) -> int:

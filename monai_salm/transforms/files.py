@@ -16,7 +16,7 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_salm.io import dicom, formats, nifti, worker
+from monai_salm.io import dicom, formats, nifti, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.masks import read_mask
 from monai_salm.perturbations.budget import Budget
@@ -67,7 +67,7 @@ class LoadStored(Transform):
         self.root = None if root is None else str(root)
 
     def __call__(self, source: Case | str | os.PathLike[str]) -> Tensor:
-        """Read a case, a NIfTI or DICOM file, or the folder of one DICOM series.
+        """Read a case, an image file, or the folder of one DICOM series.
 
         Returns:
             (1, *spatial) stored values.
@@ -208,7 +208,7 @@ class SaveStored(Transform):
 
 
 def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.PathLike[str] | None = None) -> Case:
-    """The case of one NIfTI or DICOM file, or of the folder of one DICOM series.
+    """The case of one image file, or of the folder of one DICOM series.
 
     Args:
         path: the file or folder.
@@ -226,9 +226,15 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
     if path.is_file() and nifti.sniff(nifti.read_head(path)):
         worker.call(nifti.check_supported, path, spatial_dims)
         return Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(name))
+    form = raster.sniff(nifti.read_head(path, 8)) if path.is_file() else None
+    if form:
+        worker.call(raster.check_supported, path, spatial_dims)
+        return Case(pseudonym(name), form, (path,), (name,), pseudonym(name))
     files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if dicom.looks_like_dicom(entry))
     if not files or not dicom.looks_like_dicom(files[0]):
-        raise RefusedError("unknown_file", "neither DICOM nor NIfTI; hand over cases from release.catalog.scan instead")
+        raise RefusedError(
+            "unknown_file", "neither DICOM nor NIfTI, PNG or TIFF; hand over cases from release.catalog.scan instead"
+        )
     headers = [worker.call(dicom.read_header, file) for file in files]
     for header in headers:
         dicom.check_supported(header)

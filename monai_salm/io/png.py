@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PNG: 8- and 16-bit samples in, the same file with other samples out.
+
+Only the compressed pixels (IDAT) are written anew, with the row filters of the source; every other chunk keeps its
+bytes. The filters are those of the PNG specification, third edition, section 9.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from monai_salm.io import tiff
+from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
+"""Color type -> colors, samples per pixel (the rest is alpha)."""
+_KNOWN = frozenset("cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD sPLT pHYs tIME tEXt zTXt iTXt eXIf".split())
+"""Chunks that stay true when pixels move by a few levels."""
+_FILTERS = 5
+_DEFLATE_RATIO = 1032
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a file holds: ``before`` and ``after`` are the bytes around the IDAT chunks."""
+
+    height: int
+    width: int
+    colors: int
+    samples: int
+    depth: int
+    before: bytes
+    after: bytes
+    packed: bytes
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.samples * self.depth // 8
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.pixel_bytes
+
+
+def sniff(head: bytes) -> bool:
+    """True if a file that starts with ``head`` is PNG, supported or not."""
+    return head[:8] == SIGNATURE
+
+
+def colors(content: bytes) -> int:
+    """1 for grayscale, 3 for RGB, judged by all that can be told without unpacking the pixels.
+
+    Raises:
+        RefusedError: When the file cannot be protected.
+    """
+    return _layout(content).colors
+
+
+def decode(content: bytes) -> Pixels:
+    """The samples of a file, and its other bytes.
+
+    Raises:
+        RefusedError: When the file is broken, larger than it may be, or of a kind that is not supported.
+    """
+    layout = _layout(content)
+    filters, filtered = _unpack(layout)
+    raw = _unfilter(filters, filtered)
+    kept = layout.before + b"IDAT" + layout.after
+    return Pixels(raw.reshape(-1).view(f">u{layout.depth // 8}").reshape(_shape(layout)), layout.colors, kept)
+
+
+def encode(content: bytes, samples: np.ndarray) -> bytes:
+    """The file ``content`` with other samples.
+
+    Args:
+        content: the source.
+        samples: of the shape and type that :py:func:`decode` gives.
+
+    Raises:
+        RefusedError: As :py:func:`decode`.
+    """
+    layout = _layout(content)
+    filters, _ = _unpack(layout)
+    raw = np.ascontiguousarray(samples, f">u{layout.depth // 8}").reshape(-1).view(np.uint8)
+    filtered = _filter(filters, raw.reshape(layout.height, layout.width, layout.pixel_bytes))
+    rows = np.concatenate([filters[:, None], filtered.reshape(layout.height, -1)], axis=1)
+    return layout.before + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 6)) + layout.after
+
+
+def _shape(layout: _Layout) -> tuple[int, int, int]:
+    return layout.height, layout.width, layout.samples
+
+
+def _layout(content: bytes) -> _Layout:
+    chunks = _chunks(content)
+    kinds = [kind for kind, _, _ in chunks]
+    data = [index for index, kind in enumerate(kinds) if kind == b"IDAT"]
+    if kinds[0] != b"IHDR" or kinds[-1] != b"IEND" or not data or data != list(range(data[0], data[-1] + 1)):
+        raise RefusedError("broken_file", "the chunks of the PNG file are not in order; save the image again")
+    if kinds.count(b"IHDR") > 1 or chunks[0][2] - chunks[0][1] != 13:
+        raise RefusedError("broken_header", "this is not a complete PNG header")
+    start = chunks[0][1]
+    width, height, depth, color, compression, filtering, interlace = struct.unpack_from(">IIBBBBB", content, start)
+    _check_header(color, depth, compression or filtering, interlace)
+    if not width or not height:
+        raise RefusedError("broken_header", f"the header's shape {height} x {width} has no pixels")
+    for kind, first, end in chunks:
+        _check_chunk(kind, content[first:end])
+    packed = b"".join(content[chunks[index][1] : chunks[index][2]] for index in data)
+    number, samples = _COLORS[color]
+    before, after = content[: chunks[data[0]][1] - 8], content[chunks[data[-1]][2] + 4 :]
+    layout = _Layout(height, width, number, samples, depth, before, after, packed)
+    size = height * (layout.row_bytes + 1)
+    if size > len(packed) * _DEFLATE_RATIO:
+        raise RefusedError("truncated_file", f"the header promises {size} bytes, more than the file can hold")
+    if size > MAX_RASTER_BYTES:
+        raise RefusedError("too_large", f"the image has {size} bytes; above {MAX_RASTER_BYTES} is not supported")
+    return layout
+
+
+def _chunks(content: bytes) -> list[tuple[bytes, int, int]]:
+    """Kind, start and end of the data of every chunk, checksums compared."""
+    found: list[tuple[bytes, int, int]] = []
+    at = len(SIGNATURE)
+    while not found or found[-1][0] != b"IEND":
+        start = at + 8
+        if start > len(content):
+            raise RefusedError("truncated_file", "the PNG file ends too early; export it again")
+        length, kind = struct.unpack_from(">I4s", content, at)
+        at = start + length + 4
+        if at > len(content):
+            raise RefusedError("truncated_file", "the PNG file ends too early; export it again")
+        if zlib.crc32(content[start - 4 : at - 4]) != int.from_bytes(content[at - 4 : at], "big"):
+            raise RefusedError("broken_file", "a checksum of the PNG file is wrong; export it again")
+        found.append((kind, start, start + length))
+    if at != len(content):
+        raise RefusedError("trailing_data", "the file goes on after the PNG image; save it again without the rest")
+    return found
+
+
+def _check_header(color: int, depth: int, method: int, interlace: int) -> None:
+    if color == 3:
+        raise RefusedError("palette_image", "the pixels are numbers of a palette; save the image as RGB or grayscale")
+    if color not in _COLORS or method or interlace > 1 or depth not in (1, 2, 4, 8, 16):
+        raise RefusedError("broken_header", "the PNG header holds values that do not exist; save the image again")
+    if depth < 8:
+        raise RefusedError("unsupported_type", f"the samples have {depth} bits; 8 and 16 are supported")
+    if interlace:
+        raise RefusedError("interlaced_image", "the PNG file is interlaced; save it without (Adam7)")
+
+
+def _check_chunk(kind: bytes, data: bytes) -> None:
+    """Refuse what could hold the image once more, or would be wrong beside other pixels."""
+    name = kind.decode("latin-1")
+    if name in ("IHDR", "IDAT", "IEND", "PLTE"):
+        return  # PLTE of an RGB image only suggests colors
+    if name == "tRNS":
+        raise RefusedError(
+            "transparent_color", "one color of the image means transparent; save it with an alpha channel"
+        )
+    if name in ("acTL", "fcTL", "fdAT"):
+        raise RefusedError("animation", "the file holds several frames; save each as a file of its own")
+    if name == "eXIf":
+        tiff.check_exif(data)
+    if tiff.PREVIEW_MARK in data and name == "iTXt":
+        raise RefusedError("embedded_preview", "the text of the file holds a preview; save the image without metadata")
+    # The fourth letter is large where a chunk depends on the pixels (specification, section 5.4).
+    if name not in _KNOWN and not (name.isalpha() and name[0].islower() and name[3].islower()):
+        raise RefusedError(
+            "unsupported_chunk", f"a chunk may depend on the pixels ({len(data)} bytes); save it without"
+        )
+
+
+def _unpack(layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Filter of each row (H), and the filtered bytes (H, W, pixel_bytes); never more than the header promises."""
+    size = layout.height * (layout.row_bytes + 1)
+    stream = zlib.decompressobj()
+    try:
+        unpacked = stream.decompress(layout.packed, size + 1)
+    except zlib.error as error:
+        raise RefusedError("broken_file", "the pixels cannot be unpacked; export the image again") from error
+    if len(unpacked) != size:
+        raise RefusedError("broken_file", f"the pixels do not fill the {layout.height} rows of the header")
+    if not stream.eof and (stream.decompress(stream.unconsumed_tail, 1) or not stream.eof):
+        raise RefusedError("broken_file", "the packed pixels do not end where the image does; export it again")
+    if stream.unused_data:
+        raise RefusedError("trailing_data", "bytes follow the packed pixels; save the image again")
+    rows = np.frombuffer(unpacked, np.uint8).reshape(layout.height, layout.row_bytes + 1)
+    if (rows[:, 0] >= _FILTERS).any():
+        raise RefusedError("broken_file", "a row of the image has an unknown filter; export it again")
+    return rows[:, 0], rows[:, 1:].reshape(layout.height, layout.width, layout.pixel_bytes)
+
+
+def _filter(filters: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """What each filter leaves of the raw bytes (H, W, pixel_bytes)."""
+    around = np.pad(raw, ((1, 0), (1, 0), (0, 0))).astype(np.int16)
+    predicted = _predict(filters[:, None, None], around[1:, :-1], around[:-1, 1:], around[:-1, :-1])
+    return (raw - predicted).astype(np.uint8)
+
+
+def _unfilter(filters: np.ndarray, filtered: np.ndarray) -> np.ndarray:
+    """Inverse of :py:func:`_filter`, one anti-diagonal at a time: its pixels do not depend on each other."""
+    height, width, size = filtered.shape
+    raw = np.empty_like(filtered)
+    last, before_last = np.zeros((2, height + 1, size), np.int16)  # position row + 1: the row above the first is 0
+    for diagonal in range(height + width - 1):
+        rows = np.arange(max(0, diagonal - width + 1), min(height, diagonal + 1))
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        left, up, corner = last[first + 1 : end + 1], last[first:end], before_last[first:end]
+        predicted = _predict(filters[first:end, None], left, up, corner)
+        pixels = (filtered[rows, diagonal - rows] + predicted).astype(np.uint8)
+        raw[rows, diagonal - rows] = pixels
+        before_last, last = last, np.zeros_like(last)
+        last[first + 1 : end + 1] = pixels
+    return raw
+
+
+def _predict(filters: np.ndarray, left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """What each of the five filters expects a byte to be, from its neighbors (int16)."""
+    to_left, to_up = np.abs(up - corner), np.abs(left - corner)
+    to_corner = np.abs(left + up - 2 * corner)
+    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
+    choices: Sequence[np.ndarray] = [np.zeros_like(left), left, up, (left + up) >> 1, paeth]
+    return np.choose(np.broadcast_to(filters, left.shape), choices)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single images in PNG and TIFF files: dermatology, fundus, X-ray exports. Exact samples in, the same file out.
+
+Only the samples of the colors change; alpha, and every other byte that need not (see ``png`` and ``tiff``), stays.
+That includes text and Exif data, which may name persons: have them removed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+
+import numpy as np
+
+from monai_salm.io import png, tiff
+from monai_salm.io.base import MAX_RASTER_BYTES, Case, FileCheck, Pixels, RefusedError, StoredImage, Window, compare
+from monai_salm.stored import StoredCodec, auto_window
+
+_MODULES = {"png": png, "tiff": tiff}
+
+
+def sniff(head: bytes) -> str | None:
+    """``"png"`` or ``"tiff"`` for a file that starts with ``head``, supported or not; else None."""
+    return next((name for name, module in _MODULES.items() if module.sniff(head)), None)
+
+
+def colors(path: Path) -> int:
+    """1 for a grayscale file, 3 for RGB, told without unpacking the pixels.
+
+    Raises:
+        RefusedError: When it cannot be protected.
+    """
+    module, content = _open(path)
+    return module.colors(content)
+
+
+def check_supported(path: Path, spatial_dims: int) -> None:
+    """Judge a file by all but its packed pixels.
+
+    Raises:
+        RefusedError: When it cannot be protected.
+    """
+    if spatial_dims != 2:
+        raise RefusedError("not_3d", "the file holds a single image; use spatial_dims=2 (the 2D bundle)")
+    if colors(path) > 1:
+        raise RefusedError("color_image", "the image has colors; only grayscale images can be protected")
+
+
+def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
+    """Stored samples (1, H, W), or (3, H, W) of RGB.
+
+    Args:
+        case: one PNG or TIFF file.
+        spatial_dims: 2.
+        window: ``"auto"`` (the whole range of 8 bits, else percentiles 0.5 and 99.5) or (low, high) in stored values.
+
+    Raises:
+        RefusedError: When the file is broken, constant, or of a kind that is not supported.
+    """
+    check_supported(case.files[0], spatial_dims)
+    return _image(_decode(case.files[0]), window)
+
+
+def protect(
+    case: Case,
+    delta: np.ndarray,
+    *,
+    spatial_dims: int,
+    window: Window,
+    uids: object = None,
+    when: datetime | None = None,
+) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Yield the one protected file: its path relative to the export, unchanged, and its bytes.
+
+    Args:
+        case: one PNG or TIFF file.
+        delta: (C, H, W) lattice steps.
+        spatial_dims: 2.
+        window: as for :py:func:`read`.
+        uids: unused, the file has no identifiers.
+        when: unused.
+
+    Raises:
+        RefusedError: When the file cannot be read.
+        ValueError: When the perturbation does not fit the image.
+    """
+    check_supported(case.files[0], spatial_dims)
+    module, content = _open(case.files[0])
+    pixels = module.decode(content)
+    image = _image(pixels, window)
+    samples = pixels.samples.copy()
+    samples[..., : pixels.colors] = image.codec.add(image.stored, delta).transpose(1, 2, 0)
+    yield PurePosixPath(case.names[0]), module.encode(content, samples)
+
+
+def verify(source: Path, written: Path, limit: float) -> FileCheck:
+    """Compare a written file with its source, both parsed afresh.
+
+    Args:
+        source: the original.
+        written: the protected file, under any name.
+        limit: largest change allowed, in stored units.
+
+    Raises:
+        RefusedError: When anything but the colors differs, a sample moved by more than ``limit``, or none moved.
+    """
+    before, after = _decode(source), _decode(written)
+    same = before.kept == after.kept and (before.colors, before.inverted) == (after.colors, after.inverted)
+    if not same or (before.samples.shape, before.samples.dtype) != (after.samples.shape, after.samples.dtype):
+        raise RefusedError("verification_failed", "bytes outside the pixels differ from the source")
+    number = before.colors
+    if not np.array_equal(before.samples[..., number:], after.samples[..., number:]):
+        raise RefusedError("verification_failed", "the alpha channel differs from the source")
+    return compare(_colors(before), _colors(after), limit)
+
+
+def _colors(pixels: Pixels) -> np.ndarray:
+    """(C, H, W) in native byte order."""
+    native = pixels.samples[..., : pixels.colors].astype(pixels.samples.dtype.newbyteorder("="))
+    return np.ascontiguousarray(native.transpose(2, 0, 1))
+
+
+def _image(pixels: Pixels, window: Window) -> StoredImage:
+    stored = _colors(pixels)
+    if stored.min() == stored.max():
+        raise RefusedError(
+            "constant_image", "all pixels have one value: there is nothing to protect; leave the file out"
+        )
+    if isinstance(window, str):
+        window = (0.0, 255.0) if stored.dtype == np.uint8 else auto_window(stored, 1.0, 0.0)
+    try:
+        return StoredImage(stored, StoredCodec(stored.dtype.name, window, inverted=pixels.inverted))
+    except ValueError as error:
+        raise RefusedError("no_window", str(error)) from error
+
+
+def _decode(path: Path) -> Pixels:
+    module, content = _open(path)
+    return module.decode(content)
+
+
+def _open(path: Path) -> tuple[ModuleType, bytes]:
+    if path.stat().st_size > MAX_RASTER_BYTES:
+        raise RefusedError("too_large", f"files above {MAX_RASTER_BYTES} bytes are not supported")
+    content = path.read_bytes()
+    form = sniff(content[:8])
+    if form is None:
+        raise RefusedError("broken_header", "this is no PNG or TIFF file")
+    return _MODULES[form], content

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TIFF: 8- and 16-bit samples of a single page in strips, and the same file with other samples.
+
+Uncompressed strips are patched in place. Deflate and LZW strips are packed anew (LZW as Deflate, the one tag that
+changes) and stay in place, or go to the end of the file where they have grown: then zeros fill their old place. All
+other bytes stay. The layout and LZW are those of TIFF 6.0, Deflate is that of Adobe Photoshop's TIFF technical notes.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError
+
+PREVIEW_MARK = b"xmpGImg:image"
+"""Where XMP metadata holds a picture."""
+MAX_UNKNOWN_BYTES = 2**14
+"""Bytes that no tag of the page tells of (Exif, vendors' notes); more could be an older version of the image."""
+MAX_ENTRIES = 512
+"""Of a directory; real ones have fewer than 100."""
+_NONE, _LZW, _DEFLATE = 1, 5, 8
+_PACKED_RATIO = {_NONE: 1, _LZW: 4096, _DEFLATE: 1032, 32946: 1032}
+"""Compression tag -> how far packed strips can grow."""
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+"""Field type -> bytes of one value."""
+_NUMBERS = {1: "B", 3: "H", 4: "I"}
+_OTHER_IMAGES = {
+    330: "further images",
+    513: "a JPEG preview",
+    34377: "Photoshop's preview",
+    37724: "Photoshop's layers",
+}
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
+_OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
+_TILES, _EXTRA, _FORMAT, _XMP = 322, 338, 339, 700
+_COLORS = {0: 1, 1: 1, 2: 3}
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One entry of a directory: ``at`` is where its values are."""
+
+    type: int
+    count: int
+    at: int
+
+
+@dataclass(frozen=True)
+class _Directory:
+    order: str
+    fields: dict[int, _Field]
+    following: int
+    start: int
+    end: int
+
+    def numbers(self, content: bytes, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Unsigned integers of a tag."""
+        field = self.fields.get(tag)
+        if field is None:
+            return default
+        if field.type not in _NUMBERS or not field.count:
+            raise RefusedError("broken_header", f"tag {tag} of the TIFF file holds no number; save the image again")
+        return struct.unpack_from(f"{self.order}{field.count}{_NUMBERS[field.type]}", content, field.at)
+
+    def number(self, content: bytes, tag: int, default: int) -> int:
+        """The one value of a tag (the first of several equal ones)."""
+        values = self.numbers(content, tag, (default,))
+        if len(set(values)) > 1:
+            raise RefusedError("unsupported_type", f"the samples of a pixel differ in tag {tag}; save the image again")
+        return values[0]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    directory: _Directory
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    colors: int
+    inverted: bool
+    compression: int
+    predictor: bool
+    strips: tuple[tuple[int, int, int], ...]
+    """Offset, packed bytes and unpacked bytes of each."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+
+def sniff(head: bytes) -> bool:
+    """True if a file that starts with ``head`` is TIFF, supported or not."""
+    return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def colors(content: bytes) -> int:
+    """1 for grayscale, 3 for RGB, judged by all that can be told without unpacking the pixels.
+
+    Raises:
+        RefusedError: When the file cannot be protected.
+    """
+    return _layout(content).colors
+
+
+def decode(content: bytes) -> Pixels:
+    """The samples of a file, and its other bytes (without those that say where the strips are and how long).
+
+    Raises:
+        RefusedError: When the file is broken, larger than it may be, or of a kind that is not supported.
+    """
+    layout = _layout(content)
+    raw = b"".join(_unpacked(content, layout))
+    samples = np.frombuffer(raw, layout.dtype).reshape(layout.shape)
+    if layout.predictor:
+        samples = np.add.accumulate(samples, axis=1, dtype=layout.dtype.newbyteorder("=")).astype(layout.dtype)
+    return Pixels(samples, layout.colors, _kept(content, layout), layout.inverted)
+
+
+def encode(content: bytes, samples: np.ndarray) -> bytes:
+    """The file ``content`` with other samples.
+
+    Args:
+        content: the source.
+        samples: of the shape and type that :py:func:`decode` gives.
+
+    Raises:
+        RefusedError: As :py:func:`decode`.
+    """
+    layout = _layout(content)
+    samples = samples.astype(layout.dtype)
+    if layout.predictor:
+        samples[:, 1:] = samples[:, 1:] - samples[:, :-1]
+    raw, written = io.BytesIO(samples.tobytes()), bytearray(content)
+    strips = [raw.read(size) for _, _, size in layout.strips]
+    if layout.compression == _NONE:
+        for (offset, count, _), strip in zip(layout.strips, strips, strict=True):
+            written[offset : offset + count] = strip
+        return bytes(written)
+    packed = [zlib.compress(strip, 6) for strip in strips]
+    offsets = [offset for offset, _, _ in layout.strips]
+    moved: list[int] = []
+    for index, (offset, count, _) in enumerate(layout.strips):
+        fits = len(packed[index]) <= count
+        if offset + count == len(content):  # nothing follows
+            written[offset:] = packed[index]
+        else:
+            written[offset : offset + count] = (packed[index] if fits else b"").ljust(count, b"\0")
+            moved += [] if fits else [index]
+    for index in moved:
+        written += bytes(len(written) % 2)
+        offsets[index] = len(written)
+        written += packed[index]
+    _put(written, layout, _OFFSETS, offsets)
+    _put(written, layout, _COUNTS, [len(strip) for strip in packed])
+    if layout.compression == _LZW:
+        _put(written, layout, _COMPRESSION, [_DEFLATE])
+    return bytes(written)
+
+
+def check_exif(data: bytes) -> None:
+    """Refuse an Exif block (a small TIFF file) that holds a preview of the image.
+
+    Raises:
+        RefusedError: When it does, or cannot be read.
+    """
+    if _directory(data).following:
+        raise RefusedError("embedded_preview", "the Exif data hold a preview of the image; save it without metadata")
+
+
+def _put(written: bytearray, layout: _Layout, tag: int, values: list[int]) -> None:
+    field = layout.directory.fields[tag]
+    limit = 2 ** (8 * _SIZES[field.type])
+    if max(values) >= limit:
+        raise RefusedError(
+            "unsupported_type", f"tag {tag} of the TIFF file is too small for the new strips; save it anew"
+        )
+    struct.pack_into(f"{layout.directory.order}{len(values)}{_NUMBERS[field.type]}", written, field.at, *values)
+
+
+def _kept(content: bytes, layout: _Layout) -> bytes:
+    """All bytes but the strips, what points at them, and how they are packed."""
+    kept = bytearray(content)
+    packed = layout.compression != _NONE
+    for tag in (_OFFSETS, _COUNTS, _COMPRESSION) if packed else ():
+        field = layout.directory.fields[tag]
+        kept[field.at : field.at + _SIZES[field.type] * field.count] = bytes(_SIZES[field.type] * field.count)
+    for offset, count, _ in layout.strips:
+        kept[offset : offset + count] = bytes(count)
+    return bytes(kept).rstrip(b"\0") if packed else bytes(kept)
+
+
+# ------------------------------------------------------------------- directory
+
+
+def _directory(content: bytes) -> _Directory:
+    order = {b"II": "<", b"MM": ">"}.get(content[:2])
+    if content[2:4] in (b"+\0", b"\0+"):
+        raise RefusedError("big_tiff", "BigTIFF files are not supported; save the image as classic TIFF")
+    if order is None or len(content) < 8 or struct.unpack_from(f"{order}H", content, 2)[0] != 42:
+        raise RefusedError("broken_header", "this is not a complete TIFF header")
+    try:
+        start = struct.unpack_from(f"{order}I", content, 4)[0]
+        entries = struct.unpack_from(f"{order}H", content, start)[0]
+        if entries > MAX_ENTRIES:
+            raise RefusedError("broken_header", f"the TIFF directory has {entries} entries; save the image again")
+        end = start + 2 + 12 * entries
+        fields = dict(_entry(content, order, at) for at in range(start + 2, end, 12))
+        return _Directory(order, fields, struct.unpack_from(f"{order}I", content, end)[0], start, end + 4)
+    except struct.error as error:
+        raise RefusedError("truncated_file", "the TIFF directory leaves the file; export the image again") from error
+
+
+def _entry(content: bytes, order: str, at: int) -> tuple[int, _Field]:
+    tag, kind, count = struct.unpack_from(f"{order}HHI", content, at)
+    size = _SIZES.get(kind, 0) * count
+    if size > 4:
+        at = struct.unpack_from(f"{order}I", content, at + 8)[0] - 8
+    if at + 8 + size > len(content):
+        raise RefusedError("truncated_file", f"tag {tag} of the TIFF file leaves the file; export the image again")
+    return tag, _Field(kind, count, at + 8)
+
+
+def _layout(content: bytes) -> _Layout:
+    directory = _directory(content)
+    if directory.following:
+        raise RefusedError("several_pages", "the TIFF file has several pages; save each as a file of its own")
+    for tag, what in _OTHER_IMAGES.items():
+        if tag in directory.fields:
+            raise RefusedError("embedded_preview", f"the file holds {what}; save it flat, without a preview")
+    _check_xmp(content, directory)
+    _check_kind(content, directory)
+    height, width = (directory.number(content, tag, 0) for tag in (_HEIGHT, _WIDTH))
+    samples = directory.number(content, _SAMPLES, 1)
+    bits = directory.number(content, _BITS, 1)
+    photometric = directory.number(content, _PHOTOMETRIC, -1)
+    number = _COLORS[photometric]
+    _check_samples(content, directory, samples, number)
+    if bits not in (8, 16):
+        raise RefusedError("unsupported_type", f"the samples have {bits} bits; 8 and 16 are supported")
+    if not height or not width:
+        raise RefusedError("broken_header", f"the header's shape {height} x {width} has no pixels")
+    dtype = np.dtype(f"{directory.order}u{bits // 8}")
+    compression = directory.number(content, _COMPRESSION, _NONE)
+    predictor = compression != _NONE and directory.number(content, _PREDICTOR, 1) == 2
+    row = width * samples * dtype.itemsize
+    if height * row > MAX_RASTER_BYTES:
+        raise RefusedError(
+            "too_large", f"the image has {height * row} bytes; above {MAX_RASTER_BYTES} is not supported"
+        )
+    strips = _strips(content, directory, height, row, compression)
+    shape = (height, width, samples)
+    return _Layout(directory, shape, dtype, number, photometric == 0, compression, predictor, strips)
+
+
+def _check_kind(content: bytes, directory: _Directory) -> None:
+    """Refuse by name what is not handled."""
+    if _TILES in directory.fields:
+        raise RefusedError("tiled_image", "the pixels are in tiles; save the image in strips")
+    compression = directory.number(content, _COMPRESSION, _NONE)
+    if compression in (6, 7):
+        raise RefusedError("jpeg_image", "the pixels are JPEG, which loses detail; export the image without loss")
+    if compression not in _PACKED_RATIO:
+        raise RefusedError("unsupported_compression", f"compression {compression} is not supported; save it as Deflate")
+    photometric = directory.number(content, _PHOTOMETRIC, -1)
+    if photometric == 3:
+        raise RefusedError("palette_image", "the pixels are numbers of a palette; save the image as RGB or grayscale")
+    if photometric not in _COLORS:
+        raise RefusedError(
+            "unsupported_color", f"color kind {photometric} is not supported; save it as RGB or grayscale"
+        )
+    if directory.number(content, _PLANAR, 1) != 1 and directory.number(content, _SAMPLES, 1) > 1:
+        raise RefusedError("planar_image", "the colors are stored one after the other; save the image interleaved")
+    if directory.number(content, _FORMAT, 1) != 1:
+        raise RefusedError("unsupported_type", "the samples are no unsigned integers; save the image as 8 or 16 bit")
+    if directory.number(content, _FILL_ORDER, 1) != 1:
+        raise RefusedError("unsupported_type", "the bits are stored in reverse; save the image again")
+    if directory.number(content, _PREDICTOR, 1) not in (1, 2):
+        raise RefusedError("unsupported_compression", "the predictor is not supported; save the image as Deflate")
+
+
+def _check_samples(content: bytes, directory: _Directory, samples: int, number: int) -> None:
+    extra = directory.numbers(content, _EXTRA) if samples > number else ()
+    if samples not in (number, number + 1) or any(kind == 1 for kind in extra):
+        raise RefusedError(
+            "alpha_channel", f"a pixel has {samples} samples that depend on each other; save it without alpha"
+        )
+
+
+def _check_xmp(content: bytes, directory: _Directory) -> None:
+    field = directory.fields.get(_XMP)
+    if field and PREVIEW_MARK in content[field.at : field.at + field.count]:
+        raise RefusedError("embedded_preview", "the metadata hold a preview of the image; save it without metadata")
+
+
+def _strips(
+    content: bytes, directory: _Directory, height: int, row: int, compression: int
+) -> tuple[tuple[int, int, int], ...]:
+    rows = min(directory.number(content, _ROWS, height), height)
+    if not rows:
+        raise RefusedError("broken_header", "a strip of the TIFF file has no rows; save the image again")
+    sizes = [row * min(rows, height - first) for first in range(0, height, rows)]
+    offsets, counts = (directory.numbers(content, tag) for tag in (_OFFSETS, _COUNTS))
+    if not len(sizes) == len(offsets) == len(counts):
+        raise RefusedError("broken_header", f"the TIFF file needs {len(sizes)} strips and tells of {len(offsets)}")
+    strips = tuple(zip(offsets, counts, sizes, strict=True))
+    if any(offset + count > len(content) for offset, count, _ in strips):
+        raise RefusedError("truncated_file", "a strip leaves the TIFF file; export the image again")
+    if any(size > count * _PACKED_RATIO[compression] for _, count, size in strips):
+        raise RefusedError("truncated_file", "the header promises more pixels than the strips can hold")
+    if compression == _NONE and any(size != count for _, count, size in strips):
+        raise RefusedError("broken_header", "a strip is longer than its pixels; save the image again")
+    _check_places(content, directory, strips)
+    return strips
+
+
+def _check_places(content: bytes, directory: _Directory, strips: tuple[tuple[int, int, int], ...]) -> None:
+    """Refuse strips that share bytes with anything, and files with much that no tag tells of."""
+    told = np.zeros(len(content), bool)
+    others = [(field.at, field.at + field.count * _SIZES.get(field.type, 0)) for field in directory.fields.values()]
+    for start, end in [(0, 8), (directory.start, directory.end), *others]:
+        told[start:end] = True
+    for offset, count, _ in strips:
+        if told[offset : offset + count].any():
+            raise RefusedError("broken_header", "strips of the TIFF file overlap; save the image again")
+        told[offset : offset + count] = True
+    unknown = int(np.count_nonzero(np.frombuffer(content, np.uint8)[~told]))  # zeros hold no image
+    if unknown > MAX_UNKNOWN_BYTES:
+        raise RefusedError(
+            "trailing_data", f"no tag tells of {unknown} bytes of the file, an older image perhaps; save it again"
+        )
+
+
+# --------------------------------------------------------------------- packing
+
+
+def _unpacked(content: bytes, layout: _Layout) -> Iterator[bytes]:
+    for offset, count, size in layout.strips:
+        packed = content[offset : offset + count]
+        if layout.compression == _NONE:
+            strip = packed
+        elif layout.compression == _LZW:
+            strip = _unpack_lzw(packed, size)
+        else:
+            strip = _inflate(packed, size)
+        if len(strip) != size:
+            raise RefusedError("broken_file", f"a strip unpacks to {len(strip)} bytes, its rows have {size}")
+        yield strip
+
+
+def _inflate(packed: bytes, size: int) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(packed, size + 1)
+    except zlib.error as error:
+        raise RefusedError("broken_file", "the pixels cannot be unpacked; export the image again") from error
+
+
+def _unpack_lzw(packed: bytes, size: int) -> bytes:
+    """LZW of TIFF 6.0, section 13: codes of 9 to 12 bits, most significant bit first, widened one code early."""
+    clear, end = 256, 257
+    table: list[bytes] = []
+    out = bytearray()
+    previous = b""
+    width, bits, held = 9, 0, 0
+    for byte in packed:
+        bits, held = (bits << 8) | byte, held + 8
+        if held < width:
+            continue
+        held -= width
+        code, bits = bits >> held, bits & ((1 << held) - 1)
+        if code == end or len(out) > size:
+            break
+        if code == clear:
+            table, previous, width = [bytes([value]) for value in range(256)] + [b"", b""], b"", 9
+            continue
+        known = code < len(table)
+        if not (known or (previous and code == len(table))):
+            raise RefusedError("broken_file", "the pixels cannot be unpacked (LZW); export the image again")
+        entry = table[code] if known else previous + previous[:1]
+        out += entry
+        if previous and len(table) < 4096:
+            table.append(previous + entry[:1])
+            width = min(12, (len(table) + 1).bit_length())
+        previous = entry
+    return bytes(out)
