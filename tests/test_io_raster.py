@@ -256,6 +256,10 @@ def test_several_pages_are_refused(tmp_path):
         raster.read(case_of(write(tmp_path / "x", stream.getvalue())), 2, WINDOW)
 
 
+def test_a_dicom_file_with_a_tiff_preamble_is_dicom():
+    assert raster.sniff(b"II*\0".ljust(128, b"\0") + b"DICM") is None
+
+
 def test_a_single_image_is_no_volume(tmp_path):
     with pytest.raises(RefusedError, match="not_3d"):
         raster.check_supported(write(tmp_path / "x.png", GRAY), 3)

@@ -22,7 +22,12 @@ _MODULES = {"png": png, "tiff": tiff}
 
 
 def sniff(head: bytes) -> str | None:
-    """``"png"`` or ``"tiff"`` for a file that starts with ``head``, supported or not; else None."""
+    """``"png"`` or ``"tiff"`` for a file that starts with ``head`` (132 bytes are enough), supported or not; else None.
+
+    A DICOM file whose preamble is a TIFF header is DICOM.
+    """
+    if head[128:132] == b"DICM":
+        return None
     return next((name for name, module in _MODULES.items() if module.sniff(head)), None)
 
 
@@ -145,7 +150,7 @@ def _open(path: Path) -> tuple[ModuleType, bytes]:
     if path.stat().st_size > MAX_RASTER_BYTES:
         raise RefusedError("too_large", f"files above {MAX_RASTER_BYTES} bytes are not supported")
     content = path.read_bytes()
-    form = sniff(content[:8])
+    form = sniff(content[:132])
     if form is None:
         raise RefusedError("broken_header", "this is no PNG or TIFF file")
     return _MODULES[form], content

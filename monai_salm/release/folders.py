@@ -33,6 +33,6 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
 def _is_image(path: Path) -> bool:
     try:
         with path.open("rb") as stream:
-            return raster.sniff(stream.read(8)) is not None
+            return raster.sniff(stream.read(132)) is not None
     except OSError:
         return False  # told by the scan

@@ -226,7 +226,7 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
     if path.is_file() and nifti.sniff(nifti.read_head(path)):
         worker.call(nifti.check_supported, path, spatial_dims)
         return Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(name))
-    form = raster.sniff(nifti.read_head(path, 8)) if path.is_file() else None
+    form = raster.sniff(nifti.read_head(path)) if path.is_file() else None
     if form:
         worker.call(raster.check_supported, path, spatial_dims)
         return Case(pseudonym(name), form, (path,), (name,), pseudonym(name))
