@@ -329,7 +329,8 @@ def test_a_run_writes_into_its_output_folder_and_nowhere_else(whole):
     assert not whole.left_in_bundle
     assert {path.name for path in whole.cwd.iterdir()} == {"in.npz", "out", "my.key"}
     assert {path.name for path in whole.out.iterdir()} == {
-        *("protected", "private", "models", "manifest.jsonl", "report.html", "report.json")
+        *("protected", "private", "models", "manifest.jsonl", "report.html", "report.json"),
+        *("release.json", "release.sig", "release.pub"),
     }
     assert [path.name for path in (whole.out / "protected").iterdir()] == ["in.npz"]
     shared = b"".join(contents(whole.out / "protected").values())

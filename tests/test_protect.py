@@ -69,8 +69,8 @@ def protect(
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Digest of every file of a release but its key."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "release.key"]
+    """Digest of every file of a release but its keys, and what is signed with them."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".key", ".sig", ".pub")]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -78,7 +78,7 @@ def test_every_released_case_is_written_and_no_other(tmp_path):
     cohort = nifti_cohort(tmp_path / "in", 5, ("train", "train", "val", "val", "test"))
     out = tmp_path / "out"
     rows = protect(cohort, bank_of(cohort), out)
-    assert [row.file for row in rows] == [f"images/v0{i}.nii.gz" for i in range(4)]
+    assert [row.file for row in rows] == [*(f"images/v0{i}.nii.gz" for i in range(4)), "labels.csv"]
     assert {path.name for path in (out / "protected" / "images").iterdir()} == {f"v0{i}.nii.gz" for i in range(4)}
     assert (out / "protected" / "labels.csv").read_text().splitlines() == [
         "case,label,split",
@@ -88,8 +88,11 @@ def test_every_released_case_is_written_and_no_other(tmp_path):
         "images/v03.nii.gz,b,val",
     ]
     assert read_manifest(out) == rows
-    for row in rows:
+    assert rows[-1].state == "table"
+    for row in rows[:-1]:
+        assert (row.state, row.source) == ("protected", row.file)
         assert (row.levels, row.max_abs, row.voxels) == (2, 2.0, 6 * 7 * 5) and 0 < row.changed <= row.voxels / 7 + 1
+    for row in rows:
         assert row.sha256 == hashlib.sha256((out / "protected" / row.file).read_bytes()).hexdigest()
     assert not (out / door.STAGING).exists()
 
@@ -124,7 +127,8 @@ def test_dicom_is_written_under_new_uids_and_read_back(tmp_path, spatial_dims):
     cohort = load_cohort(tmp_path / "in", spatial_dims=spatial_dims)
     bank = bank_of(cohort, spatial_dims)
     rows = protect(cohort, bank, tmp_path / "out", spatial_dims)
-    assert len(rows) == 7 and len({row.sample_id for row in rows}) == (7 if spatial_dims == 2 else 2)
+    images = [row for row in rows if row.levels]
+    assert len(images) == 7 and len({row.sample_id for row in images}) == (7 if spatial_dims == 2 else 2)
     twins = read_protected(cohort, tmp_path / "out")
     for case in cohort.released:
         clean, protected = formats.read(case, spatial_dims), formats.read(twins[case.sample_id], spatial_dims)
@@ -162,7 +166,7 @@ def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path):
     bank[names[3]] = bank[names[3]] * 2
     bank[names[4]] = np.full_like(bank[names[4]], 2)
     rows = protect(cohort, bank, tmp_path / "out")
-    assert [row.sample_id for row in rows] == [names[5]]
+    assert [row.sample_id for row in rows if row.levels] == [names[5]]
     assert {refusal.name: refusal.reason for refusal in read_refusals(tmp_path / "out")} == {
         names[0]: "no_perturbation",
         names[1]: "empty_perturbation",
@@ -226,7 +230,7 @@ def test_a_series_with_one_slice_that_does_not_verify_is_not_written_at_all(tmp_
         formats, "verify", lambda form, src, new, limit: real(form, src, new, 1 if src == bad else limit)
     )
     rows = protect(cohort, bank_of(cohort), tmp_path / "out")
-    assert {row.sample_id for row in rows} == {cohort.cases[1].sample_id} and len(rows) == 4
+    assert [row.sample_id for row in rows if row.levels] == [cohort.cases[1].sample_id] * 4
     assert len(list((tmp_path / "out" / "protected").rglob("*.dcm"))) == 4
 
 
@@ -263,7 +267,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert 5 <= len(read_manifest(out)) < 15
-    with (out / door.MANIFEST).open("a") as stream:
+    with (out / door.JOURNAL).open("a") as stream:
         stream.write('{"torn')
     (out / door.STAGING).mkdir(exist_ok=True)
     (out / door.STAGING / "left.part").write_bytes(b"half")
@@ -293,7 +297,8 @@ def test_a_full_or_closed_disk_leaves_no_partial_file(tmp_path, monkeypatch, cod
     assert not list((out / door.STAGING).iterdir())
     for row in read_manifest(out):
         assert hashlib.sha256((out / "protected" / row.file).read_bytes()).hexdigest() == row.sha256
-    assert len(list((out / "protected").rglob("*.nii.gz"))) in (len(read_manifest(out)), len(read_manifest(out)) + 1)
+    images = sum(row.levels > 0 for row in read_manifest(out))
+    assert len(list((out / "protected").rglob("*.nii.gz"))) in (images, images + 1)
     assert tree_after(cohort, bank, out) == whole
 
 
@@ -386,7 +391,7 @@ def test_a_real_series_and_real_volumes_are_protected(tmp_path):
     cohort = load_cohort(root, spatial_dims=3)
     bank = bank_of(cohort)
     rows = protect(cohort, bank, tmp_path / "out", budget="8/255")
-    assert len(rows) == n_slices + 3 and not read_refusals(tmp_path / "out")
+    assert len(rows) == n_slices + 3 + 1 and not read_refusals(tmp_path / "out")
     for sample_id, twin in read_protected(cohort, tmp_path / "out").items():
         (clean,) = (case for case in cohort.cases if case.sample_id == sample_id)
         moved = formats.read(twin, 3).stored.astype(float) - formats.read(clean, 3).stored

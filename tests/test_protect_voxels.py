@@ -64,9 +64,9 @@ def test_label_files_are_copied_as_they_are_and_only_for_what_is_released(tmp_pa
     rows = protect(cohort, bank_of(cohort), out)
     assert [row.file for row in rows] == [
         f"{folder}/v0{index}.nii.gz" for index in range(3) for folder in ("imagesTr", "labelsTr")
-    ] + ["dataset.json"]
+    ] + ["labels.csv", "dataset.json"]
     assert rows == read_manifest(out)
-    for row in rows[:-1]:
+    for row in rows[:-2]:
         same = (out / "protected" / row.file).read_bytes() == (tmp_path / "in" / row.file).read_bytes()
         assert same == row.file.startswith("labelsTr") == (row.levels == 0) == (row.changed == 0)
     assert (out / "protected" / "labels.csv").read_text().splitlines() == [
@@ -131,11 +131,12 @@ def test_images_that_share_a_label_file_are_released_together(tmp_path):
         "masks/m0.nii.gz",
         "images/v2.nii.gz",
         "masks/m2.nii.gz",
+        "labels.csv",
     ]
     check_twins(cohort, tmp_path / "out", 3)
     del bank[cohort.cases[1].sample_id]
     written = protect(cohort, bank, tmp_path / "fewer")
-    assert [row.file for row in written] == ["images/v2.nii.gz", "masks/m2.nii.gz"]
+    assert [row.file for row in written] == ["images/v2.nii.gz", "masks/m2.nii.gz", "labels.csv"]
     assert {each.reason for each in read_refusals(tmp_path / "fewer")} == {"no_perturbation"}
     assert len(read_refusals(tmp_path / "fewer")) == 2
 
@@ -184,7 +185,7 @@ def test_an_image_is_not_written_without_its_label(tmp_path, monkeypatch):
 
     monkeypatch.setattr(masks, "verify", verify)
     rows = protect(cohort, bank_of(cohort), tmp_path / "out")
-    assert not [row for row in rows if "v01" in row.file] and len(rows) == 5
+    assert not [row for row in rows if "v01" in row.file] and len(rows) == 6
     assert [each.reason for each in read_refusals(tmp_path / "out")] == ["verification_failed"]
     assert len(list((tmp_path / "out" / "protected").rglob("*.nii.gz"))) == 4
 
@@ -210,7 +211,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, spatial_dim
     cohort, key = load_cohort(tmp_path / "in", spatial_dims=spatial_dims), str(tmp_path / "release.key")
     bank = bank_of(cohort, spatial_dims)
     whole = protect(cohort, bank, tmp_path / "whole", spatial_dims, key_file=key)
-    assert len(whole) == 15
+    assert len(whole) == 16
     out = tmp_path / "killed"
     places = {"tests": str(Path(__file__).parent), "root": str(tmp_path / "in"), "out": str(out), "key": key}
     code = SLOW_RUN.format(**places, dims=spatial_dims)
@@ -235,7 +236,7 @@ def test_segmentations_refer_to_the_protected_images(tmp_path, spatial_dims):
     cohort = load_cohort(tmp_path / "in", spatial_dims=spatial_dims)
     out = tmp_path / "out"
     rows = protect(cohort, bank_of(cohort, spatial_dims), out, spatial_dims)
-    assert len(rows) == 10 and sum(row.levels == 0 for row in rows) == 2, "one segmentation per series"
+    assert len(rows) == 11 and sum(row.state == "label" for row in rows) == 2, "one segmentation per series"
     twins = check_twins(cohort, out, spatial_dims)
     for case in cohort.cases:
         twin = twins[case.sample_id]
@@ -289,11 +290,11 @@ def test_a_segmentation_leaves_with_all_of_its_slices_or_not_at_all(tmp_path):
     bank = bank_of(cohort, 2)
     del bank[cohort.cases[1].sample_id]
     rows = protect(cohort, bank, tmp_path / "out", 2)
-    assert len(rows) == 5 and len(read_refusals(tmp_path / "out")) == 4
+    assert len(rows) == 6 and len(read_refusals(tmp_path / "out")) == 4
     assert "one of 4 images that share a label file" in read_refusals(tmp_path / "out")[0].detail
     part = Cohort(cohort.cases[1:], cohort.classes, (), cohort.root)
     rows = protect(part, bank_of(part, 2), tmp_path / "part", 2)
-    assert len(rows) == 5, "a cohort that was cut by hand must not write references to what is left out"
+    assert len(rows) == 6, "a cohort that was cut by hand must not write references to what is left out"
     assert {each.reason for each in read_refusals(tmp_path / "part")} == {"verification_failed"}
 
 
@@ -356,7 +357,7 @@ def test_real_hippocampi_are_protected(data_dir, tmp_path):
     (root / "dataset.json").write_text(json.dumps(content))
     cohort = load_cohort(root, spatial_dims=3)
     rows = protect(cohort, bank_of(cohort), tmp_path / "out", budget="8/255")
-    assert len(rows) == 13 and not read_refusals(tmp_path / "out")
+    assert len(rows) == 14 and not read_refusals(tmp_path / "out")
     for case in cohort.cases:
         assert (tmp_path / "out" / "protected" / case.mask.name).read_bytes() == case.mask.file.read_bytes()
     assert os.listdir(tmp_path / "out" / "protected").count("dataset.json") == 1

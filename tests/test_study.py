@@ -333,7 +333,7 @@ def test_one_case_of_a_control_is_missing(released, out):
 
 def test_missing_protected_file_is_an_integrity_error(released, out):
     cohort, _ = released
-    manifest = out / "manifest.jsonl"
+    manifest = out / "private" / "manifest.jsonl"
     lines = manifest.read_text().splitlines(keepends=True)
     path = next((out / "protected").rglob("*.nii"))
     content = path.read_bytes()
@@ -341,9 +341,9 @@ def test_missing_protected_file_is_an_integrity_error(released, out):
     with pytest.raises(IntegrityError, match="missing or changed"):
         study(cohort, out).run()
     path.write_bytes(content)
-    name = json.loads(lines[-1])["file"]
-    manifest.write_text("".join(lines[:-1]))
-    (out / "protected" / name).unlink()
+    manifest.write_text("".join(lines[:-2]))  # the last image, and labels.csv
+    for line in lines[-2:]:
+        (out / "protected" / json.loads(line)["file"]).unlink()
     with pytest.raises(IntegrityError, match="1 released cases have no protected file"):
         study(cohort, out).run()
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
@@ -17,13 +17,17 @@ from typing import Generic, TypeVar
 PROTECTED = "protected"
 """Folder of the output folder that is meant to be shared."""
 MANIFEST = "manifest.jsonl"
+"""Shared with the files: what each is now, and nothing of what it was."""
 PRIVATE = "private"
+JOURNAL = f"{PRIVATE}/manifest.jsonl"
+"""The owner's: which original each file came from; grows while files are written."""
 RUN = f"{PRIVATE}/run.json"
+LOCK = f"{PRIVATE}/lock"
 STAGING = ".staging"
 DEMO_EXPORT = "export"
 _MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
-_TRACKING = ("config_*.json", "mlruns*")
+TRACKING = ("config_*.json", "mlruns*")
 """What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -84,7 +88,7 @@ def check_output(source: Path, output_dir: Path) -> None:
         raise ValueError(f"output folder {output_dir} is a file; choose a folder")
     if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
         return
-    foreign = [e for e in new.iterdir() if not old.is_relative_to(e) and not any(map(e.match, _TRACKING))]
+    foreign = [e for e in new.iterdir() if not old.is_relative_to(e) and not any(map(e.match, TRACKING))]
     if foreign:
         raise ValueError(
             f"output folder {output_dir} holds {len(foreign)} entries and no manifest of monai_salm; "
@@ -92,7 +96,7 @@ def check_output(source: Path, output_dir: Path) -> None:
         )
 
 
-def commit(output_dir: Path, files: Iterable[Staged[Result]]) -> list[Committed[Result]]:
+def commit(output_dir: Path, files: Iterable[Staged[Result]], part: str = "") -> list[Committed[Result]]:
     """Write a group of files, all or none: stage, flush to disk, read back, verify, and only then move into place.
 
     A process killed in the moving leaves whole files only; running it again completes the group with the same bytes.
@@ -100,27 +104,29 @@ def commit(output_dir: Path, files: Iterable[Staged[Result]]) -> list[Committed[
     Args:
         output_dir: an existing folder of ours.
         files: the group; may be a generator, so that one file at a time is in memory.
+        part: folder of its own in the staging folder, for a process that is not the only one.
 
     Raises:
         OutputError: When there is no space or no permission. Nothing of the group is left behind.
         Exception: Whatever ``verify`` or the generator raises. Nothing of the group is left behind.
     """
     staged: list[tuple[Path, PurePosixPath, str, Result]] = []
-    part = Path()
+    path = Path()
+    staging = PurePosixPath(STAGING, part)
     with _explained():
-        _make_folders(output_dir, PurePosixPath(STAGING))
+        _make_folders(output_dir, staging)
     try:
         for file in files:
-            part = output_dir / STAGING / f"{uuid.uuid4().hex}.part"
+            path = output_dir / staging / f"{uuid.uuid4().hex}.part"
             with _explained():
-                digest = _stage(part, file.content)
-            staged.append((part, file.name, digest, file.verify(part)))
+                digest = _stage(path, file.content)
+            staged.append((path, file.name, digest, file.verify(path)))
         with _explained():
             _move(output_dir, [(path, name) for path, name, _, _ in staged])
     finally:
-        for path in [part, *(path for path, _, _, _ in staged)]:
-            if path.name:
-                path.unlink(missing_ok=True)
+        for left in [path, *(path for path, _, _, _ in staged)]:
+            if left.name:
+                left.unlink(missing_ok=True)
     return [Committed(name, digest, result) for _, name, digest, result in staged]
 
 
@@ -144,21 +150,25 @@ def append_line(output_dir: Path, name: str, lines: str) -> None:
 
 
 def open_output(output_dir: Path) -> None:
-    """Create the folder, ``private/`` for its owner only, and clear what a killed run left in staging.
+    """Create the folder and ``private/``, both for their owner only; a folder that is ours keeps its permissions.
 
     Raises:
         OutputError: When there is no space or no permission.
     """
     with _explained():
         output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+        if not any((output_dir / marker).exists() for marker in _MARKERS):
+            os.chmod(output_dir, 0o700)
         _make_folders(output_dir, PurePosixPath(PRIVATE))
         os.chmod(output_dir / PRIVATE, 0o700)
 
 
-def close_output(output_dir: Path) -> None:
-    """Remove the empty staging folder."""
-    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+def clear_staging(output_dir: Path, part: str = "") -> None:
+    """Remove the staging folder of a process, with what a killed run left in it."""
+    shutil.rmtree(output_dir / STAGING / part, ignore_errors=True)
+    if part:
+        with suppress(OSError):  # others may be at work
+            (output_dir / STAGING).rmdir()
 
 
 def _stage(part: Path, content: bytes) -> str:

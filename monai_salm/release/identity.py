@@ -17,9 +17,18 @@ from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
-from monai_salm.io.base import RefusedError
+from monai_salm.io import npz
+from monai_salm.io.base import Case, Mask, RefusedError
 
-__all__ = ["KEPT_UID_KEYWORDS", "UidMap", "is_mapped_uid_tag", "load_or_create_key", "pseudonym"]
+__all__ = [
+    "KEPT_UID_KEYWORDS",
+    "UidMap",
+    "is_mapped_uid_tag",
+    "load_or_create_key",
+    "mask_id",
+    "owner_id",
+    "pseudonym",
+]
 
 KEY_BYTES = 32
 MAX_DEPTH = 32
@@ -183,3 +192,13 @@ def pseudonym(text: str) -> str:
         'case-c47f5b18b8a430e6'
     """
     return f"case-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def owner_id(case: Case) -> str:
+    """``sample_id`` of the manifest rows of a case's image files: the case, or its archive."""
+    return case.sample_id if case.index is None else pseudonym(npz.archive_name(case).as_posix())
+
+
+def mask_id(mask: Mask) -> str:
+    """``sample_id`` of the manifest row of a label file."""
+    return pseudonym(mask.name)

@@ -1,18 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: one line per shared file, and the sweep that holds the folder against it."""
+"""What is written about the files of a release: the owner's journal, and the public manifest that is made from it.
+
+Both are JSON lines, and each line holds the sha256 of the one before (``prev``), so that no line can be edited, dropped
+or moved unseen; the last line's sha256, the head, is what gets signed. Standard library only: whoever checks a release
+needs nothing else.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from monai_salm.io import npz
-from monai_salm.io.base import Case, Mask
 from monai_salm.release import commit as door
-from monai_salm.release.catalog import Refusal
-from monai_salm.release.identity import pseudonym
+
+SCHEMA = 1
+GENESIS = "0" * 64
+"""``prev`` of a chain's first line."""
+PROTECTED, COMPANION, LABEL, TABLE = "protected", "companion", "label", "table"
+"""States of a released file: perturbed; copied with new references; voxel labels; made by the release."""
+PUBLIC = ("file", "sha256", "state", "epsilon", "levels", "max_abs", "changed", "voxels")
+"""What the public manifest tells of a file: nothing of its source, save a name that the copy keeps."""
 
 
 class IntegrityError(RuntimeError):
@@ -21,10 +33,10 @@ class IntegrityError(RuntimeError):
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """What is known of one protected file.
+    """What is known of one released file.
 
     Args:
-        sample_id: the case, or a pseudonym of what belongs to many: an archive, a label file, ``dataset.json``.
+        sample_id: the case, or a pseudonym of what belongs to many: an archive, a label file, a table.
         file: path below ``protected/``.
         sha256: of the file.
         levels: lattice steps the budget allows; 0 for files that accompany the images, which hold no perturbation.
@@ -32,6 +44,10 @@ class ManifestRow:
         changed: voxels that differ from the source.
         voxels: all voxels of the file that may change.
         inputs: keyed digest of source, perturbation and settings; tells a repeated run from a different one.
+        state: one of :py:data:`PROTECTED`, :py:data:`COMPANION`, :py:data:`LABEL`, :py:data:`TABLE`.
+        epsilon: the budget; empty where there is no perturbation.
+        source: path of the original, relative to the export. Personal, as is the next.
+        source_uid: SOPInstanceUID of the original, empty for other formats.
     """
 
     sample_id: str
@@ -42,54 +58,132 @@ class ManifestRow:
     changed: int
     voxels: int
     inputs: str
+    state: str = PROTECTED
+    epsilon: str = ""
+    source: str = ""
+    source_uid: str = ""
 
 
-def owner_id(case: Case) -> str:
-    """``sample_id`` of the rows of a case's image files: the case, or its archive."""
-    return case.sample_id if case.index is None else pseudonym(npz.archive_name(case).as_posix())
+def link(records: Iterable[Mapping[str, Any]], head: str = GENESIS) -> tuple[str, str]:
+    """Lines that go on from ``head``, and the new head.
+
+    Example:
+        >>> text, head = link([{"file": "a"}])
+        >>> text == '{"file": "a", "prev": "%s"}\\n' % GENESIS, len(head)
+        (True, 64)
+    """
+    lines = []
+    for record in records:
+        lines.append(json.dumps({**record, "prev": head}, sort_keys=True) + "\n")
+        head = hashlib.sha256(lines[-1].encode()).hexdigest()
+    return "".join(lines), head
 
 
-def mask_id(mask: Mask) -> str:
-    """``sample_id`` of the row of a label file."""
-    return pseudonym(mask.name)
+def read_chain(path: Path, *, torn: bool = True) -> tuple[list[dict[str, Any]], str]:
+    """Records of a chain, without their ``prev``, and its head; none where there is no file.
+
+    Args:
+        path: of the file.
+        torn: leave out a last line that a killed run wrote in part; else that is an error too.
+
+    Raises:
+        IntegrityError: When a line does not follow from the one before.
+    """
+    text = path.read_bytes() if path.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if not torn and whole != text:
+        raise IntegrityError(f"{path.name} ends within a line")
+    records, head = [], GENESIS
+    for number, line in enumerate(whole.splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            follows = record.pop("prev") == head
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            follows = False
+        if not follows:
+            raise IntegrityError(f"line {number} of {path.name} does not follow from the one before: it was edited")
+        records.append(record)
+        head = hashlib.sha256(line).hexdigest()
+    return records, head
 
 
-def read_manifest(output_dir: Path | str) -> list[ManifestRow]:
-    """Rows of a release's manifest; a line torn by a killed run is left out."""
-    lines = whole_lines(Path(output_dir) / door.MANIFEST)
-    return list({row.file: row for row in (ManifestRow(**json.loads(line)) for line in lines)}.values())
+def read_manifest(output_dir: Path | str, journals: Iterable[str] | None = None) -> list[ManifestRow]:
+    """Rows of a release's journals; a line torn by a killed run is left out.
+
+    Args:
+        output_dir: the output folder.
+        journals: their names relative to it; default: all that are there.
+
+    Raises:
+        IntegrityError: When a journal was edited.
+    """
+    folder = Path(output_dir)
+    paths = (
+        sorted((folder / door.PRIVATE).glob("manifest*.jsonl")) if journals is None else map(folder.joinpath, journals)
+    )
+    known = {field.name for field in fields(ManifestRow)}
+    records = (record for path in paths for record in read_chain(path)[0])
+    rows = (ManifestRow(**{key: value for key, value in record.items() if key in known}) for record in records)
+    return list({row.file: row for row in rows}.values())
 
 
-def sweep(root: Path, rows: Iterable[ManifestRow], besides: Collection[str] = ()) -> None:
-    """Hold a protected folder against its manifest.
+def journal_text(rows: Iterable[ManifestRow], head: str = GENESIS) -> tuple[str, str]:
+    """Lines of the owner's journal, and the head after them."""
+    return link(map(asdict, rows), head)
+
+
+def public_text(rows: Iterable[ManifestRow], versions: Mapping[str, str]) -> tuple[str, str]:
+    """The public manifest, sorted by file so that nothing is told by the order, and its head.
+
+    Args:
+        rows: of the journal.
+        versions: of the software that wrote the files, by name.
+    """
+    header = {"manifest": "monai_salm", "schema": SCHEMA, "versions": dict(versions)}
+    told = ({name: getattr(row, name) for name in PUBLIC} for row in sorted(rows, key=lambda row: row.file))
+    return link([header, *told])
+
+
+def differences(root: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What a folder holds that it should not, lacks, or holds otherwise: pairs of what is wrong and the file's name.
 
     Args:
         root: the folder.
-        rows: of the manifest.
-        besides: names of files that may be there without a row.
+        expected: sha256 by path below it.
+    """
+    present = dict(walk(root))
+    for name, digest in expected.items():
+        if name not in present:
+            yield "missing", name
+        elif not present[name] or door.sha256_of(root / name) != digest:
+            yield "changed", name
+    for name in present.keys() - expected.keys():
+        yield "added", name
+
+
+def walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
+    """Path of everything in a folder but its folders, and whether it is a regular file; links are not followed."""
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from walk(folder / entry.name, f"{below}{entry.name}/")
+            else:
+                yield f"{below}{entry.name}", entry.is_file(follow_symlinks=False)
+
+
+def sweep(root: Path, rows: Iterable[ManifestRow]) -> None:
+    """Hold a protected folder against its manifest.
 
     Raises:
         IntegrityError: When it holds another file, or lacks one, or one has changed.
     """
-    expected = {root / row.file: row.sha256 for row in rows}
-    present = {path for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
-    orphans = present - expected.keys() - {root / name for name in besides}
-    if orphans:
+    found = [kind for kind, _ in differences(root, {row.file: row.sha256 for row in rows})]
+    if "added" in found:
         raise IntegrityError(
-            f"{len(orphans)} files in {root} were not written by this release and may be unprotected; "
+            f"{found.count('added')} files in {root} were not written by this release and may be unprotected; "
             "remove the folder and run again"
         )
-    for path, digest in expected.items():
-        if path.is_symlink() or not path.is_file() or door.sha256_of(path) != digest:
-            raise IntegrityError(f"a file in {root} is missing or changed since it was written; run protect again")
-
-
-def as_lines(rows: Iterable[ManifestRow | Refusal]) -> str:
-    """JSON, one line per row."""
-    return "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
-
-
-def whole_lines(path: Path) -> list[str]:
-    """Lines of a journal; one torn by a killed run is left out."""
-    text = path.read_text() if path.is_file() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
+    if found:
+        raise IntegrityError(f"a file in {root} is missing or changed since it was written; run protect again")

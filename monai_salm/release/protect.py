@@ -5,7 +5,8 @@ Layout of the output folder::
 
     protected/            the files to share; label files of voxels as they were; labels.csv, dataset.json
     manifest.jsonl        one line per shared file: what was measured on the written bytes
-    private/              release.key, run.json, refusals.jsonl: stays with the owner
+    release.*             signature over the manifests, and the public key
+    private/              keys, run.json, refusals.jsonl, manifest.jsonl (the original of each file): the owner's
 
 Fail closed: a case without a perturbation, or whose written file does not verify, is refused and never copied. A run
 that was killed goes on where it stopped and ends with the same bytes.
@@ -13,43 +14,34 @@ that was killed goes on where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import hmac
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from monai_salm import __version__
-from monai_salm.io import formats, masks
+from monai_salm.io import dicom, formats, masks
 from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import commit as door
+from monai_salm.release import lock
 from monai_salm.release.catalog import Refusal
-from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
-from monai_salm.release.labels import LABELS_FILE, Cohort
-from monai_salm.release.manifest import (
-    IntegrityError,
-    ManifestRow,
-    as_lines,
-    mask_id,
-    owner_id,
-    read_manifest,
-    sweep,
-    whole_lines,
-)
+from monai_salm.release.custody import KEY, REFUSALS, Journal, close, read_refusals, start_time
+from monai_salm.release.identity import UidMap, load_or_create_key, mask_id, owner_id
+from monai_salm.release.labels import Cohort
+from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, ManifestRow, read_manifest, sweep
 from monai_salm.release.progress import track
-from monai_salm.release.visibility import Gate, VisibilityLog
-from monai_salm.release.voxels import DATASET_FILE
-from monai_salm.release.written_tables import dataset_json, labels_table
+from monai_salm.release.shards import Shard
+from monai_salm.release.visibility import VISIBILITY, Gate, VisibilityLog
 
 __all__ = [
     "KEY",
@@ -63,8 +55,8 @@ __all__ = [
     "read_refusals",
 ]
 
-KEY = f"{door.PRIVATE}/release.key"
-REFUSALS = f"{door.PRIVATE}/refusals.jsonl"
+_WAIT_S = 600.0
+"""How long a shard waits while another one opens or closes the output folder."""
 
 
 def protect_cohort(
@@ -77,6 +69,7 @@ def protect_cohort(
     window: Window = "auto",
     key_file: Path | str | None = None,
     gate: Gate | None = None,
+    shard: Shard | str | None = None,
 ) -> list[ManifestRow]:
     """Write the protected file of every released case, verified before it becomes visible.
 
@@ -89,13 +82,16 @@ def protect_cohort(
         window: ``"auto"`` or (low, high) in physical units, as it was for the fit.
         key_file: secret of the UID map; default: ``private/release.key``, made on first use.
         gate: measures how visible each case would be, and may refuse it; default: nothing is measured.
+        shard: ``"I/N"`` writes one part of N, beside other processes that write the others into the same folder; which
+            part a unit is in follows from the key. The files are the same for every N. Default: everything.
 
     Returns:
-        One row per protected file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
+        One row per released file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
 
     Raises:
-        ValueError: When the output folder cannot be used, holds a release made from other inputs, or when no case
-            could be protected.
+        ValueError: When the output folder cannot be used, holds a release made from other inputs or in another number
+            of shards, or when no case could be protected.
+        LockedError: When another process writes the same.
         OutputError: When the disk is full or not writable; the same command goes on later.
         IntegrityError: When ``protected/`` holds a file that this release did not write.
     """
@@ -103,18 +99,23 @@ def protect_cohort(
     budget = Budget.parse(budget)
     budget.check_window(window)
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
+    shard = Shard.parse(shard or Shard())
     door.check_output(cohort.root, output_dir)
     door.open_output(output_dir)
-    writer = _Writer(bank, budget, output_dir, spatial_dims, window, key_file, gate)
-    rows: dict[tuple[Case, ...], list[ManifestRow]] = {}
-    refusals = list(cohort.refusals)
-    for unit in track(formats.units(cohort.released), "protecting"):
-        try:
-            rows[unit] = writer.protect(unit)
-        except RefusedError as error:
-            refusals += _refuse(unit, error)
-    manifest = _finish(output_dir, rows, cohort, refusals)
-    if not rows:
+    with lock.holding(output_dir, shard.lock):
+        with lock.holding(output_dir, wait_s=_WAIT_S):
+            writer = _Writer(bank, budget, cohort.root, output_dir, spatial_dims, window, key_file, gate, shard)
+        rows: list[ManifestRow] = []
+        refusals = list(cohort.refusals) if shard.index == 1 else []
+        units = [unit for unit in formats.units(cohort.released) if writer.writes(unit)]
+        for unit in track(units, "protecting"):
+            try:
+                rows += writer.protect(unit)
+            except RefusedError as error:
+                refusals += _refuse(unit, error)
+        with lock.holding(output_dir, wait_s=_WAIT_S):
+            manifest = close(output_dir, shard, rows, cohort, refusals)
+    if units and not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
         raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / REFUSALS}")
     return manifest
@@ -126,13 +127,16 @@ def _refuse(unit: Sequence[Case], error: RefusedError) -> list[Refusal]:
     return [Refusal(owner, error.reason, one + error.detail) for owner in owners]
 
 
-def prepare_output(source: Path | str | None, output_dir: Path | str) -> None:
-    """Check and mark the output folder before hours are spent on a fit that could not be written.
+def prepare_output(source: Path | str | None, output_dir: Path | str, shard: Shard | str | None = None) -> None:
+    """Check, mark and lock the output folder before hours are spent on a fit that could not be written.
+
+    The process keeps the lock until it ends, or gives it back with :py:func:`monai_salm.release.lock.give_back`.
 
     Raises:
         ValueError: When there is no export, or the folder cannot be used, see
             :py:func:`monai_salm.release.commit.check_output`.
         OutputError: When it is not writable.
+        LockedError: When another process writes into it.
     """
     if source is None:
         raise ValueError("dataset_dir is not set; name the folder or archive that holds the images")
@@ -143,13 +147,12 @@ def prepare_output(source: Path | str | None, output_dir: Path | str) -> None:
         raise ValueError(f"export {source} is empty; name the folder that holds the images")
     door.check_output(source, output_dir)
     door.open_output(output_dir)
-    _start_time(output_dir)
-    door.close_output(output_dir)
-
-
-def read_refusals(output_dir: Path | str) -> list[Refusal]:
-    """What the release left out, with reasons: refused files, cases without label, cases that did not verify."""
-    return [Refusal(**json.loads(line)) for line in whole_lines(Path(output_dir) / REFUSALS)]
+    shard = Shard.parse(shard or Shard())
+    if lock.take(output_dir, shard.lock):
+        atexit.register(lock.give_back, output_dir, shard.lock)
+    with lock.holding(output_dir, wait_s=_WAIT_S):
+        start_time(output_dir)
+    door.clear_staging(output_dir, shard.part)
 
 
 def read_protected(cohort: Cohort, output_dir: Path | str) -> dict[str, Case]:
@@ -163,7 +166,7 @@ def read_protected(cohort: Cohort, output_dir: Path | str) -> dict[str, Case]:
     """
     root = Path(output_dir).absolute() / door.PROTECTED
     rows = read_manifest(output_dir)
-    sweep(root, rows, besides=[LABELS_FILE])
+    sweep(root, rows)
     files: dict[str, list[Path]] = {}
     for row in rows:
         files.setdefault(row.sample_id, []).append(root / row.file)
@@ -186,25 +189,31 @@ class _Writer:
         self,
         bank: Mapping[str, Any],
         budget: Budget,
+        root: Path,
         output_dir: Path,
         spatial_dims: int,
         window: Window,
         key_file: Path | str | None,
         gate: Gate | None,
+        shard: Shard,
     ) -> None:
         self._bank = bank
         self._budget = budget
+        self._root = root.absolute()
         self._out = output_dir
+        self._shard = shard
         self._spatial_dims = spatial_dims
         self._window = window
         self._gate = gate
-        self._visibility = VisibilityLog(output_dir)
-        self._when = _start_time(output_dir)
+        self._visibility = VisibilityLog(output_dir, shard.named(VISIBILITY))
+        door.clear_staging(output_dir, shard.part)
+        self._when = start_time(output_dir)
         self._key = load_or_create_key(Path(key_file) if key_file else output_dir / KEY)
-        self._done: dict[str, list[ManifestRow]] = {}
-        for row in read_manifest(output_dir):
-            self._done.setdefault(row.sample_id, []).append(row)
-        _drop_torn_line(output_dir)
+        self._journal = Journal(output_dir, shard)
+
+    def writes(self, unit: Sequence[Case]) -> bool:
+        """Whether the unit is in this shard."""
+        return self._shard.holds(hmac.new(self._key, owner_id(unit[0]).encode(), hashlib.sha256).digest())
 
     def protect(self, unit: Sequence[Case]) -> list[ManifestRow]:
         """Rows of one unit, written now or before."""
@@ -213,7 +222,7 @@ class _Writer:
         inputs = self._digest(unit, deltas)
         mask = unit[0].mask
         owners = dict.fromkeys([*map(owner_id, unit), *([mask_id(mask)] if mask else [])])
-        done = [row for owner in owners for row in self._done.get(owner, [])]
+        done = [row for owner in owners for row in self._journal.done.get(owner, [])]
         if any(row.inputs != inputs for row in done):
             raise ValueError(
                 "the output folder holds files made with another perturbation, budget, window or key; two versions of "
@@ -224,21 +233,25 @@ class _Writer:
         if self._gate is not None:
             self._visibility.keep([self._gate(case, images[case], deltas[case]) for case in unit])
         facts = self._facts(images, deltas)
-        written = door.commit(self._out, self._staged(unit, deltas, facts))
+        written = door.commit(self._out, self._staged(unit, deltas, facts), self._shard.part)
         rows = [
             ManifestRow(
-                owner,
-                file.name.relative_to(door.PROTECTED).as_posix(),
-                file.sha256,
-                levels,
-                float(file.result.max_abs),
-                int(file.result.changed),
-                voxels,
-                inputs,
+                sample_id=owner,
+                file=file.name.relative_to(door.PROTECTED).as_posix(),
+                sha256=file.sha256,
+                levels=levels,
+                max_abs=float(file.result.max_abs),
+                changed=int(file.result.changed),
+                voxels=voxels,
+                inputs=inputs,
+                state=PROTECTED if levels else LABEL,
+                epsilon=str(self._budget) if levels else "",
+                source=source.name if source == self._root else source.relative_to(self._root).as_posix(),
+                source_uid=dicom.identify(source)[1],
             )
-            for file, (owner, levels, _, voxels) in zip(written, facts.values(), strict=True)
+            for file, (source, (owner, levels, _, voxels)) in zip(written, facts.items(), strict=True)
         ]
-        door.append_line(self._out, door.MANIFEST, as_lines(rows))
+        self._journal.append(rows)
         return rows
 
     def _facts(
@@ -338,53 +351,3 @@ class _Writer:
     def _is_there(self, row: ManifestRow) -> bool:
         path = self._out / door.PROTECTED / row.file
         return path.is_file() and not path.is_symlink() and door.sha256_of(path) == row.sha256
-
-
-def _finish(
-    output_dir: Path,
-    rows: Mapping[tuple[Case, ...], Sequence[ManifestRow]],
-    cohort: Cohort,
-    refusals: Sequence[Refusal],
-) -> list[ManifestRow]:
-    """Write the tables in the cohort's order and sweep the folder for files that do not belong."""
-    manifest = [row for unit in rows.values() for row in unit]
-    cases = [case for unit in rows for case in unit]
-    written: dict[str, list[ManifestRow]] = {}
-    for row in manifest:
-        written.setdefault(row.sample_id, []).append(row)
-    tables = {
-        LABELS_FILE: labels_table(cases, written, cohort),
-        DATASET_FILE: dataset_json(cases, cohort.root) if cohort.voxelwise and cases else "",
-    }
-    if tables[DATASET_FILE]:
-        digest = hashlib.sha256(tables[DATASET_FILE].encode()).hexdigest()
-        manifest.append(ManifestRow(pseudonym(DATASET_FILE), DATASET_FILE, digest, 0, 0.0, 0, 0, digest))
-    shared = {f"{door.PROTECTED}/{name}": text for name, text in tables.items() if text}
-    _write(output_dir, {door.MANIFEST: as_lines(manifest), REFUSALS: as_lines(refusals), **shared})
-    door.close_output(output_dir)
-    sweep(output_dir / door.PROTECTED, manifest, besides=[LABELS_FILE])
-    return manifest
-
-
-def _start_time(output_dir: Path) -> datetime:
-    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes."""
-    path = output_dir / door.RUN
-    if not path.is_file():
-        epoch = os.environ.get("SOURCE_DATE_EPOCH")
-        now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-        run = {"started": now.replace(microsecond=0).isoformat(), "monai_salm": __version__}
-        _write(output_dir, {door.RUN: json.dumps(run) + "\n"})
-    return datetime.fromisoformat(json.loads(path.read_text())["started"])
-
-
-def _write(output_dir: Path, tables: Mapping[str, str]) -> None:
-    door.commit(
-        output_dir, (door.Staged(PurePosixPath(name), text.encode(), lambda _: None) for name, text in tables.items())
-    )
-
-
-def _drop_torn_line(output_dir: Path) -> None:
-    path = output_dir / door.MANIFEST
-    whole = "".join(f"{line}\n" for line in whole_lines(path))
-    if path.is_file() and path.read_text() != whole:
-        _write(output_dir, {door.MANIFEST: whole})

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from monai_salm.io.base import Case
+from monai_salm.release.identity import mask_id
 from monai_salm.release.labels import Cohort
-from monai_salm.release.manifest import ManifestRow, mask_id
+from monai_salm.release.manifest import ManifestRow
 from monai_salm.release.table import plain
 from monai_salm.release.voxels import DATASET_FILE, LISTS, read_dataset
 

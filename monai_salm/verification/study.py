@@ -154,6 +154,7 @@ class VictimStudy:
         train = [case for case in self.cohort.train if case.sample_id in twins]
         held_out = self._held_out()
         door.open_output(self.output_dir)
+        door.clear_staging(self.output_dir)
         with self._scratch() as folder:
             material = Material(self._settings(), train, held_out, twins, folder)
             self._check_classes(train, material.present, "training cases that were protected")
@@ -308,7 +309,7 @@ class VictimStudy:
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            door.close_output(self.output_dir)
+            door.clear_staging(self.output_dir)
 
     def _jobs(self, arms: Mapping[str, Arm | VolumeArm], test: Arm | VolumeArm) -> dict[tuple[str, str, int], Job]:
         """Trainings by arm, victim and seed, in the report's order, with what tells each from all others."""

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a release keeps about itself: its start, keys, journals and refusals; and how it is closed and signed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+
+from monai_salm import __version__
+from monai_salm.io.base import Case
+from monai_salm.release import commit as door
+from monai_salm.release import signature
+from monai_salm.release.catalog import Refusal
+from monai_salm.release.identity import load_or_create_key, owner_id, pseudonym
+from monai_salm.release.labels import LABELS_FILE, Cohort
+from monai_salm.release.manifest import (
+    GENESIS,
+    TABLE,
+    ManifestRow,
+    journal_text,
+    link,
+    public_text,
+    read_chain,
+    read_manifest,
+    sweep,
+)
+from monai_salm.release.shards import Shard, shards_of
+from monai_salm.release.voxels import DATASET_FILE
+from monai_salm.release.written_tables import dataset_json, labels_table
+
+KEY = f"{door.PRIVATE}/release.key"
+SIGNING_KEY = f"{door.PRIVATE}/signing.key"
+REFUSALS = f"{door.PRIVATE}/refusals.jsonl"
+_SOFTWARE = ("numpy", "torch", "pydicom", "nibabel")
+
+
+class Journal:
+    """A shard's journal: what an earlier run wrote, and what this one adds, a line for each file that is in place.
+
+    Args:
+        output_dir: the output folder.
+        shard: whose journal.
+
+    Raises:
+        ValueError: When the folder was written in another number of shards.
+        IntegrityError: When the journal was edited.
+    """
+
+    def __init__(self, output_dir: Path, shard: Shard) -> None:
+        self._out, self._name, self._part = output_dir, shard.journal, shard.part
+        _check_count(output_dir, shard)
+        path = output_dir / shard.journal
+        records, self._head = read_chain(path)
+        text, _ = link(records)
+        if path.is_file() and path.read_text() != text:  # a line that a killed run wrote in part
+            write(output_dir, {shard.journal: text}, shard.part)
+        self.done: dict[str, list[ManifestRow]] = {}
+        for row in read_manifest(output_dir, [shard.journal]):
+            self.done.setdefault(row.sample_id, []).append(row)
+
+    def append(self, rows: Sequence[ManifestRow]) -> None:
+        """Add rows of files that are in place."""
+        text, self._head = journal_text(rows, self._head)
+        door.append_line(self._out, self._name, text)
+
+
+def start_time(output_dir: Path) -> datetime:
+    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes."""
+    path = output_dir / door.RUN
+    if not path.is_file():
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+        run = {"started": now.replace(microsecond=0).isoformat(), "monai_salm": __version__}
+        write(output_dir, {door.RUN: json.dumps(run) + "\n"})
+    return datetime.fromisoformat(json.loads(path.read_text())["started"])
+
+
+def read_refusals(output_dir: Path | str) -> list[Refusal]:
+    """What the release left out, with reasons: refused files, cases without label, cases that did not verify."""
+    paths = sorted((Path(output_dir) / door.PRIVATE).glob("refusals*.jsonl"))
+    return [Refusal(**record) for path in paths for record in read_chain(path)[0]]
+
+
+def close(
+    output_dir: Path, shard: Shard, rows: Sequence[ManifestRow], cohort: Cohort, refusals: Sequence[Refusal]
+) -> list[ManifestRow]:
+    """Write a shard's manifest in the cohort's order; sign all that is finished; with the last shard write the tables.
+
+    Then every file below ``protected/`` is held against the manifest.
+
+    Args:
+        output_dir: the output folder.
+        shard: what was written.
+        rows: its files.
+        cohort: all cases.
+        refusals: what this shard refused.
+
+    Returns:
+        The rows, with those of the tables where they were written.
+    """
+    others = [other for other in shards_of(shard.count) if other != shard and (output_dir / other.manifest).is_file()]
+    complete = len(others) == shard.count - 1
+    rest = read_manifest(output_dir, [other.journal for other in others])
+    tables = _tables([*rows, *rest], cohort) if complete else {}
+    table_rows = [_table_row(name, text) for name, text in tables.items()]
+    texts = {f"{door.PROTECTED}/{name}": text for name, text in tables.items()}
+    texts[shard.refusals], _ = link(map(asdict, refusals))
+    whole = Shard()
+    texts |= _manifests(shard, [*rows, *table_rows] if shard == whole else rows)
+    if complete and shard != whole:
+        texts |= _manifests(whole, table_rows)
+    chains = {name: _chain(text) for name, text in texts.items() if name.endswith(".jsonl")}
+    for other in others:
+        for name in (other.manifest, other.journal, other.refusals):
+            chains[name] = _chain((output_dir / name).read_text())
+    key = load_or_create_key(output_dir / SIGNING_KEY)
+    write(output_dir, {**texts, **signature.sign(key, chains, shard.count)}, shard.part)
+    door.clear_staging(output_dir, shard.part)
+    if complete:
+        sweep(output_dir / door.PROTECTED, [*rows, *table_rows, *rest])
+    return [*rows, *table_rows]
+
+
+def write(output_dir: Path, texts: Mapping[str, str | bytes], part: str = "") -> None:
+    """Commit files that are not there with the same content already."""
+    contents = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
+    new = {name: content for name, content in contents.items() if not _holds(output_dir / name, content)}
+    staged = (door.Staged(PurePosixPath(name), content, lambda _: None) for name, content in new.items())
+    door.commit(output_dir, staged, part)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and not path.is_symlink() and path.read_bytes() == content
+
+
+def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, str]:
+    """Content of the tables that go with the files; of those that a cohort does not have, none."""
+    written: dict[str, list[ManifestRow]] = {}
+    for row in rows:
+        written.setdefault(row.sample_id, []).append(row)
+    cases: list[Case] = [case for case in cohort.released if owner_id(case) in written]
+    tables = {
+        LABELS_FILE: labels_table(cases, written, cohort),
+        DATASET_FILE: dataset_json(cases, cohort.root) if cohort.voxelwise and cases else "",
+    }
+    return {name: text for name, text in tables.items() if text}
+
+
+def _table_row(name: str, text: str) -> ManifestRow:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return ManifestRow(pseudonym(name), name, digest, 0, 0.0, 0, 0, digest, state=TABLE)
+
+
+def _manifests(shard: Shard, rows: Sequence[ManifestRow]) -> dict[str, str]:
+    return {shard.journal: journal_text(rows)[0], shard.manifest: public_text(rows, _versions())[0]}
+
+
+def _chain(text: str) -> signature.Chain:
+    lines = text.splitlines(keepends=True)
+    return signature.Chain(hashlib.sha256(lines[-1].encode()).hexdigest() if lines else GENESIS, len(lines))
+
+
+def _versions() -> dict[str, str]:
+    found = {"monai_salm": __version__, "python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # bundled by other means
+            continue
+    return found
+
+
+def _check_count(output_dir: Path, shard: Shard) -> None:
+    """A folder that was written in one number of shards cannot go on in another."""
+    ours = {other.journal for other in shards_of(shard.count)} | {door.JOURNAL}
+    there = {f"{door.PRIVATE}/{path.name}" for path in (output_dir / door.PRIVATE).glob("manifest*.jsonl")}
+    alone = shard.count > 1 and door.JOURNAL in there and there == {door.JOURNAL}
+    if there - ours or alone:
+        raise ValueError(
+            f"the output folder was written in another number of shards than {shard.count}; go on with that number, or "
+            "choose a new output folder"
+        )

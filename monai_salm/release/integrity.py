@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is every file of a release the one that was written? Checked against manifest, chain and signature alone.
+
+Needs neither torch nor MONAI nor the export, so that a recipient can run it. Looked into: ``protected/``, the public
+manifests and the signature, the names of everything beside them, and the owner's journal where ``private/`` is there.
+Not covered: the rest of ``private/``, models and reports, which are not shared or are made later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from monai_salm.release import commit as door
+from monai_salm.release import signature
+from monai_salm.release.manifest import PUBLIC, IntegrityError, differences, read_chain
+from monai_salm.release.shards import shards_of
+
+BESIDE = (door.PROTECTED, door.PRIVATE, door.DEMO_EXPORT, "models", "report.html", "report.json", *signature.SIGNED)
+"""Names that a release's folder may hold, beside the manifests and what MONAI's tracking leaves."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was written.
+
+    Args:
+        kind: ``edited``, ``missing``, ``changed``, ``added``, ``missing_shard`` or ``unsigned``.
+        detail: where, in words that name no source.
+        name: the file below the output folder. It may be personal: a file that was added can have any name.
+    """
+
+    kind: str
+    detail: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """Result of a check.
+
+    Args:
+        files: files of the manifest by state.
+        size: their bytes.
+        fingerprint: sha256 of the public key, empty where there is no valid signature.
+        problems: everything that is not as it was written.
+    """
+
+    files: dict[str, int]
+    size: int
+    fingerprint: str
+    problems: tuple[Problem, ...]
+
+    @property
+    def count(self) -> int:
+        """Files that were held against the manifest."""
+        return sum(self.files.values())
+
+
+def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integrity:
+    """Hold a release against its manifests, their chains and the signature.
+
+    Args:
+        output_dir: what ``protect`` wrote, or a copy of it without ``private/``.
+        public_key: the owner's public key from a trusted source; default: the one beside the files.
+
+    Raises:
+        ValueError: When there is no such folder, or ``public_key`` is no key.
+        OSError: When a file cannot be read.
+    """
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        raise ValueError(f"there is no folder {output_dir}; name the folder that protect wrote")
+    problems: list[Problem] = []
+    chains: dict[str, signature.Chain] = {}
+    shards, fingerprint = 1, ""
+    try:
+        chains, shards, fingerprint = signature.read_signed(output_dir, Path(public_key) if public_key else None)
+    except IntegrityError as error:
+        problems.append(Problem("unsigned", str(error)))
+    rows: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, records in _read_chains(output_dir, chains, problems).items():
+        for number, record in enumerate(records, 1):
+            _take(record, f"line {number} of {name}", rows, problems)
+    problems += _missing_shards(output_dir, chains, shards)
+    expected = {file: record["sha256"] for file, (_, record) in rows.items()}
+    for kind, name in differences(output_dir / door.PROTECTED, expected):
+        where = f"the file of {rows[name][0]}" if name in rows else "a file in no manifest"
+        problems.append(Problem(kind, where, f"{door.PROTECTED}/{name}"))
+    problems += _beside(output_dir, chains)
+    present = [output_dir / door.PROTECTED / file for file in expected]
+    size = sum(path.stat().st_size for path in present if path.is_file())
+    states = Counter(str(record["state"]) for _, record in rows.values())
+    return Integrity(dict(states), size, fingerprint, tuple(problems))
+
+
+def _read_chains(
+    output_dir: Path, chains: dict[str, signature.Chain], problems: list[Problem]
+) -> dict[str, list[dict[str, Any]]]:
+    """Records of the public manifests; every chain that was signed is checked."""
+    records = {}
+    names = chains or {path.name: None for path in sorted(output_dir.glob("manifest*.jsonl"))}
+    for name, chain in names.items():
+        path = output_dir / name
+        private = PurePosixPath(name).parent.as_posix() == door.PRIVATE
+        if private and not (output_dir / door.PRIVATE).is_dir():
+            continue  # the owner's, which a recipient does not get
+        if path.is_symlink() or not path.is_file():
+            problems.append(Problem("missing", name, name))
+            continue
+        try:
+            found, head = read_chain(path, torn=False)
+        except IntegrityError as error:
+            problems.append(Problem("edited", str(error), name))
+            continue
+        if chain is not None and (head, len(found)) != (chain.head, chain.lines):
+            detail = f"{name} has {len(found)} lines and was signed with {chain.lines}, or others"
+            problems.append(Problem("edited", detail, name))
+        if not private:
+            records[name] = found
+    return records
+
+
+def _take(
+    record: dict[str, Any], where: str, rows: dict[str, tuple[str, dict[str, Any]]], problems: list[Problem]
+) -> None:
+    """Take a line of a public manifest among the rows, if it is one that can be checked."""
+    if "manifest" in record:
+        return
+    file = record.get("file")
+    parts = PurePosixPath(file).parts if isinstance(file, str) else ()
+    if set(record) != set(PUBLIC) or not parts or parts[0] == "/" or ".." in parts or file in rows:
+        problems.append(Problem("edited", f"{where} is not one that this version writes"))
+    else:
+        rows[file] = where, record
+
+
+def _missing_shards(output_dir: Path, chains: dict[str, signature.Chain], shards: int) -> list[Problem]:
+    names = [name for shard in shards_of(shards) for name in [shard.manifest] if shard.count > 1]
+    there = {name for name in names if name in chains}
+    return [
+        Problem("missing_shard", f"shard {number} of {shards} was not written, or was taken away", name)
+        for number, name in enumerate(names, 1)
+        if name not in there or not (output_dir / name).is_file()
+    ]
+
+
+def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Problem]:
+    """What lies beside the protected files and was not written by a release."""
+    problems = []
+    for path in sorted(output_dir.iterdir()):
+        ours = path.name in BESIDE or path.name in chains or any(map(path.match, door.TRACKING))
+        if not ours and not (not chains and path.match("manifest*.jsonl")):
+            problems.append(Problem("added", "an entry beside the protected files", path.name))
+        elif path.is_symlink():
+            problems.append(Problem("changed", "a link in place of what was written", path.name))
+    return problems

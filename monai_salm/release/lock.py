@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer for each output folder: a lock that names its process, and that outlives no crash.
+
+The file says which process of which boot of which machine holds the folder. What a dead process of this machine held is
+taken over; of another machine (a shared file system) nobody here can tell, so that is an error that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from monai_salm.release import commit as door
+
+
+class LockedError(RuntimeError):
+    """Another process writes into the output folder."""
+
+
+def take(output_dir: Path, name: str = door.LOCK, wait_s: float = 0.0) -> bool:
+    """Take the folder for this process, until :py:func:`give_back` or the end of the process.
+
+    Args:
+        output_dir: an output folder that is there, with ``private/``.
+        name: of the lock's file.
+        wait_s: how long to wait for another process.
+
+    Returns:
+        False when this process has it already.
+
+    Raises:
+        LockedError: When another process that is alive, or may be, holds it.
+    """
+    until = time.monotonic() + wait_s
+    mine = _myself()
+    while True:
+        with _held_still(output_dir / name) as handle:
+            holder = _holder(handle)
+            if holder is None or holder == mine or not _may_live(holder):
+                if holder != mine:
+                    _say(handle, json.dumps(mine))
+                return holder != mine
+        if time.monotonic() >= until:
+            raise LockedError(
+                f"process {holder.get('pid')} on {'this' if _is_here(holder) else 'another'} machine writes into the "
+                f"output folder; wait for it. If it does not run any more, remove {name} there and run again"
+            )
+        time.sleep(0.1)
+
+
+def give_back(output_dir: Path, name: str = door.LOCK) -> None:
+    """End what :py:func:`take` began; nothing if this process does not hold the folder."""
+    with _held_still(output_dir / name) as handle:
+        if _holder(handle) == _myself():
+            _say(handle, "")
+
+
+@contextlib.contextmanager
+def holding(output_dir: Path, name: str = door.LOCK, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the folder in a block, see :py:func:`take`; a process that holds it already keeps it afterwards."""
+    taken = take(output_dir, name, wait_s)
+    try:
+        yield
+    finally:
+        if taken:
+            give_back(output_dir, name)
+
+
+@contextlib.contextmanager
+def _held_still(path: Path) -> Iterator[int]:
+    """The lock's file, open, with nobody else on this machine looking at it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no such locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> dict[str, object] | None:
+    """Who the file names; what a crash left half written names nobody."""
+    try:
+        content = json.loads(os.pread(handle, 4096, 0))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _say(handle: int, text: str) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, text.encode(), 0)
+    os.fsync(handle)
+
+
+def _myself() -> dict[str, object]:
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _is_here(holder: dict[str, object]) -> bool:
+    return holder.get("host") == socket.gethostname()
+
+
+def _may_live(holder: dict[str, object]) -> bool:
+    if not _is_here(holder):
+        return True
+    pid = holder.get("pid")
+    return holder.get("boot") == _boot() and isinstance(pid, int) and _started(pid) == holder.get("started") != ""
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux: process ids alone
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When a process started, in ticks since the boot, so that a number that was given again is told apart."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else rest[18]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
