@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,48 @@ FLOAT_STEPS = 4096
 
 
 @dataclass(frozen=True)
+class SliceScaling:
+    """Slope and intercept of each slice of a volume, where they vary (PET, some MR).
+
+    Args:
+        axis: spatial axis along which the slices lie, 0 for x.
+        slopes: of each slice.
+        intercepts: of each slice.
+    """
+
+    axis: int
+    slopes: tuple[float, ...]
+    intercepts: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.slopes) != len(self.intercepts) or not np.isfinite([*self.slopes, *self.intercepts]).all():
+            raise ValueError("every slice needs one finite slope and intercept")
+        if len(set(np.sign(self.slopes))) != 1 or not all(self.slopes):
+            raise ValueError("the slopes of a volume must have one sign and not be 0")
+
+    def to_physical(self, stored: np.ndarray) -> np.ndarray:
+        """Physical values of a (1, *spatial) volume, double."""
+        return stored * self.spread(self.slopes, stored) + self.spread(self.intercepts, stored)
+
+    def spread(self, numbers: Sequence[float], like: Tensor | np.ndarray) -> Any:
+        """One number per slice, double, of the kind of ``like``: a (C, *spatial) volume over which it broadcasts.
+
+        Raises:
+            ValueError: When the volume has another number of slices.
+        """
+        shape = [1] * like.ndim
+        shape[1 + self.axis] = len(self.slopes)
+        if like.shape[1 + self.axis] != len(self.slopes):
+            raise ValueError(f"a codec of {len(self.slopes)} slices does not fit an image {tuple(like.shape)}")
+        spread = np.array(numbers, np.float64).reshape(shape)
+        if isinstance(like, np.ndarray):
+            return spread
+        import torch
+
+        return torch.from_numpy(spread).to(like.device)
+
+
+@dataclass(frozen=True)
 class StoredCodec:
     """How one image's stored values are to be read, and which of them may move.
 
@@ -28,13 +72,15 @@ class StoredCodec:
     Args:
         dtype: numpy name of the file's type, ``"int16"``, ``"float32"``, ...
         window: (low, high) in physical units; values outside are never touched and never reached.
-        slope: physical units per stored value, not 0 (DICOM RescaleSlope, NIfTI scl_slope).
+        slope: physical units per stored value, not 0 (DICOM RescaleSlope, NIfTI scl_slope). Where it varies between
+            slices: the smallest, so that ``levels`` is what the budget allows at most.
         intercept: physical value of stored 0.
         stored_range: inclusive range of values the file can hold (BitsStored); default: that of ``dtype``.
         padding: inclusive range of stored values that stand for "no image"; never touched, never reached.
         inverted: low values are bright (DICOM MONOCHROME1).
         unit: name of the physical unit, ``"HU"`` or ``"a.u."``.
         modality: DICOM modality, such as ``"CT"``; empty where the file does not tell.
+        slices: slope and intercept of each slice, None where all have ``slope`` and ``intercept``.
 
     Raises:
         ValueError: When the window is empty, the slope 0 or not finite, or the type not a real number type.
@@ -55,6 +101,7 @@ class StoredCodec:
     inverted: bool = False
     unit: str = "a.u."
     modality: str = ""
+    slices: SliceScaling | None = None
 
     def __post_init__(self) -> None:
         kind = np.dtype(self.dtype).kind
@@ -93,24 +140,52 @@ class StoredCodec:
         return self.slope * self.step / self.width * (-1.0 if self.inverted else 1.0)
 
     def levels(self, budget: Budget) -> int:
-        """Lattice steps that ``budget`` allows in this image.
+        """Lattice steps that ``budget`` allows in this image; the most of any slice.
 
         Raises:
-            ValueError: When the budget is for another modality, or does not fit (see :py:meth:`Budget.levels`).
+            ValueError: When the budget is for another modality, or does not fit, in any slice (see
+                :py:meth:`Budget.levels`).
         """
+        return max(self.slice_levels(budget))
+
+    def slice_levels(self, budget: Budget) -> tuple[int, ...]:
+        """As :py:meth:`levels`, of each slice; one number where all are scaled alike."""
         budget.check_modality(self.modality)
-        return budget.levels(lsb=self.lsb, window_width=self.width)
+        slopes = self.slices.slopes if self.slices else (self.slope,)
+        return tuple(budget.levels(lsb=abs(slope) * self.step, window_width=self.width) for slope in slopes)
+
+    def physical_limit(self, budget: Budget) -> float:
+        """Largest change in physical units, where one in stored units does not hold for every slice; else infinite."""
+        if self.slices is None or budget.unit == "stored":
+            return math.inf
+        return budget.epsilon * (self.width if budget.unit == "window" else 1.0)
 
     def to_unit(self, stored: Tensor) -> Tensor:
         """Unit intensity in [0, 1], float32, clipped at the window's ends; NaN becomes 0."""
         # Double only inside: float32 cannot hold the integers of a 32-bit file.
-        unit = (stored.double() * self.slope + (self.intercept - self.window[0])) / self.width
+        slope, intercept = self._scaling(stored)
+        unit = (stored.double() * slope + (intercept - self.window[0])) / self.width
         unit = unit.clamp_(0, 1).nan_to_num_(0.0).float()
         return 1 - unit if self.inverted else unit
 
+    def unit_steps(self, like: Tensor) -> Tensor | float:
+        """:py:attr:`unit_step` of each voxel of a (C, *spatial) image: a number, or one per slice that broadcasts."""
+        if self.slices is None:
+            return self.unit_step
+        return (self._scaling(like)[0] * (self.step / self.width * (-1.0 if self.inverted else 1.0))).float()
+
+    def part(self, corner: Sequence[int], size: Sequence[int]) -> StoredCodec:
+        """The codec of a part of the image, by its first voxel and its size along each spatial axis."""
+        if self.slices is None:
+            return self
+        axis = self.slices.axis
+        span = slice(corner[axis], corner[axis] + size[axis])
+        slices = SliceScaling(axis, self.slices.slopes[span], self.slices.intercepts[span])
+        return replace(self, slices=slices)
+
     def movable(self, stored: Tensor | np.ndarray) -> Any:
         """True where a voxel may be changed: inside the window, the stored range, finite and not padding."""
-        low, high = self._open_range()
+        low, high = self._open_range(stored)
         inside = (stored >= low) & (stored <= high)
         if self.padding is not None:
             inside &= (stored < self.padding[0]) | (stored > self.padding[1])
@@ -120,18 +195,19 @@ class StoredCodec:
         """Least and largest change of each voxel in lattice steps (int16 or int32), both 0 where it may not move."""
         import torch
 
-        levels = self.levels(budget)
-        low, high = self._open_range()
+        most = self.levels(budget)
+        levels = self.slices.spread(self.slice_levels(budget), stored) if self.slices else torch.tensor(most)
+        low, high = self._open_range(stored)
         values = stored.double()
-        lower = ((low - values) / self.step).ceil_().clamp_(-levels, 0)
-        upper = ((high - values) / self.step).floor_().clamp_(0, levels)
+        lower = ((low - values) / self.step).ceil_().clamp_(max=0).maximum(-levels.to(values))
+        upper = ((high - values) / self.step).floor_().clamp_(min=0).minimum(levels.to(values))
         if self.padding is not None:
             above, below = values > self.padding[1], values < self.padding[0]
             gap_down = ((self.padding[1] - values) / self.step).floor_() + 1
             gap_up = ((self.padding[0] - values) / self.step).ceil_() - 1
             lower = torch.where(above, torch.maximum(lower, gap_down.clamp_(max=0)), lower)
             upper = torch.where(below, torch.minimum(upper, gap_up.clamp_(min=0)), upper)
-        dtype = torch.int16 if levels <= 32767 else torch.int32
+        dtype = torch.int16 if most <= 32767 else torch.int32
         movable = self.movable(stored)
         zero = torch.zeros((), dtype=torch.float64, device=stored.device)
         return torch.where(movable, lower, zero).to(dtype), torch.where(movable, upper, zero).to(dtype)
@@ -167,7 +243,8 @@ class StoredCodec:
     def to_meta(self) -> dict[str, Any]:
         """Strings and floats only, so that it survives collation, pickling and ``weights_only`` loading."""
         meta = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return meta | {"padding": list(self.padding or (float("nan"), float("nan")))}
+        slices = json.dumps(asdict(self.slices)) if self.slices else ""  # a list's length would break collation
+        return meta | {"padding": list(self.padding or (float("nan"), float("nan"))), "slices": slices}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> StoredCodec:
@@ -175,13 +252,26 @@ class StoredCodec:
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in meta.items()
         }
-        return cls(**fields | {"padding": None if np.isnan(fields["padding"][0]) else fields["padding"]})
+        slices = json.loads(fields.get("slices") or "null")
+        if slices:
+            slices = SliceScaling(slices["axis"], tuple(slices["slopes"]), tuple(slices["intercepts"]))
+        padding = None if np.isnan(fields["padding"][0]) else fields["padding"]
+        return cls(**fields | {"padding": padding, "slices": slices})
 
-    def _open_range(self) -> tuple[float, float]:
+    def _scaling(self, stored: Tensor | np.ndarray) -> tuple[Any, Any]:
+        if self.slices is None:
+            return self.slope, self.intercept
+        return self.slices.spread(self.slices.slopes, stored), self.slices.spread(self.slices.intercepts, stored)
+
+    def _open_range(self, stored: Tensor | np.ndarray) -> tuple[Any, Any]:
         """Stored values inside both the window and the stored range."""
-        ends = sorted((edge - self.intercept) / self.slope for edge in self.window)
+        slope, intercept = self._scaling(stored)
+        ends = [(edge - intercept) / slope for edge in self.window]
+        low, high = ends if self.slope > 0 else ends[::-1]
         assert self.stored_range is not None
-        return max(ends[0], self.stored_range[0]), min(ends[1], self.stored_range[1])
+        if self.slices is None:
+            return max(low, self.stored_range[0]), min(high, self.stored_range[1])
+        return low.clip(min=self.stored_range[0]), high.clip(max=self.stored_range[1])
 
 
 def auto_window(
@@ -212,9 +302,12 @@ def lattice_of(stored: Sequence[Tensor], codecs: Sequence[StoredCodec], budget: 
     from monai_salm.perturbations.budget import Lattice
 
     bounds = [codec.bounds(image, budget) for image, codec in zip(stored, codecs, strict=True)]
-    steps = torch.tensor([codec.unit_step for codec in codecs], dtype=torch.float32, device=stored[0].device)
+    steps = [codec.unit_steps(image) for image, codec in zip(stored, codecs, strict=True)]
+    if any(isinstance(step, torch.Tensor) for step in steps):  # one per slice: of all images, if not along one axis
+        shape = torch.broadcast_shapes(*(step.shape for step in steps if isinstance(step, torch.Tensor)))
+        unit_step = torch.stack([torch.as_tensor(step, device=stored[0].device).expand(shape) for step in steps])
+    else:
+        unit_step = torch.tensor(steps, device=stored[0].device).reshape(-1, *[1] * stored[0].ndim)
     return Lattice(
-        torch.stack([lower for lower, _ in bounds]),
-        torch.stack([upper for _, upper in bounds]),
-        steps.reshape(-1, *[1] * stored[0].ndim),
+        torch.stack([lower for lower, _ in bounds]), torch.stack([upper for _, upper in bounds]), unit_step.float()
     )

@@ -227,7 +227,7 @@ def test_a_series_with_one_slice_that_does_not_verify_is_not_written_at_all(tmp_
     bad = cohort.cases[0].files[2]
     real = formats.verify
     monkeypatch.setattr(
-        formats, "verify", lambda form, src, new, limit: real(form, src, new, 1 if src == bad else limit)
+        formats, "verify", lambda form, src, new, limit, *more: real(form, src, new, 1 if src == bad else limit)
     )
     rows = protect(cohort, bank_of(cohort), tmp_path / "out")
     assert [row.sample_id for row in rows if row.levels] == [cohort.cases[1].sample_id] * 4

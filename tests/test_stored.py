@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from monai_salm.perturbations.budget import Budget, Lattice
-from monai_salm.stored import StoredCodec, auto_window, lattice_of
+from monai_salm.stored import SliceScaling, StoredCodec, auto_window, lattice_of
 
 TYPES = ["uint8", "int8", "int16", "uint16", "int32"]
 
@@ -141,3 +141,40 @@ class TestBudget:
 def test_lattice_levels_are_per_image():
     lower, upper = -torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 0], [0, 5]])
     assert Lattice(lower, upper, torch.ones(2, 1)).levels.tolist() == [[3], [5]]
+
+
+class TestSlices:
+    codec = StoredCodec("int16", (0.0, 100.0), 0.1, slices=SliceScaling(2, (0.1, 0.5, 2.0), (0.0, 1.0, 0.0)))
+
+    def test_metadata_keep_the_scaling_of_every_slice(self):
+        assert StoredCodec.from_meta(self.codec.to_meta()) == self.codec
+        plain = StoredCodec("int16", (0.0, 100.0))
+        assert StoredCodec.from_meta(plain.to_meta()) == plain
+        assert {key: type(value) for key, value in plain.to_meta().items()} == {
+            key: type(value) for key, value in self.codec.to_meta().items()
+        }
+
+    def test_every_slice_moves_by_what_the_budget_allows_it(self):
+        stored = torch.full((1, 2, 2, 3), 30, dtype=torch.int16)
+        plain = StoredCodec("int16", (0.0, 100.0), 0.5)
+        lattice = lattice_of([stored, stored], [self.codec, plain], Budget(2, "physical"))
+        assert lattice.levels.shape == lattice.unit_step.shape == (2, 1, 1, 1, 3)
+        assert lattice.levels.flatten(1).tolist() == [[20, 4, 1], [4, 4, 4]]
+        assert torch.equal(lattice.upper[0].amax((0, 1, 2)), torch.tensor([20, 4, 1], dtype=torch.int16))
+        change = lattice.upper * lattice.unit_step * 100
+        assert torch.allclose(change, torch.full_like(change, 2.0))
+        assert self.codec.slice_levels(Budget(2, "physical")) == (20, 4, 1)
+
+    def test_unit_intensity_is_that_of_each_slice_alone(self):
+        stored = torch.arange(0, 36, dtype=torch.int16).reshape(1, 3, 4, 3)
+        unit = self.codec.to_unit(stored)
+        for index, (slope, intercept) in enumerate([(0.1, 0.0), (0.5, 1.0), (2.0, 0.0)]):
+            alone = StoredCodec("int16", (0.0, 100.0), slope, intercept)
+            assert torch.equal(unit[..., index], alone.to_unit(stored[..., index]))
+            assert torch.equal(self.codec.movable(stored)[..., index], alone.movable(stored[..., index]))
+
+    def test_slopes_of_both_signs_are_rejected(self):
+        with pytest.raises(ValueError, match="one sign"):
+            SliceScaling(0, (1.0, -1.0), (0.0, 0.0))
+        with pytest.raises(ValueError, match="finite"):
+            SliceScaling(0, (1.0,), (0.0, 0.0))

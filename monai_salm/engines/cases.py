@@ -94,7 +94,8 @@ class Cases:
 
     def unit_delta(self, at: int, delta: Tensor) -> Tensor:
         """A case's perturbation in unit intensity."""
-        return delta.to(self.device).float() * self.facts[at].codec.unit_step
+        delta = delta.to(self.device).float()
+        return delta * self.facts[at].codec.unit_steps(delta)
 
     def unit_budget(self, at: int) -> float:
         """A case's budget in unit intensity."""
@@ -196,12 +197,15 @@ class Patches(Samples):
     """Patches of volumes with voxel labels, most of them around a labeled voxel; small volumes are padded."""
 
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
-        label, codec = self.cases.label(at), self.cases.facts[at].codec
+        label = self.cases.label(at)
         corner = self._corner(label[0], generator)
-        image = self._padded(codec.to_unit(self._cut(self.cases.stored(at), corner)), corner, 0)
+        stored = self._cut(self.cases.stored(at), corner)
+        codec = self.cases.facts[at].codec.part([max(0, first) for first in corner], stored.shape[1:])
+        image = self._padded(codec.to_unit(stored), corner, 0)
         label = self._padded(self._cut(label, corner), corner, IGNORED)
         if delta is not None:
-            return image, self._padded(self.cases.unit_delta(at, self._cut(delta, corner)), corner, 0), label
+            steps = self._cut(delta, corner).to(self.cases.device).float()
+            return image, self._padded(steps * codec.unit_steps(steps), corner, 0), label
         if self.coded:
             shifts = [int(torch.randint(size, (), generator=generator)) for size in self.size]
             codes = self.codes().roll(shifts, tuple(range(2, 2 + len(shifts))))

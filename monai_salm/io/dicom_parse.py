@@ -19,6 +19,7 @@ from pydicom.filereader import read_dataset, read_partial
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_endian import to_little_endian
 
 __all__ = ["identify", "looks_like_dicom", "parse", "read_header", "refusing"]
 
@@ -42,7 +43,7 @@ LOSSY_METHODS = {
     uid.HTJ2K: "ISO_15444_15",
 }
 """Syntaxes that may be lossy, with the term for LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
-SYNTAXES = frozenset([*NATIVE, *KEPT_LOSSLESS, *LOSSLESS, *LOSSY_METHODS])
+SYNTAXES = frozenset([*NATIVE, uid.ExplicitVRBigEndian, *KEPT_LOSSLESS, *LOSSLESS, *LOSSY_METHODS])
 
 
 @contextmanager
@@ -127,7 +128,10 @@ def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def parse(data: bytes) -> Dataset:
-    """The whole data set of a file's bytes; budgets and refusals as in :py:func:`read_header`."""
+    """The whole data set of a file's bytes; budgets and refusals as in :py:func:`read_header`.
+
+    A big endian file comes back as Explicit VR Little Endian, which is also how its copy is written.
+    """
     with refusing("unreadable", "the file is broken; export it again"):
         return _parse(io.BytesIO(data), len(data), header_only=False)
 
@@ -164,6 +168,8 @@ def _parse(file: BinaryIO, size: int, header_only: bool) -> Dataset:
         dataset.pixel_element = next((name for name in PIXEL_TAGS.values() if name in dataset), None)
         encoded = size
     check_budget(dataset, encoded)
+    if meta.TransferSyntaxUID == uid.ExplicitVRBigEndian:
+        to_little_endian(dataset)
     return dataset
 
 
@@ -187,8 +193,8 @@ def check_syntax(meta: Dataset) -> None:
     if not syntax:
         raise RefusedError("missing_transfer_syntax", "the file does not say how it is encoded; export it again")
     if syntax not in SYNTAXES:
-        known = {uid.DeflatedExplicitVRLittleEndian: "deflated", uid.ExplicitVRBigEndian: "big endian"}
-        name = known.get(syntax, "unknown, video or not decodable here")
+        deflated = syntax == uid.DeflatedExplicitVRLittleEndian
+        name = "deflated" if deflated else "unknown, video or not decodable here"
         raise RefusedError(
             "unsupported_transfer_syntax", f"transfer syntax is {name}; convert to Explicit VR Little Endian"
         )

@@ -24,7 +24,7 @@ from monai_salm.io.dicom_volume import (
     spacing_of,
     to_canonical,
 )
-from monai_salm.stored import StoredCodec, auto_window
+from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
 __all__ = [
     "CT_WINDOW",
@@ -48,11 +48,12 @@ _MODALITIES = frozenset({"CT", "MR", "CR", "DX", "MG", "IO", "XA", "RF", "US", "
 _READ_IN_THEIR_WINDOW = ("CT", "CR", "DX")
 """Modalities whose files mostly list the window that they are displayed in; of MR it is a habit of the scanner."""
 
-# Monochrome single-frame images. PET is left out: its values are measurements (SUV), as are dose and parametric maps.
+# Monochrome single-frame images. Dose and parametric maps are left out: their values are measurements, not pictures.
 SOP_CLASSES = frozenset(
     {
         uid.CTImageStorage,
         uid.MRImageStorage,
+        uid.PositronEmissionTomographyImageStorage,
         uid.ComputedRadiographyImageStorage,
         uid.DigitalXRayImageStorageForPresentation,
         uid.DigitalXRayImageStorageForProcessing,
@@ -118,7 +119,8 @@ def _check_class(header: Dataset) -> None:
     if sop_class in _MULTI_FRAME_CLASSES or sop_class in SOP_CLASSES and int(header.get("NumberOfFrames") or 1) != 1:
         raise RefusedError("multi_frame", "multi-frame images are not supported yet; export single-frame images")
     if sop_class not in SOP_CLASSES:
-        raise RefusedError("unsupported_sop_class", "not a kind of image that is protected (CT, MR, X-ray, US, NM, SC)")
+        kinds = "CT, MR, PET, X-ray, US, NM, SC"
+        raise RefusedError("unsupported_sop_class", f"not a kind of image that is protected ({kinds})")
 
 
 def _check_identity(header: Dataset, allow_protected: bool) -> None:
@@ -227,25 +229,34 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     orientation = orientation_of(headers[0], headers[-1]) if spatial_dims == 3 else None
     if orientation is not None:
         stored = to_canonical(stored, orientation)[None]
-    codec = _codec(headers[0], stored, window)
+    codec = _codec(headers, stored, orientation, window)
     windows = tuple(dict.fromkeys(each for header in headers for each in _file_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
     return Slices(image, tuple(case.files[index] for index in order), orientation)
 
 
-def _codec(header: Dataset, stored: NDArray[Any], window: Window) -> StoredCodec:
-    slope, intercept = rescale_of(header)
-    padding = _padding(header)
-    inside = stored if padding is None else stored[(stored < padding[0]) | (stored > padding[1])]
-    if inside.size == 0 or inside.min() == inside.max():
+def _codec(
+    headers: Sequence[Dataset], stored: NDArray[Any], orientation: NDArray[Any] | None, window: Window
+) -> StoredCodec:
+    header, padding = headers[0], _padding(headers[0])
+    inside = np.full(stored.shape, True) if padding is None else (stored < padding[0]) | (stored > padding[1])
+    values = stored[inside]
+    if values.size == 0 or values.min() == values.max():
         raise RefusedError("constant_image", "all pixels outside the padding are equal: there is nothing to protect")
+    slices = _slice_scaling(headers, orientation)
+    slope, intercept = min(map(rescale_of, headers), key=lambda scaling: abs(scaling[0]))
     is_ct = header.SOPClassUID == uid.CTImageStorage
     modality = "CT" if is_ct else _modality(header)
     if isinstance(window, str):
         if window != "auto":
             raise ValueError(f"window is {window!r}; use 'auto' or (low, high) in physical units")
         listed = _file_windows(header) if modality in _READ_IN_THEIR_WINDOW else ()
-        window = listed[0] if listed else CT_WINDOW if is_ct else auto_window(inside, slope, intercept)
+        if listed or is_ct:
+            window = listed[0] if listed else CT_WINDOW
+        elif slices:
+            window = auto_window(slices.to_physical(stored)[inside], 1.0, 0.0)
+        else:
+            window = auto_window(values, slope, intercept)
     return StoredCodec(
         dtype=stored_dtype(header).name,
         window=(float(window[0]), float(window[1])),
@@ -256,6 +267,7 @@ def _codec(header: Dataset, stored: NDArray[Any], window: Window) -> StoredCodec
         inverted=header.PhotometricInterpretation == "MONOCHROME1",
         unit="HU" if is_ct else "a.u.",
         modality=modality,
+        slices=slices,
     )
 
 
@@ -263,6 +275,16 @@ def _modality(header: Dataset) -> str:
     """One of the modalities that we know of, as the value will show up in messages; empty for all others."""
     value = header.get("Modality")
     return str(value) if value in _MODALITIES else ""
+
+
+def _slice_scaling(headers: Sequence[Dataset], orientation: NDArray[Any] | None) -> SliceScaling | None:
+    """Slope and intercept of each slice on canonical axes; None where they are the same for all."""
+    scalings = [rescale_of(header) for header in headers]
+    if orientation is None or len(set(scalings)) == 1:
+        return None
+    axis, direction = orientation[2]
+    slopes, intercepts = zip(*scalings[:: int(direction)], strict=True)
+    return SliceScaling(int(axis), slopes, intercepts)
 
 
 def _padding(header: Dataset) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import decode
 from monai_salm.io.dicom_read import check_supported
 from monai_salm.io.dicom_seg import seg_header
+from monai_salm.io.dicom_volume import rescale_of
 from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS, raw_value
 
 __all__ = ["verify", "verify_labels"]
@@ -29,6 +31,7 @@ def verify(
     written: bytes | str | os.PathLike[str],
     limit: float,
     *,
+    physical: float = math.inf,
     allow_unchanged: bool = False,
 ) -> FileCheck:
     """Compare a written file with its source, both parsed and decoded afresh.
@@ -37,6 +40,7 @@ def verify(
         source: the original file, or its bytes.
         written: the protected file, or its bytes.
         limit: largest change allowed, in stored units.
+        physical: largest change allowed, in physical units, by this file's own rescale slope.
         allow_unchanged: for slices of a volume, some of which may have nothing that can move; whoever passes it must
             check that ``changed`` summed over the volume is above 0.
 
@@ -54,7 +58,7 @@ def verify(
         _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
         if allow_unchanged and np.array_equal(old, new):
             return FileCheck(0, 0.0)
-        return compare(old, new, limit)
+        return compare(old, new, min(limit, physical / abs(rescale_of(before)[0]) * (1 + 1e-9)))
 
 
 def verify_labels(source: Path, written: Path, images: Iterable[Path]) -> None:
@@ -125,12 +129,19 @@ def _undeclared_changes(before: Dataset, after: Dataset, declared: frozenset[Bas
         if tag not in before or tag not in after:
             yield tag
         elif _raw(before, tag) != _raw(after, tag):
+            decoded_alike = _decoded_alike(before, after, tag)
             old, new = before[tag], after[tag]
             if old.VR == new.VR == "SQ" and len(old.value) == len(new.value):
                 for old_item, new_item in zip(old.value, new.value, strict=True):
                     yield from _undeclared_changes(old_item, new_item, REMOVED_TAGS)
-            elif not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
+            elif not decoded_alike and not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
                 yield tag
+
+
+def _decoded_alike(before: Dataset, after: Dataset, tag: BaseTag) -> bool:
+    """Whether an element that the parser has decoded in one of the two only has the same value in both."""
+    both_raw = all(isinstance(raw_value(each, tag), bytes) for each in (before, after))
+    return not both_raw and before[tag] == after[tag]
 
 
 def _raw(dataset: Dataset, tag: BaseTag) -> Any:

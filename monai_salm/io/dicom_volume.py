@@ -34,8 +34,8 @@ def order_volume(headers: Sequence[Dataset]) -> list[int]:
     """Indices of the slices in spatial order, if the headers are one volume.
 
     A volume has one SOP class, frame of reference, image size, pixel spacing and orientation (within 1e-4), one
-    pixel format and one rescale, and slices that are shifted by one and the same vector. (A tilted gantry, which
-    shifts them also within the plane, is a volume: nothing is resampled here.)
+    pixel format, and slices that are shifted by one and the same vector. (A tilted gantry, which shifts them also
+    within the plane, is a volume: nothing is resampled here. Slices may have slopes of their own, as in PET.)
 
     Raises:
         RefusedError: ``single_slice``, ``mixed_geometry``, ``mixed_pixel_format``, ``varying_rescale``,
@@ -60,8 +60,8 @@ def _check_same(headers: Sequence[Dataset]) -> None:
             raise RefusedError("mixed_geometry", "slices differ in kind, frame of reference or size; split the series")
         if any(header.get(key) != first.get(key) for key in (*_FORMAT_KEYWORDS, *_PADDING_KEYWORDS)):
             raise RefusedError("mixed_pixel_format", "slices differ in pixel format or padding value; split the series")
-        if rescale_of(header) != rescale_of(first):
-            raise RefusedError("varying_rescale", "rescale slope or intercept varies between slices; use 2D")
+        if rescale_of(header)[0] * rescale_of(first)[0] < 0:
+            raise RefusedError("varying_rescale", "rescale slopes of slices differ in sign; use 2D")
     spacings = np.array([_numbers(header, "PixelSpacing", 2) for header in headers])
     if not np.allclose(spacings, spacings[0], rtol=DIRECTION_TOLERANCE, atol=0):
         raise RefusedError("mixed_geometry", "pixel spacing varies between slices; split the series")

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmwrite
 from pydicom.dataelem import DataElement, RawDataElement
@@ -22,7 +21,6 @@ from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import encode
 from monai_salm.io.dicom_read import MANUFACTURER, MODIFYING_EQUIPMENT, Slices, check_supported, load
-from monai_salm.stored import StoredCodec
 
 __all__ = [
     "DECLARED_KEYWORDS",
@@ -109,20 +107,15 @@ def _add(slices: Slices, delta: NDArray[Any]) -> NDArray[Any]:
     stored, codec = slices.image.stored, slices.image.codec
     if not delta.any():
         raise RefusedError("nothing_changed", "the perturbation is zero everywhere: the copy would not be protected")
-    moved = delta != 0
     try:
         protected = codec.add(stored, delta)
     except ValueError:
         if delta.shape != stored.shape or delta.dtype.kind not in "iu":
             raise
         raise RefusedError("delta_outside_bounds", "the perturbation leaves the stored range; fit it again") from None
-    if not (_all_movable(codec, stored[moved]) and _all_movable(codec, protected[moved])):
+    if not all((codec.movable(values) | (delta == 0)).all() for values in (stored, protected)):
         raise RefusedError("delta_outside_bounds", "the perturbation moves padding or leaves the window; fit it again")
     return protected
-
-
-def _all_movable(codec: StoredCodec, values: NDArray[Any]) -> bool:
-    return bool(codec.movable(values.astype(np.int64)).all())
 
 
 def _derive(source: bytes, plane: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:

@@ -7,6 +7,7 @@ its images, or all images that share one label file, and that file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,7 +45,7 @@ class Format:
 
     read: Callable[[Case, int, Window], StoredImage]
     protect: Callable[..., Iterator[tuple[PurePosixPath, bytes]]]
-    verify: Callable[[Path, Path, float], FileCheck]
+    verify: Callable[..., FileCheck]
 
 
 def _each_case(protect: Callable[..., Iterator[tuple[PurePosixPath, bytes]]]) -> Callable[..., Any]:
@@ -127,7 +128,7 @@ def _protect(
         yield ProtectedFile(source, name, content)
 
 
-def verify(form: str, source: Path, written: Path, limit: float) -> FileCheck:
+def verify(form: str, source: Path, written: Path, limit: float, physical: float = math.inf) -> FileCheck:
     """Parse a written file afresh and compare it with its source.
 
     Args:
@@ -135,13 +136,15 @@ def verify(form: str, source: Path, written: Path, limit: float) -> FileCheck:
         source: the original file.
         written: the protected file, under any name.
         limit: largest change allowed, in stored units.
+        physical: largest change allowed, in physical units, where files of a unit are scaled differently.
 
     Raises:
         RefusedError: When anything changed that must not, or a voxel by too much; and when nothing changed, save in
             DICOM, where single slices of a volume may stay as they are (so sum ``changed`` over a unit).
     """
-    return worker.call(_verify, form, source, written, limit)
+    extra = {} if math.isinf(physical) else {"physical": physical}
+    return worker.call(_verify, form, source, written, limit, extra)
 
 
-def _verify(form: str, source: Path, written: Path, limit: float) -> FileCheck:
-    return FORMATS[form].verify(source, written, limit)
+def _verify(form: str, source: Path, written: Path, limit: float, extra: Mapping[str, float]) -> FileCheck:
+    return FORMATS[form].verify(source, written, limit, **extra)

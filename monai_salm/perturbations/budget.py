@@ -149,7 +149,8 @@ class Lattice:
     Args:
         lower: (B, C, *spatial) integers <= 0.
         upper: (B, C, *spatial) integers >= 0.
-        unit_step: (B, 1, ...) change of unit intensity per step; negative for inverted images.
+        unit_step: (B, 1, ...) change of unit intensity per step; negative for inverted images. Where slices are scaled
+            differently, it has their number along their axis.
 
     Example:
         >>> box = Lattice(torch.tensor([[-2, 0]]), torch.tensor([[2, 0]]), torch.tensor([[0.5]]))
@@ -163,8 +164,13 @@ class Lattice:
 
     @property
     def levels(self) -> Tensor:
-        """(B, 1, ...) largest number of steps any voxel of each image may take."""
-        return torch.maximum(-self.lower, self.upper).flatten(1).amax(1).reshape(self.unit_step.shape)
+        """Largest number of steps that any voxel of each image (of each slice) may take; shaped as ``unit_step``."""
+        return torch.maximum(-self.lower, self.upper).amax(self.alike, keepdim=True)
+
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """Axes along which the voxels of an image have one ``unit_step``."""
+        return tuple(axis for axis in range(1, self.unit_step.ndim) if self.unit_step.shape[axis] == 1)
 
     def project(self, delta: Tensor) -> Tensor:
         """Nearest point of the box, still real-valued."""

@@ -74,7 +74,7 @@ class SALM(Perturbation):
         seen = objective.network.view(image)  # the same in every step
         for step in range(1, self.steps + 1):
             gradient = self.gradient(objective, seen, label, lattice, steps * keep, generator)
-            size = gradient.abs().flatten(1).mean(1).reshape(lattice.unit_step.shape)
+            size = gradient.abs().flatten(1).mean(1).reshape(-1, *[1] * (image.ndim - 1))
             mean = self.momentum * mean + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
             if not chosen and step >= self.look:
                 keep = self.mask(image, mean, label=label, movable=movable, generator=generator)

@@ -249,16 +249,16 @@ class _Writer:
                 source=source.name if source == self._root else source.relative_to(self._root).as_posix(),
                 source_uid=dicom.identify(source)[1],
             )
-            for file, (source, (owner, levels, _, voxels)) in zip(written, facts.items(), strict=True)
+            for file, (source, (owner, levels, *_, voxels)) in zip(written, facts.items(), strict=True)
         ]
         self._journal.append(rows)
         return rows
 
     def _facts(
         self, images: Mapping[Case, StoredImage], deltas: Mapping[Case, np.ndarray]
-    ) -> dict[Path, tuple[str, int, float, int]]:
-        """Of each source file: whose it is, levels of the budget, largest change allowed, voxels."""
-        facts: dict[Path, tuple[str, int, float, int]] = {}
+    ) -> dict[Path, tuple[str, int, float, float, int]]:
+        """Of each source file: whose it is, levels of the budget, largest change allowed (stored, physical), voxels."""
+        facts: dict[Path, tuple[str, int, float, float, int]] = {}
         owned: dict[str, list[Case]] = {}
         for case in images:
             owned.setdefault(owner_id(case), []).append(case)
@@ -266,26 +266,27 @@ class _Writer:
             found = [images[case] for case in cases]
             levels = max(self._check_bounds(images[case].stored, images[case].codec, deltas[case]) for case in cases)
             limit = levels * max(image.codec.step for image in found)
+            physical = max(image.codec.physical_limit(self._budget) for image in found)
             files = formats.files_of(cases)
             voxels = sum(image.stored.size for image in found) // len(files)
-            facts |= dict.fromkeys(files, (owner, levels, limit, voxels))
+            facts |= dict.fromkeys(files, (owner, levels, limit, physical, voxels))
         mask = next(iter(images)).mask
         if mask is not None:
-            facts[mask.file] = (mask_id(mask), 0, 0.0, 0)
+            facts[mask.file] = (mask_id(mask), 0, 0.0, 0.0, 0)
         return facts
 
     def _staged(
         self,
         unit: Sequence[Case],
         deltas: Mapping[Case, np.ndarray],
-        facts: Mapping[Path, tuple[str, int, float, int]],
+        facts: Mapping[Path, tuple[str, int, float, float, int]],
     ) -> Iterator[door.Staged[FileCheck]]:
         changed = Counter(dict.fromkeys(map(owner_id, unit), 0))
         staged: dict[Path, Path] = {}
 
         def verify(path: Path, source: Path) -> FileCheck:
-            owner, _, limit, _ = facts[source]
-            check = formats.verify(unit[0].format, source, path, limit)
+            owner, _, limit, physical, _ = facts[source]
+            check = formats.verify(unit[0].format, source, path, limit, physical)
             changed[owner] += check.changed
             staged[source] = path
             return check

@@ -291,7 +291,7 @@ class SnapToStored(Transform):
         check_same_shape("perturbation", values, "image", stored)
         if not torch.isfinite(values).all():
             raise ValueError("the perturbation has values that are not finite; find out where they come from")
-        steps = values / (known.unit_step if self.unit == "unit" else known.step)
+        steps = values / (known.unit_steps(values) if self.unit == "unit" else known.step)
         snapped = lattice_of([stored], [known], self.budget).snap(steps[None])[0]
         if values.any() and not snapped.any():
             warnings.warn("every change was below half a stored step or not allowed: nothing is left", stacklevel=2)

@@ -177,20 +177,20 @@ class SaveStored(Transform):
         if case.split == "test" or case.index is not None:
             what = "held out for the test" if case.split == "test" else "part of an archive"
             raise ValueError(f"{name} is {what}: leave it out here (release.protect_cohort knows how to treat it)")
-        delta, limit = self._delta(case, img)
+        delta, limits = self._delta(case, img)
         options = {"spatial_dims": self.load.spatial_dims, "window": self.load.window}
         files = formats.protect((case,), lambda _: delta, uids=self.uids, when=self.when, **options)
-        commit.commit(self.output_dir, (self._staged(case, file, limit) for file in files))
+        commit.commit(self.output_dir, (self._staged(case, file, limits) for file in files))
         return img
 
-    def _staged(self, case: Case, file: formats.ProtectedFile, limit: float) -> commit.Staged[Any]:
+    def _staged(self, case: Case, file: formats.ProtectedFile, limits: tuple[float, float]) -> commit.Staged[Any]:
         def verify(path: Path) -> Any:
-            return formats.verify(case.format, file.source, path, limit)
+            return formats.verify(case.format, file.source, path, *limits)
 
         return commit.Staged(commit.PROTECTED / file.name, file.content, verify)
 
-    def _delta(self, case: Case, img: NdarrayOrTensor) -> tuple[np.ndarray, float]:
-        """Lattice steps from the source to ``img``, and the largest change that is allowed, in stored units."""
+    def _delta(self, case: Case, img: NdarrayOrTensor) -> tuple[np.ndarray, tuple[float, float]]:
+        """Lattice steps from the source to ``img``, and the largest change that is allowed, stored and physical."""
         source = formats.read(case, self.load.spatial_dims, self.load.window)
         codec = source.codec
         protected = stored_array(img, codec)
@@ -204,7 +204,7 @@ class SaveStored(Transform):
                 f"{case.sample_id}: {int(outside.sum())} voxels are outside the budget of {self.budget}, the window "
                 "or the lattice: use ApplyPerturbation, or SnapToStored before adding"
             )
-        return delta, codec.levels(self.budget) * codec.step
+        return delta, (codec.levels(self.budget) * codec.step, codec.physical_limit(self.budget))
 
 
 def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.PathLike[str] | None = None) -> Case:

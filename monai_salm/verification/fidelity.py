@@ -85,6 +85,8 @@ class Fidelity:
         moved, change = _changes(before, after, codec.step)
         largest = float(change.max()) if change.size else 0.0
         physical = largest * abs(codec.slope)
+        if codec.slices:
+            physical = float(np.abs(codec.slices.to_physical(after) - codec.slices.to_physical(before)).max())
         self._errors.append((largest, physical, physical / codec.width))
         self._fraction.append(float(moved.mean()))
         self._units.add(codec.unit)
