@@ -61,7 +61,7 @@ def write(
 
 
 def protect(path: Path, delta: np.ndarray, spatial_dims: int = 3) -> bytes:
-    ((name, content),) = nifti.protect(case_of(path), delta, spatial_dims=spatial_dims, window="auto")
+    ((name, content),) = nifti.protect([case_of(path)], lambda _: delta, spatial_dims=spatial_dims, window="auto")
     assert str(name) == path.name
     return content
 
@@ -182,7 +182,8 @@ def test_nan_keeps_its_bits(tmp_path):
 
 
 REFUSED = {
-    "4d": (np.zeros((2, 3, 4, 5), np.int16), 3, "multi_volume"),
+    "5d": (np.zeros((2, 3, 4, 1, 3), np.int16), 3, "vector_image"),
+    "slices_in_3d": (np.zeros((2, 3, 1, 5), np.int16), 3, "not_3d"),
     "complex": (np.zeros((2, 3, 4), np.complex64), 3, "complex_image"),
     "rgb": (np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]), 3, "color_image"),
     "int64": (RAMP.astype(np.int64), 3, "unsupported_type"),
@@ -216,7 +217,7 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused_before_readi
     content[42:48] = np.array([30000, 30000, 300], dtype="<i2").tobytes()
     source.write_bytes(gzip.compress(content) if ending.endswith("gz") else bytes(content))
     with pytest.raises(RefusedError, match="truncated_file"):
-        nifti.check_supported(source, 3)
+        nifti.count_volumes(source, 3)
 
 
 def test_truncated_and_broken_files_are_refused(tmp_path):
@@ -268,7 +269,7 @@ def test_stored_values_of_any_type_survive_the_round_trip(tmp_path_factory, data
         return
     np.testing.assert_array_equal(image.stored[0], values)
     delta = np.where(image.stored == image.stored.max(), -1, 0).astype(np.int16)
-    ((_, content),) = nifti.protect(case_of(source), delta, spatial_dims=3, window=image.codec.window)
+    ((_, content),) = nifti.protect([case_of(source)], lambda _: delta, spatial_dims=3, window=image.codec.window)
     (written := folder / "b.nii").write_bytes(content)
     assert nifti.verify(source, written, image.codec.step).changed == 1
 
@@ -295,7 +296,7 @@ def test_verify_refuses_what_was_not_declared(tmp_path):
 def test_a_header_and_image_pair_is_refused_by_name(tmp_path):
     nib.save(nib.Nifti1Pair(RAMP.astype(np.int16), np.eye(4)), tmp_path / "a.hdr")
     with pytest.raises(RefusedError, match="nifti_pair"):
-        nifti.check_supported(tmp_path / "a.hdr", 3)
+        nifti.count_volumes(tmp_path / "a.hdr", 3)
 
 
 @pytest.mark.data

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -93,7 +93,8 @@ class Case:
         files: absolute paths; the slices of a DICOM volume in spatial order.
         names: the names a label table may use: relative POSIX path of file and series folder, UIDs, npz key.
         group: pseudonym of the patient, for splits that keep patients together.
-        index: position in an npz archive, with ``split`` naming its array.
+        index: position in a file of several cases: in an npz archive, with ``split`` naming its array; of a volume in
+            a NIfTI file of several. Such a file is protected as a whole, all its cases at once.
         label: class index, -1 while unknown and where each voxel has its own.
         split: ``"train"``, ``"val"`` (both are released) or ``"test"`` (held out: never fitted on, never written).
         mask: voxel labels, None where the case is labelled as a whole.
@@ -108,6 +109,12 @@ class Case:
     label: int = -1
     split: str = "train"
     mask: Mask | None = None
+
+    @property
+    def file_name(self) -> PurePosixPath:
+        """Path of the case's first file relative to the export; where the file has several cases, without the part."""
+        name = PurePosixPath(self.names[0])
+        return name if self.index is None else name.parent.parent
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table of the formats, and what a release is made of: units, each a set of cases and the files that hold them.
 
-A unit is released as a whole or not at all: a DICOM series or image, a NIfTI, PNG or TIFF file, an archive with all
-its images, or all images that share one label file, and that file.
+A unit is released as a whole or not at all: a DICOM series or image, a PNG or TIFF file, a NIfTI file with all its
+volumes, an archive with all its images, or all images that share one label file, and that file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _each_case(protect: Callable[..., Iterator[tuple[PurePosixPath, bytes]]]) ->
 
 FORMATS: Mapping[str, Format] = {
     "dicom": Format(dicom.read, _each_case(dicom.protect), partial(dicom.verify, allow_unchanged=True)),
-    "nifti": Format(nifti.read, _each_case(nifti.protect), nifti.verify),
+    "nifti": Format(nifti.read, nifti.protect, nifti.verify),
     "npz": Format(npz.read, npz.protect, npz.verify),
     "png": Format(raster.read, _each_case(raster.protect), raster.verify),
     "tiff": Format(raster.read, _each_case(raster.protect), raster.verify),

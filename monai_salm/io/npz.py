@@ -119,12 +119,7 @@ def protect(
         image = read(case, spatial_dims, window)
         views[case.split][case.index] = image.codec.add(image.stored, np.asarray(deltas(case)))[0]
     del views
-    yield archive_name(cases[0]), _zip(source, members)
-
-
-def archive_name(case: Case) -> PurePosixPath:
-    """Path of a case's archive relative to the export."""
-    return PurePosixPath(case.names[0]).parent.parent
+    yield cases[0].file_name, _zip(source, members)
 
 
 def verify(source: Path, written: Path, limit: float) -> FileCheck:

@@ -167,7 +167,7 @@ class _Findings:
             elif head[:2] in (b"\x02\0", b"\x08\0"):  # DICOM without its file header: refused by that name
                 self._add_dicom(path)
             else:
-                raise _unknown(head)
+                raise _unknown(path, head)
         except RefusedError as error:
             self.refuse([self.name(path)], error)
         except OSError as error:
@@ -176,11 +176,19 @@ class _Findings:
             )
 
     def _add_image(self, path: Path, form: str) -> None:
-        worker.call((nifti if form == "nifti" else raster).check_supported, path, self.spatial_dims)
+        count = 1
+        if form == "nifti":
+            count = worker.call(nifti.count_volumes, path, self.spatial_dims)
+        else:
+            worker.call(raster.check_supported, path, self.spatial_dims)
         name = self.name(path)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
-        self.cases.append(Case(pseudonym(name), form, (path,), (name,), pseudonym(group)))
+        if count == 1:
+            self.cases.append(Case(pseudonym(name), form, (path,), (name,), pseudonym(group)))
+        for index in range(count) if count > 1 else ():
+            names = nifti.volume_names(PurePosixPath(name), index)
+            self.cases.append(Case(pseudonym(names[0]), form, (path,), names, pseudonym(group), index))
 
     def _add_npz(self, path: Path) -> None:
         archive = PurePosixPath(self.name(path))
@@ -296,8 +304,8 @@ def _check_pixels(findings: _Findings, window: Window) -> None:
                     findings.refuse(case.names, error if case is culprit else SHARED_MASK, case.sample_id)
                 continue
             name = unit[0].sample_id if len(unit) == 1 else ""
-            archive = [str(npz.archive_name(unit[0]))] if unit[0].format == "npz" else []
-            findings.refuse([*archive, *(name for case in unit for name in case.names)], error, name)
+            shared = [] if unit[0].index is None else [unit[0].file_name.as_posix()]
+            findings.refuse([*shared, *(name for case in unit for name in case.names)], error, name)
     findings.cases = kept
 
 
@@ -318,7 +326,9 @@ def _check_case(case: Case, findings: _Findings, window: Window) -> None:
         raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
 
 
-def _unknown(head: bytes) -> RefusedError:
+def _unknown(path: Path, head: bytes) -> RefusedError:
+    if path.suffix.lower() == ".img" and any(path.with_suffix(ending).is_file() for ending in (".hdr", ".HDR")):
+        return RefusedError("nifti_pair", "the voxels of a .hdr/.img pair; convert it to a single .nii file")
     if head[:3] == b"\xff\xd8\xff":
         return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
     return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")

@@ -17,7 +17,6 @@ from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
-from monai_salm.io import npz
 from monai_salm.io.base import Case, Mask, RefusedError
 
 __all__ = [
@@ -195,8 +194,8 @@ def pseudonym(text: str) -> str:
 
 
 def owner_id(case: Case) -> str:
-    """``sample_id`` of the manifest rows of a case's image files: the case, or its archive."""
-    return case.sample_id if case.index is None else pseudonym(npz.archive_name(case).as_posix())
+    """``sample_id`` of the manifest rows of a case's image files: the case, or the file that it shares with others."""
+    return case.sample_id if case.index is None else pseudonym(case.file_name.as_posix())
 
 
 def mask_id(mask: Mask) -> str:

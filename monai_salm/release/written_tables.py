@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from monai_salm.io.base import Case
-from monai_salm.release.identity import mask_id
+from monai_salm.release.identity import mask_id, owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import ManifestRow
 from monai_salm.release.table import plain
@@ -31,9 +31,9 @@ def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["case", "mask" if cohort.voxelwise else "label", "split"])
-    labelled = [case for case in cases if case.index is None]
-    for case in labelled:
-        files = written[case.sample_id]
+    labelled = {owner_id(case): case for case in cases if case.format != "npz"}
+    for owner, case in labelled.items():
+        files = written[owner]
         folders = {PurePosixPath(row.file).parent for row in files}
         name = folders.pop().as_posix() if len(files) > 1 and len(folders) == 1 else files[0].file
         label = written[mask_id(case.mask)][0].file if case.mask else cohort.classes[case.label]

@@ -175,7 +175,7 @@ class SaveStored(Transform):
             raise KeyError(f"no case {name!r} in the catalog: scan the export that the image comes from")
         case = self.cases[name]
         if case.split == "test" or case.index is not None:
-            what = "held out for the test" if case.split == "test" else "part of an archive"
+            what = "held out for the test" if case.split == "test" else "part of a file with others"
             raise ValueError(f"{name} is {what}: leave it out here (release.protect_cohort knows how to treat it)")
         delta, limits = self._delta(case, img)
         options = {"spatial_dims": self.load.spatial_dims, "window": self.load.window}
@@ -224,7 +224,8 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
         raise FileNotFoundError(f"there is no image at {path}; check the path")
     name = path.name if root is None else path.relative_to(Path(root).absolute()).as_posix()
     if path.is_file() and nifti.sniff(nifti.read_head(path)):
-        worker.call(nifti.check_supported, path, spatial_dims)
+        if worker.call(nifti.count_volumes, path, spatial_dims) > 1:
+            raise RefusedError("several_images", "the file holds several; hand over cases from release.catalog.scan")
         return Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(name))
     form = raster.sniff(nifti.read_head(path)) if path.is_file() else None
     if form:

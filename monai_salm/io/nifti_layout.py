@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a NIfTI file's voxels are and how to read them, told from its header and size alone.
+
+Axes. Volumes are turned to RAS+ without resampling. A single slice is shown as a DICOM viewer would show it, so that
+both formats mix in one cohort: columns run to the patient's left (sagittal plane: to posterior), rows to posterior
+(coronal and sagittal plane: to inferior). A file that does not tell its orientation (both codes 0, or an affine that
+cannot be inverted) is taken as stored; a slice of such a file is transposed, NIfTI's first axis being the column.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from monai_salm.io.base import RefusedError
+
+__all__ = ["LABEL_TYPES", "SUPPORTED_TYPES", "Layout", "is_gzip", "layout_of", "open_plain", "read_head", "sniff"]
+
+SUPPORTED_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float32", "float64")
+LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
+"""Of label files, which are never changed."""
+MAX_BYTES = 2**32
+"""Largest decompressed file that is read."""
+_DEFLATE_RATIO = 1032
+"""No deflate stream grows by more than this, so a header that promises more is lying (zlib's technical notes)."""
+_HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0")}
+_PAIRS = (b"ni1\0", b"ni2\0")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """canonical = transpose(flip(file array, flips), order)."""
+
+    order: tuple[int, ...]
+    flips: tuple[int, ...]
+
+    def to_canonical(self, voxels: np.ndarray) -> np.ndarray:
+        return np.transpose(np.flip(voxels, self.flips), self.order)
+
+    def to_file(self, canonical: np.ndarray) -> np.ndarray:
+        return np.flip(np.transpose(canonical, np.argsort(self.order)), self.flips)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a file's voxels are and how to read them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    intercept: float
+    axes: Axes
+    affine: np.ndarray
+    """(4, 4) voxel index to mm; NaN where the header's numbers make none."""
+    volumes: int
+    """Along the fourth axis, one behind the other; ``shape`` is that of one."""
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """mm along each canonical axis; empty where the affine is degenerate."""
+        norms = np.linalg.norm(self.affine[:3, : len(self.shape)], axis=0)[list(self.axes.order)]
+        return tuple(map(float, norms)) if np.isfinite(norms).all() and norms.all() else ()
+
+    @property
+    def end(self) -> int:
+        return self.offset + self._count * self.volumes * self.dtype.itemsize
+
+    @property
+    def _count(self) -> int:
+        return math.prod(self.shape)
+
+    def voxels(self, content: bytes | bytearray, volume: int = 0) -> np.ndarray:
+        """View of a volume's voxels inside ``content``, in the file's axes and byte order."""
+        start = self.offset + volume * self._count * self.dtype.itemsize
+        return np.frombuffer(content, self.dtype, self._count, start).reshape(self.shape, order="F")
+
+
+def sniff(head: bytes) -> bool:
+    """True if a file that starts with ``head`` (540 decompressed bytes) is NIfTI, supported or not, or the header of an
+    Analyze pair."""
+    return _is_analyze(head) or any(
+        head[at : at + 4] in (magic, _PAIRS[0], _PAIRS[1]) for _, at, magic in _HEADERS.values()
+    )
+
+
+def _is_analyze(head: bytes) -> bool:
+    """True for the header of an Analyze 7.5 pair, which is a file of 348 bytes that starts with that number."""
+    return len(head) == 348 and 348 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
+
+
+def read_head(path: Path, count: int = 540) -> bytes:
+    """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken."""
+    try:
+        with open_plain(path) as stream:
+            return stream.read(count)
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def layout_of(path: Path, head: bytes, spatial_dims: int | None, types: Sequence[str] = SUPPORTED_TYPES) -> Layout:
+    """Where the voxels of a file are.
+
+    Args:
+        path: the file, for its size.
+        head: its first decompressed bytes, see :py:func:`read_head`.
+        spatial_dims: 2 or 3; None takes either (then a slice is not turned to canonical axes).
+        types: names of the voxel types that are taken.
+
+    Raises:
+        RefusedError: When the file is of a kind that is not supported, or its header promises what cannot be there.
+    """
+    header = _header(head)
+    try:
+        shape, dtype = header.get_data_shape(), header.get_data_dtype()
+        slope, intercept = header.get_slope_inter()
+        least = len(header.binaryblock) + 4
+        offset = int(header["vox_offset"]) or least
+    except KeyError as error:
+        raise RefusedError(
+            "unsupported_type", f"the header's type code {int(header['datatype'])} is unknown"
+        ) from error
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise RefusedError("broken_header", "shape, type or scaling of the header cannot be read") from error
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 4:
+        raise RefusedError("vector_image", f"the file has shape {shape}, several values per voxel; split it into files")
+    _check_type(dtype, types)
+    _check_shape(shape, spatial_dims)
+    shape, volumes = shape[:3], int(math.prod(shape[3:]))
+    slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
+    if offset < least:
+        raise RefusedError("broken_header", f"the header puts the voxels at byte {offset}, inside itself")
+    plane = spatial_dims == 2
+    if plane:
+        shape = shape[:2]
+    axes = _axes(header, len(shape), plane)
+    layout = Layout(tuple(map(int, shape)), dtype, offset, slope, intercept, axes, _affine(header), volumes)
+    size = path.stat().st_size
+    if layout.end > (size * _DEFLATE_RATIO if is_gzip(path) else size):
+        raise RefusedError("truncated_file", f"the header promises {layout.end} bytes, more than the file can hold")
+    if layout.end > MAX_BYTES:
+        raise RefusedError("too_large", f"the volume has {layout.end} bytes; files above {MAX_BYTES} are not supported")
+    return layout
+
+
+def _header(head: bytes) -> Any:
+    if _is_analyze(head) and head[344:348] not in _PAIRS:
+        raise RefusedError("analyze_pair", "Analyze pairs (.hdr/.img) are not supported; convert to a single .nii file")
+    for size, (kind, at, magic) in _HEADERS.items():
+        found = head[at : at + 4]
+        if found in _PAIRS:
+            raise RefusedError("nifti_pair", ".hdr/.img pairs are not supported; convert to a single .nii file")
+        if found == magic and len(head) >= size:
+            return kind(head[:size], check=False)
+    raise RefusedError("broken_header", "this is not a complete NIfTI header")
+
+
+def _check_type(dtype: np.dtype[Any], types: Sequence[str]) -> None:
+    name = dtype.newbyteorder("=").name
+    if dtype.names:
+        raise RefusedError("color_image", "the file holds RGB colors; only grayscale images can be protected")
+    if dtype.kind == "c":
+        raise RefusedError("complex_image", f"the file holds {name}; save the magnitude image instead")
+    if name not in types:
+        raise RefusedError("unsupported_type", f"the file holds {name}; save it as one of {', '.join(types)}")
+
+
+def _check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> None:
+    if not shape or min(shape) < 1:
+        raise RefusedError("broken_header", f"the header's shape {shape} has no voxels")
+    flat = shape[2:3] in ((), (1,)) and len(shape) > 1
+    if spatial_dims == 2 and not flat:
+        raise RefusedError("not_2d", f"the file has shape {shape}; use spatial_dims=3 (the 3D bundle) for volumes")
+    if spatial_dims == 3 and (len(shape) < 3 or flat):
+        raise RefusedError(
+            "not_3d", f"the file has shape {shape}; use spatial_dims=2 (the 2D bundle) for single slices"
+        )
+
+
+def _axes(header: Any, ndim: int, plane: bool) -> Axes:
+    """How the file's axes become canonical ones (see the module's docstring)."""
+    as_stored = Axes((1, 0) if plane else tuple(range(ndim)), ())
+    if ndim < 2 or (int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0):
+        return as_stored
+    try:
+        world = nib.orientations.io_orientation(header.get_best_affine())
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+        return as_stored
+    if not np.isfinite(world).all() or len(world) < ndim:
+        return as_stored
+    # A slice is displayed towards left, posterior, inferior: the negative directions of RAS+.
+    away = 1 if plane else -1
+    order = tuple(int(axis) for axis in np.argsort(world[:ndim, 0]))
+    flips = tuple(axis for axis in range(ndim) if world[axis, 1] == away)
+    return Axes(order[::-1] if plane else order, flips)
+
+
+def _affine(header: Any) -> np.ndarray:
+    unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # meter, micrometer; else taken for mm
+    try:
+        return np.diag([unit, unit, unit, 1.0]) @ np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+        return np.full((4, 4), np.nan)
+
+
+def is_gzip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+def open_plain(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if is_gzip(path) else path.open("rb")
