@@ -142,7 +142,7 @@ def test_each_volume_of_a_4d_file_is_a_case_with_its_own_window_and_the_file_is_
 
     bank = bank_of(cohort)
     rows = protect(cohort, bank, tmp_path / "out")
-    assert [row.file for row in rows] == [f"sub-{index}/bold.nii.gz" for index in range(4)]
+    assert [row.file for row in rows if row.levels] == [f"sub-{index}/bold.nii.gz" for index in range(4)]
     for case in cohort.cases:
         twin = read_protected(cohort, tmp_path / "out")[case.sample_id]
         difference = formats.read(twin, 3).stored.astype(int) - formats.read(case, 3).stored
