@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,20 +13,23 @@ from typing import Any
 
 from monai_salm import __version__
 
-DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 EXIT_CODES = """\
 exit codes:
   0    done: everything is protected, and verified where asked
   1    an error in the program; the traceback says where
-  2    the arguments or the input cannot be used; nothing was written that was not whole
-  3    a file was refused, or the verdict is not "protected"
-  4    a protected file is not what was written; share nothing of the folder
+  2    the arguments or the input cannot be used, or OUT was made with other settings; nothing was written that was not
+       whole
+  3    a file was refused, or the verdict is not "protected", or there was nothing to check ("inconclusive")
+  4    a file of OUT is not what was written, is missing, or does not belong; share nothing of the folder
+  5    another process writes into OUT
   130  interrupted; the same command goes on
 """
 _SHOWN = 20
 """Rows of a list on the screen unless all are asked for."""
 _DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
 
+_NAMES_HELP = "show the names of files in place of pseudonyms; they may be personal"
 _EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
 _VISIBILITY_HELP = "of each image beside its own JPEG 2000 copy at 5:1: report it, or refuse what is more visible"
 
@@ -34,17 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
     _quiet_logs()
+    umask = os.umask(0o077)
     try:
         return options.command(options)
     except KeyboardInterrupt:
         _say("interrupted; what is finished is kept. Run the same command again to go on")
         return INTERRUPTED
     except Exception as error:
-        code = None if options.debug else _exit_code(error)
-        if code is None:
+        if options.debug:
             raise
-        _say(_sentence(error))
+        code = _exit_code(error)
+        if code is None:
+            _say_where(error)
+            return FAILED
+        _say(_sentence(error, options))
         return code
+    finally:
+        os.umask(umask)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     parser.add_argument("--version", action="version", version=f"monai-salm {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    debug = "show the traceback and text of every error; the text of an unexpected one may hold names of patients"
+    parser.add_argument("--debug", action="store_true", help=debug)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="list what an export holds and what would be refused, with reasons")
@@ -64,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(inspect)
     inspect.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
     inspect.add_argument("--all", action="store_true", help="list every case and every refusal")
+    inspect.add_argument("--names", action="store_true", help=_NAMES_HELP)
     inspect.set_defaults(command=_inspect)
 
     protect = commands.add_parser("protect", help="write the protected copy of an export, and verify it")
@@ -80,8 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     protect.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
     protect.set_defaults(command=_protect)
 
-    verify = commands.add_parser("verify", help="measure what a protected copy is worth, with a report and a verdict")
-    verify.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote")
+    verify = commands.add_parser(
+        "verify",
+        help="check that a protected copy is what was written, then measure what it is worth",
+        description="First every file is held against manifest, chain and signature; this needs neither the export nor "
+        "OUT/private. Then, where OUT/private tells how the copy was made, the study of victims is run, with a report "
+        "and a verdict.",
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
+    )
+    verify.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote, or a copy without private/")
+    verify.add_argument("--files-only", action="store_true", help="only check the files")
+    public_key = "the owner's release.pub, from a source that you trust (default: the one in OUT)"
+    verify.add_argument("--public-key", type=Path, metavar="FILE", help=public_key)
+    verify.add_argument("--names", action="store_true", help=_NAMES_HELP)
     verify.add_argument("--export", type=Path, help="the export, if it is no longer where protect found it")
     verify.add_argument("--labels", type=Path, metavar="CSV", help="the label table, if it moved")
     _add_set(verify)
@@ -161,12 +185,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if labels is None and cohort is None:
         console.print(f"No label table: 'protect' needs one ({LABELS_FILE} in the export, or --labels).")
     if options.all:
-        console.print(cases_table(catalog, cohort))
+        console.print(cases_table(catalog, cohort, options.names))
     refusals = cohort.refusals if cohort else catalog.refusals
     if refusals:
         shown = refusals if options.all else refusals[:_SHOWN]
         console.print(f"{len(refusals)} refused: {_tally(each.reason for each in refusals)}")
-        console.print(refusals_table(shown, catalog))
+        console.print(refusals_table(shown, catalog, options.names))
         if len(shown) < len(refusals):
             console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
     if problem:
@@ -218,8 +242,17 @@ def _protect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from monai_salm.release.integrity import check
+
+    found = check(options.out, options.public_key)
+    print(*found.lines(options.names), sep="\n", flush=True)
+    if found.problems or not found.conclusive:
+        return INTEGRITY if found.problems else NOT_PROTECTED
     from monai_salm import workflows
 
+    asked = options.export or options.labels or options.set
+    if options.files_only or not (asked or (options.out / workflows.RUN_CONFIG).is_file()):
+        return DONE
     bundle, overrides = workflows.load_run(options.out)
     export = options.export or Path(overrides.get("dataset_dir", ""))
     if not export.exists():
@@ -297,11 +330,10 @@ def _tally(values: Iterable[str]) -> str:
 
 def _exit_code(error: Exception) -> int | None:
     """Code of an error that its own text explains; None for a fault of the program."""
-    protect = sys.modules.get("monai_salm.release.protect")
-    if protect is not None and isinstance(error, protect.IntegrityError):
-        return INTEGRITY
-    explained = isinstance(error, OSError) or type(error).__module__.startswith("monai_salm.")
-    return BAD_INPUT if explained or (isinstance(error, ValueError) and _raised_by_us(error)) else None
+    if type(error).__module__.startswith("monai_salm."):
+        return {"IntegrityError": INTEGRITY, "LockedError": LOCKED}.get(type(error).__name__, BAD_INPUT)
+    explained = isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error))
+    return BAD_INPUT if explained else None
 
 
 def _raised_by_us(error: Exception) -> bool:
@@ -312,10 +344,20 @@ def _raised_by_us(error: Exception) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("monai_salm.")
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, options: argparse.Namespace) -> str:
+    """Text of an explained error; of files only those are named that the command line named."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        named = {str(value) for value in vars(options).values() if isinstance(value, Path)}
+        return f"{error.strerror}: {error.filename}" if str(error.filename) in named else error.strerror
     return str(error)
+
+
+def _say_where(error: Exception) -> None:
+    """The traceback of a fault, without texts: those of other libraries quote what they read, names included."""
+    import traceback
+
+    print("Traceback (most recent call last):", *traceback.format_tb(error.__traceback__), file=sys.stderr, sep="\n")
+    _say(f"a fault of the program ({type(error).__name__}); its text is kept back, --debug shows it")
 
 
 def _say(text: str) -> None:

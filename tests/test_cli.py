@@ -169,6 +169,8 @@ def test_inspect_lists_refusals_with_reason_name_and_fix(run, export):
     (export / "Notes on Jane.txt").write_text("x")
     write_series(export / "S1", "one")
     code, out, err = run("inspect", export, "--dim", 3)
+    assert code == cli.NOT_PROTECTED and "Jane" not in out + err and "case-" in out
+    code, out, err = run("inspect", export, "--dim", 3, "--names")
     assert code == cli.NOT_PROTECTED
     assert "2 refused: 1 no_label, 1 unknown_file" in out
     assert (
@@ -180,15 +182,17 @@ def test_inspect_lists_refusals_with_reason_name_and_fix(run, export):
 def test_inspect_shows_the_first_refusals_and_all_on_request(run, export):
     for index in range(30):
         (export / f"note{index:02d}.txt").write_text("x")
-    _, out, _ = run("inspect", export, "--dim", 3)
+    _, out, _ = run("inspect", export, "--dim", 3, "--names")
     assert "and 10 more; --all lists them" in out and "note29.txt" not in out
     _, out, _ = run("inspect", export, "--dim", 3, "--all")
+    assert "note" not in out and "v0.nii.gz" not in out
+    _, out, _ = run("inspect", export, "--dim", 3, "--all", "--names")
     assert "note29.txt" in out and "images/v0.nii.gz" in out
 
 
 def test_inspect_shows_names_without_control_codes(run, export):
     (export / "evil\x1b[2Jname").write_text("x")
-    _, out, _ = run("inspect", export, "--dim", 3)
+    _, out, _ = run("inspect", export, "--dim", 3, "--names")
     assert "\x1b" not in out and "evil" in out
 
 
@@ -289,7 +293,7 @@ def test_constant_and_broken_images_are_refused_with_a_reason(run, tmp_path):
     write_nifti(folder / "good.nii")
     nib.save(nib.Nifti1Image(np.full((5, 5, 5), 7, np.int16), np.eye(4)), folder / "flat.nii")
     (folder / "torn.nii").write_bytes((folder / "good.nii").read_bytes()[:500])
-    code, out, _ = run("inspect", folder, "--dim", 3)
+    code, out, _ = run("inspect", folder, "--dim", 3, "--names")
     assert code == cli.NOT_PROTECTED and "flat.nii" in out and "torn.nii" in out and "1 cases" in out
 
 
@@ -340,9 +344,10 @@ def test_a_changed_file_exits_with_4(run, export, stub, tmp_path):
     out = tmp_path / "out"
     assert run("protect", export, out, "--bundle", stub)[0] == cli.DONE
     (out / "protected" / "images" / "v0.nii.gz").write_bytes(b"other")
-    check = "$monai_salm.release.protect.read_protected(@cohort, @output_dir)"
-    code, _, err = run("verify", out, "--set", f"at_verify={check}")
-    assert code == cli.INTEGRITY and "changed since it was written" in err and "Traceback" not in err
+    code, said, err = run("verify", out)
+    assert code == cli.INTEGRITY and "changed: the file of line 2 of manifest.jsonl" in said and "v0" not in said + err
+    code, said, _ = run("verify", out, "--names")
+    assert code == cli.INTEGRITY and "protected/images/v0.nii.gz" in said
 
 
 def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path):
@@ -353,12 +358,14 @@ def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_pa
     assert code == cli.DONE, err
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(export, stub, tmp_path):
-    arguments = ["protect", str(export), str(tmp_path / "out"), "--bundle", stub]
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        cli.main([*arguments, "--set", "at_fit=$torch.dot(torch.ones(2), torch.ones(3))"])
-    with pytest.raises(ValueError, match="inhomogeneous"):
-        cli.main([*arguments, "--set", "at_fit=$np.array([[1], [1, 2]])"])
+def test_a_fault_of_the_program_says_where_but_not_what_it_read(run, export, stub, tmp_path):
+    arguments = ["protect", export, tmp_path / "out", "--bundle", stub, "--set"]
+    for fault in ("torch.dot(torch.ones(2), torch.ones(3))", "{}['Jane Doe']"):
+        code, out, err = run(*arguments, f"at_fit=${fault}")
+        assert code == cli.FAILED and "Traceback" in err and "--debug" in err
+        assert "inconsistent tensor size" not in out + err and "Jane" not in out + err
+    with pytest.raises(KeyError, match="Jane"):
+        cli.main(["--debug", *map(str, arguments), "at_fit=${}['Jane Doe']"])
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -366,11 +373,21 @@ def test_debug_shows_the_traceback(tmp_path):
         cli.main(["--debug", "inspect", str(tmp_path / "nope")])
 
 
-def test_verify_of_a_folder_that_protect_did_not_write_says_what_to_do(run, tmp_path):
-    assert_refused(run("verify", tmp_path), "run-config.json is missing", "monai-salm protect")
-    (tmp_path / "private").mkdir()
-    (tmp_path / "private" / "run-config.json").write_text("{")
-    assert_refused(run("verify", tmp_path), "cannot be understood")
+def test_verify_of_a_folder_without_a_release_is_inconclusive(run, tmp_path):
+    code, out, _ = run("verify", tmp_path)
+    assert code == cli.NOT_PROTECTED and "inconclusive" in out
+    assert_refused(run("verify", tmp_path / "nope"), "there is no folder")
+
+
+def test_verify_without_the_settings_of_protect_checks_the_files_or_says_what_to_do(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    (out / "private" / "run-config.json").write_text("{")
+    assert_refused(run("verify", out), "cannot be understood")
+    assert run("verify", out, "--files-only")[0] == cli.DONE
+    (out / "private" / "run-config.json").unlink()
+    assert run("verify", out)[0] == cli.DONE
+    assert_refused(run("verify", out, "--export", export), "run-config.json is missing", "monai-salm protect")
 
 
 def test_verify_wants_the_export_where_it_was_or_its_new_place(run, export, stub, tmp_path):

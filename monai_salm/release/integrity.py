@@ -9,17 +9,19 @@ Not covered: the rest of ``private/``, models and reports, which are not shared 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monai_salm.release import commit as door
 from monai_salm.release import signature
-from monai_salm.release.manifest import PUBLIC, IntegrityError, differences, read_chain
+from monai_salm.release.manifest import PROTECTED, PUBLIC, IntegrityError, differences, read_chain, walk
 from monai_salm.release.shards import shards_of
 
 BESIDE = (door.PROTECTED, door.PRIVATE, door.DEMO_EXPORT, "models", "report.html", "report.json", *signature.SIGNED)
 """Names that a release's folder may hold, beside the manifests and what MONAI's tracking leaves."""
+MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,28 @@ class Integrity:
     problems: tuple[Problem, ...]
 
     @property
-    def count(self) -> int:
-        """Files that were held against the manifest."""
-        return sum(self.files.values())
+    def conclusive(self) -> bool:
+        """Whether there was a protected file to check."""
+        return bool(self.problems) or self.files.get(PROTECTED, 0) > 0
+
+    def lines(self, names: bool = False) -> Iterator[str]:
+        """The result for a terminal.
+
+        Args:
+            names: tell the names of files, which may be personal.
+        """
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(self.files.items())) or "none"
+        yield f"files in the manifest: {counts}; {self.size} bytes"
+        for problem in self.problems[:MAX_SHOWN]:
+            yield f"{problem.kind}: {problem.detail}" + (f" ({problem.name})" if names and problem.name else "")
+        if len(self.problems) > MAX_SHOWN:
+            yield f"and {len(self.problems) - MAX_SHOWN} more"
+        if self.fingerprint:
+            yield f"signed with the key {self.fingerprint}"
+        if not self.conclusive:
+            yield "inconclusive: there are 0 protected files to check; name the folder that protect wrote"
+        elif not self.problems:
+            yield "every file is the one that was written, and none is missing or added"
 
 
 def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integrity:
@@ -73,6 +94,8 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         raise ValueError(f"there is no folder {output_dir}; name the folder that protect wrote")
+    if not _holds_anything(output_dir):
+        return Integrity({}, 0, "", ())
     problems: list[Problem] = []
     chains: dict[str, signature.Chain] = {}
     shards, fingerprint = 1, ""
@@ -94,6 +117,14 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
     size = sum(path.stat().st_size for path in present if path.is_file())
     states = Counter(str(record["state"]) for _, record in rows.values())
     return Integrity(dict(states), size, fingerprint, tuple(problems))
+
+
+def _holds_anything(output_dir: Path) -> bool:
+    """Whether there is a released file, or something that speaks of one."""
+    told = [*signature.SIGNED, door.JOURNAL, door.MANIFEST]
+    if any((output_dir / name).exists() for name in told) or any(output_dir.glob("manifest*.jsonl")):
+        return True
+    return next(walk(output_dir / door.PROTECTED), None) is not None
 
 
 def _read_chains(
@@ -151,6 +182,8 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
     """What lies beside the protected files and was not written by a release."""
     problems = []
     for path in sorted(output_dir.iterdir()):
+        if path.name == door.STAGING and next(walk(path), None) is None:
+            continue
         ours = path.name in BESIDE or path.name in chains or any(map(path.match, door.TRACKING))
         if not ours and not (not chains and path.match("manifest*.jsonl")):
             problems.append(Problem("added", "an entry beside the protected files", path.name))

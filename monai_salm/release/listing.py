@@ -12,6 +12,7 @@ from rich.text import Text
 
 from monai_salm.io.base import Case
 from monai_salm.release.catalog import Catalog, Refusal
+from monai_salm.release.identity import mask_id
 from monai_salm.release.labels import Cohort
 
 __all__ = ["cases_table", "counts_line", "counts_table", "refusals_table"]
@@ -51,22 +52,24 @@ def _count(cohort: Cohort, label: int, cases: Sequence[Case]) -> tuple[int, ...]
     return sum(count > 0 for count in voxels), sum(voxels)
 
 
-def cases_table(catalog: Catalog, cohort: Cohort | None) -> Table:
-    """A row for each case."""
+def cases_table(catalog: Catalog, cohort: Cohort | None, names: bool = False) -> Table:
+    """A row for each case; with the names of its files only where they are asked for, for they may be personal."""
     cases = cohort.cases if cohort else catalog.cases
-    classes = [(case.mask.name if case.mask else cohort.classes[case.label]) if cohort else "" for case in cases]
-    rows = [
-        (case.sample_id, case.format, len(case.files), label, case.split, case.names[0])
-        for case, label in zip(cases, classes, strict=True)
-    ]
+    rows = []
+    for case in cases:
+        label = cohort.classes[case.label] if cohort and case.mask is None else ""
+        if case.mask is not None:
+            label = case.mask.name if names else mask_id(case.mask)
+        row = (case.sample_id, case.format, len(case.files), label, case.split)
+        rows.append((*row, case.names[0]) if names else row)
     label = "mask" if cohort and cohort.voxelwise else "class"
-    return _table(["case", "format", "files", label, "split", "name"], rows)
+    return _table(["case", "format", "files", label, "split", *(["name"] if names else [])], rows)
 
 
-def refusals_table(refusals: Sequence[Refusal], catalog: Catalog) -> Table:
-    """A row for each refusal, with the reason and what to do."""
-    names = {case.sample_id: case.names for case in catalog.cases} | catalog.refused_names
-    rows = [(each.reason, names.get(each.name, (each.name,))[0], each.detail) for each in refusals]
+def refusals_table(refusals: Sequence[Refusal], catalog: Catalog, names: bool = False) -> Table:
+    """A row for each refusal, with the reason and what to do; names as in :py:func:`cases_table`."""
+    real = {case.sample_id: case.names for case in catalog.cases} | catalog.refused_names if names else {}
+    rows = [(each.reason, real.get(each.name, (each.name,))[0], each.detail) for each in refusals]
     return _table(["reason", "what", "found, and what to do"], rows)
 
 
