@@ -9,11 +9,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from monai_salm.io.base import RefusedError
+from monai_salm.io import formats
+from monai_salm.io.base import Case, RefusedError
 
 SECRET = "DOE^JANE"
 
@@ -94,3 +96,19 @@ def count(last: int, then: int = 0) -> Iterator[int]:
     yield from range(last)
     if then:
         os.kill(os.getpid(), then)
+
+
+def read_or_die(case: Case, spatial_dims: int, window: Any) -> Any:
+    """``formats.read``, but a file whose name says so kills the process."""
+    if "killer" in case.names[0]:
+        os.abort()
+    return formats.read(case, spatial_dims, window)
+
+
+def protect_and_die(unit: Any, deltas: Any, options: Any) -> Iterator[Any]:
+    """``formats.protect``, but the process dies when half of the files are written."""
+    written = formats._protect(unit, deltas, options)
+    if "killer" in unit[0].names[0]:
+        yield from islice(written, len(formats.files_of(unit)) // 2)
+        os.abort()
+    yield from written

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pydicom import uid
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset, read_partial
 from pydicom.tag import BaseTag
@@ -21,13 +22,26 @@ from pydicom.tag import BaseTag
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_endian import to_little_endian
 
-__all__ = ["identify", "looks_like_dicom", "parse", "read_header", "refusing"]
+__all__ = [
+    "MAX_DEPTH",
+    "identify",
+    "looks_like_dicom",
+    "parse",
+    "read_header",
+    "refusing",
+    "silence_parsers",
+    "too_deep",
+]
 
 MAX_FILE_BYTES = 512 << 20
 MAX_PIXEL_BYTES = 256 << 20
 """Decoded size of one image; the largest mammograms have about 40 MiB."""
 MAX_EXPANSION = 1000
 """Largest believable ratio of decoded to encoded pixel data."""
+MAX_HEADER_BYTES = 64 << 20
+MAX_DEPTH = 32
+"""Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
 
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
@@ -49,7 +63,7 @@ SYNTAXES = frozenset([*NATIVE, uid.ExplicitVRBigEndian, *KEPT_LOSSLESS, *LOSSLES
 @contextmanager
 def refusing(reason: str, detail: str) -> Iterator[None]:
     """Turn any exception into a refusal with a fixed text: pydicom's own texts quote values and so leak identities."""
-    _silence_parsers()
+    silence_parsers()
     try:
         yield
     except RefusedError:
@@ -58,10 +72,19 @@ def refusing(reason: str, detail: str) -> Iterator[None]:
         # A panic of the RLE codec, which is Rust, is no Exception; neither is KeyboardInterrupt, which must pass.
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
+        if isinstance(error, MemoryError):
+            raise RefusedError("too_large", "the file takes more memory than there is") from None
+        if isinstance(error, RecursionError):
+            raise too_deep() from None
         raise RefusedError(reason, detail) from None  # else a traceback would print the original's text
 
 
-def _silence_parsers() -> None:
+def too_deep() -> RefusedError:
+    """The refusal of a file whose sequences are nested deeper than :py:data:`MAX_DEPTH`."""
+    return RefusedError("nested_too_deep", f"sequences are nested more than {MAX_DEPTH} deep; repair the file")
+
+
+def silence_parsers() -> None:
     """Keep the warnings and log records of pydicom, highdicom and codecs, which quote values, out of every output.
 
     For the whole process, and again at each use: ``warnings.catch_warnings`` is not safe with threads.
@@ -103,15 +126,30 @@ def read_header(path: str | os.PathLike[str]) -> Dataset:
     """Everything in front of the pixel data, within budgets; the pixels are not read.
 
     ``header.pixel_element`` is the keyword of the pixel element that follows (``"PixelData"``, ``"FloatPixelData"``,
-    ``"DoubleFloatPixelData"``), or None.
+    ``"DoubleFloatPixelData"``), or None. What tells patient, study, series and instance can be read without errors.
 
     Raises:
         RefusedError: ``not_dicom``, ``no_file_meta``, ``missing_transfer_syntax``, ``unsupported_transfer_syntax``,
-            ``over_budget`` or ``unreadable``; never with a value from the file.
+            ``over_budget``, ``nested_too_deep`` or ``unreadable``; never with a value from the file.
     """
     with refusing("unreadable", "the file cannot be opened or its header is broken; export it again"):
         with _open_regular(Path(path)) as file:
-            return _parse(file, os.fstat(file.fileno()).st_size, header_only=True)
+            header = _parse(file, os.fstat(file.fileno()).st_size, header_only=True)
+        for keyword in _IDENTITY:
+            header.get(keyword)  # decodes it, which fails here or never
+        header.file_meta.get("MediaStorageSOPClassUID")
+        _check_depth(header)
+        return header
+
+
+def _check_depth(dataset: Dataset, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise too_deep()
+    for tag in list(dataset.keys()):
+        vr = dataset.get_item(tag).VR
+        if vr == "SQ" or (vr is None and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"):
+            for item in dataset[tag].value or ():
+                _check_depth(item, depth + 1)
 
 
 def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -179,11 +217,16 @@ class _Stop:
     def __init__(self, size: int) -> None:
         self.found: str | None = None
         self.left = size
+        self._header = 0
 
     def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
         if tag in PIXEL_TAGS:
             self.found = PIXEL_TAGS[tag]
             self.left = min(self.left, length)  # 0xFFFFFFFF, the undefined length, leaves the file's size
+        elif length != 0xFFFFFFFF:
+            self._header += length
+            if self._header > MAX_HEADER_BYTES:
+                raise RefusedError("over_budget", f"the header has more than {MAX_HEADER_BYTES >> 20} MiB")
         return self.found is not None
 
 

@@ -32,6 +32,8 @@ MAX_BYTES = 2**32
 """Largest decompressed file that is read."""
 _DEFLATE_RATIO = 1032
 """No deflate stream grows by more than this, so a header that promises more is lying (zlib's technical notes)."""
+_GZIP = b"\x1f\x8b"
+_HEAD_BYTES = 1 << 16
 _HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0")}
 _PAIRS = (b"ni1\0", b"ni2\0")
 
@@ -99,11 +101,15 @@ def _is_analyze(head: bytes) -> bool:
 
 
 def read_head(path: Path, count: int = 540) -> bytes:
-    """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken."""
+    """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken.
+
+    Reads no more than the first 64 KiB of the file, whatever is in there.
+    """
     try:
-        with open_plain(path) as stream:
-            return stream.read(count)
-    except (OSError, EOFError, zlib.error):
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES if stream.peek(2)[:2] == _GZIP else count)
+        return zlib.decompressobj(wbits=31).decompress(head, count) if head[:2] == _GZIP else head
+    except (OSError, zlib.error):
         return b""
 
 
@@ -216,7 +222,7 @@ def _affine(header: Any) -> np.ndarray:
 
 def is_gzip(path: Path) -> bool:
     with path.open("rb") as stream:
-        return stream.read(2) == b"\x1f\x8b"
+        return stream.read(2) == _GZIP
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Any
 
+from monai_salm.io.dicom_parse import silence_parsers
+
 __all__ = ["ClosedError", "receive", "send"]
 
 MAX_BUFFERS = 1 << 24
@@ -65,6 +67,7 @@ def receive(of: socket.socket, deadline: float | None, *, trusted: bool = False)
     body, *arrays = (_read(of, size, deadline) for size in sizes)
     if trusted:
         return pickle.loads(body, buffers=arrays)
+    silence_parsers()  # pydicom says what it thinks of a value whenever it makes one
     try:
         return _PlainData(io.BytesIO(body), buffers=arrays).load()
     except Exception:  # not only UnpicklingError: a pickle is a program, and this one may be hostile

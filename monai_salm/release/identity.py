@@ -18,6 +18,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from monai_salm.io.base import Case, Mask, RefusedError
+from monai_salm.io.dicom_parse import MAX_DEPTH, too_deep
 
 __all__ = [
     "KEPT_UID_KEYWORDS",
@@ -30,8 +31,6 @@ __all__ = [
 ]
 
 KEY_BYTES = 32
-MAX_DEPTH = 32
-"""Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
 STANDARD_ROOT = "1.2.840.10008."
 """UIDs that the DICOM standard itself defines; they name no instance."""
 
@@ -106,7 +105,7 @@ class UidMap:
 
     def _map(self, dataset: Dataset, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise RefusedError("nested_too_deep", f"sequences are nested more than {MAX_DEPTH} deep; repair the file")
+            raise too_deep()
         for tag in list(dataset.keys()):
             vr = _type_of(dataset, tag)
             if vr == "SQ":
