@@ -29,6 +29,7 @@ from monai_salm import cli
 from monai_salm.io import dicom, formats, nifti, worker
 from monai_salm.io.dicom_parse import MAX_DEPTH
 from monai_salm.release.catalog import scan
+from monai_salm.release.manifest import PROTECTED
 from monai_salm.release.protect import protect_cohort, read_refusals
 
 DATA = os.environ.get("MONAI_SALM_DATA")
@@ -179,7 +180,8 @@ def test_a_codec_that_dies_in_the_middle_of_a_series_leaves_none_of_it(tmp_path,
     bank = bank_of(cohort, 3, np.random.default_rng(0))
     monkeypatch.setattr(formats, "_protect", hostile_codecs.protect_and_die)
     rows = protect_cohort(cohort, bank, budget="2 stored", output_dir=tmp_path / "out", spatial_dims=3)
-    assert len(rows) == 4 and [refusal.reason for refusal in read_refusals(tmp_path / "out")] == ["codec_crash"]
+    assert sum(row.state == PROTECTED for row in rows) == 4
+    assert [refusal.reason for refusal in read_refusals(tmp_path / "out")] == ["codec_crash"]
     assert len(list((tmp_path / "out").rglob("*.dcm"))) == 4 and not list((tmp_path / "out").rglob("*.part"))
 
 

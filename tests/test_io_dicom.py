@@ -264,7 +264,7 @@ def test_sequences_nested_thousands_deep_are_refused(tmp_path: Path) -> None:
     content = bundled("CT_small.dcm").read_bytes()
     meta_end = 144 + pydicom.dcmread(bundled("CT_small.dcm")).file_meta.FileMetaInformationGroupLength
     (tmp_path / "deep.dcm").write_bytes(content[:meta_end] + nested)
-    assert reason(lambda: dicom.read_header(tmp_path / "deep.dcm")) == "unreadable"
+    assert reason(lambda: dicom.read_header(tmp_path / "deep.dcm")) == "nested_too_deep"
 
 
 CORPUS = [

@@ -17,7 +17,7 @@ from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
-from monai_salm.io.base import Case, Mask, RefusedError
+from monai_salm.io.base import Case, Mask
 from monai_salm.io.dicom_parse import MAX_DEPTH, too_deep
 
 __all__ = [
