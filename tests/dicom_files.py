@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
@@ -94,3 +95,57 @@ def write_mr_series(
 
 def headers_of(paths: list[Path]) -> list[Dataset]:
     return [dicom.read_header(path) for path in paths]
+
+
+def write_enhanced(
+    path: Path,
+    orientation: list[float] = ORIENTATIONS["axial"],
+    change: Callable[[Dataset], None] | None = None,
+    *,
+    frames: int = 5,
+    sop_class: str = uid.EnhancedMRImageStorage,
+    syntax: str = uid.ExplicitVRLittleEndian,
+) -> Path:
+    """An enhanced MR or CT image: frames of 32 rows and 36 columns that are not in spatial order."""
+    kind = "CT" if sop_class == uid.EnhancedCTImageStorage else "MR"
+    dataset = pydicom.dcmread(bundled(f"{kind}_small.dcm"))
+    for keyword in (
+        "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept "
+        "WindowCenter WindowWidth PixelPaddingValue SliceLocation"
+    ).split():
+        dataset.pop(keyword, None)
+    values = np.random.default_rng(2).integers(900, 1200, (frames, 32, 36)).astype("<i2")
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = sop_class
+    dataset.Rows, dataset.Columns, dataset.NumberOfFrames = 32, 36, frames
+    dataset.PixelData, dataset.ContentQualification = values.tobytes(), "PRODUCT"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    shared = Dataset()
+    shared.PlaneOrientationSequence = [_item(ImageOrientationPatient=orientation)]
+    shared.PixelMeasuresSequence = [_item(PixelSpacing=[0.5, 0.75], SliceThickness=2.5)]
+    own = []
+    normal = np.cross(orientation[:3], orientation[3:])
+    for k in range(frames):
+        frame = Dataset()
+        place = (k * 2) % frames  # frames need not be in spatial order
+        position = [round(float(x), 4) for x in np.array([10, -20, 30]) + 2.5 * place * normal]
+        frame.PlanePositionSequence = [_item(ImagePositionPatient=position)]
+        setattr(frame, f"{kind}ImageFrameTypeSequence", [_item(FrameType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"])])
+        rescale = _item(RescaleSlope=1, RescaleIntercept=-1024 if kind == "CT" else 0)
+        rescale.RescaleType = "HU" if kind == "CT" else "US"
+        frame.PixelValueTransformationSequence = [rescale]
+        own.append(frame)
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], own
+    if change:
+        change(dataset)
+    if syntax not in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian):
+        plugin = "pyjpegls" if syntax == uid.JPEGLSLossless else "pylibjpeg"
+        dataset.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False)
+    dataset.save_as(path)
+    return path
+
+
+def _item(**attributes: Any) -> Dataset:
+    item = Dataset()
+    for keyword, value in attributes.items():
+        setattr(item, keyword, value)
+    return item

@@ -36,6 +36,8 @@ __all__ = [
 MAX_FILE_BYTES = 512 << 20
 MAX_PIXEL_BYTES = 256 << 20
 """Decoded size of one image; the largest mammograms have about 40 MiB."""
+MAX_FRAMES_BYTES = 1 << 30
+"""Decoded size of an image with many frames; 1,000 frames of 512 x 512 have 500 MiB."""
 MAX_EXPANSION = 1000
 """Largest believable ratio of decoded to encoded pixel data."""
 MAX_HEADER_BYTES = 64 << 20
@@ -248,8 +250,10 @@ def check_budget(dataset: Dataset, encoded: int) -> None:
     if dataset.pixel_element is None or "Rows" not in dataset:
         return
     pixels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel") or 1)
-    decoded = pixels * int(dataset.get("NumberOfFrames") or 1) * int(dataset.get("BitsAllocated") or 8) // 8
-    if decoded > MAX_PIXEL_BYTES:
-        raise RefusedError("over_budget", f"the header promises more than {MAX_PIXEL_BYTES >> 20} MiB of pixels")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    decoded = pixels * frames * int(dataset.get("BitsAllocated") or 8) // 8
+    limit = MAX_PIXEL_BYTES if frames == 1 else MAX_FRAMES_BYTES
+    if decoded > limit:
+        raise RefusedError("over_budget", f"the header promises more than {limit >> 20} MiB of pixels")
     if dataset.file_meta.TransferSyntaxUID.is_compressed and decoded > MAX_EXPANSION * encoded:
         raise RefusedError("over_budget", f"the header promises over {MAX_EXPANSION} times the encoded pixel data")

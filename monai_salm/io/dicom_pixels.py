@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel data <-> the exact stored integers of one monochrome frame."""
+"""Pixel data <-> the exact stored integers of monochrome frames."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def stored_range(header: Dataset) -> tuple[int, int]:
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if header.PixelRepresentation else (0, (1 << bits) - 1)
 
 
-def decode(dataset: Dataset) -> NDArray[Any]:
-    """The stored integers, (rows, columns), of a data set that ``check_supported`` let pass.
+def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
+    """The stored integers, (rows, columns), of one frame of a data set that ``check_supported`` let pass.
 
     ``Dataset.decompress`` is never used: it changes the data set, and fails on some valid JPEG 2000.
 
@@ -46,17 +46,17 @@ def decode(dataset: Dataset) -> NDArray[Any]:
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     shape = (int(dataset.Rows), int(dataset.Columns))
-    dtype = stored_dtype(dataset)
+    dtype, frames = stored_dtype(dataset), int(dataset.get("NumberOfFrames") or 1)
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
         if syntax in NATIVE:
-            if len(dataset.PixelData) < dtype.itemsize * shape[0] * shape[1]:
+            if len(dataset.PixelData) < dtype.itemsize * shape[0] * shape[1] * frames:
                 raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
         elif syntax != uid.RLELossless:
-            check_codestream(get_frame(dataset.PixelData, 0, number_of_frames=1), syntax, shape)
+            check_codestream(get_frame(dataset.PixelData, frame, number_of_frames=frames), syntax, shape)
         plugin = "" if syntax in NATIVE else "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
         # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
         options = {"correct_unused_bits": False} if syntax in (*NATIVE, uid.RLELossless) else {}
-        plane = pixel_array(dataset, index=0, raw=True, decoding_plugin=plugin, **options)
+        plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin, **options)
         if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
             raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
         low, high = stored_range(dataset)
@@ -96,8 +96,8 @@ def _jpeg_size(frame: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def encode(plane: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
-    """Pixel data for a copy with other pixels: (value, VR, transfer syntax UID).
+def encode(planes: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
+    """Pixel data for a copy with other pixels, (frames, rows, columns): (value, VR, transfer syntax UID).
 
     A lossless syntax that can be written here is kept, and so is a native one; everything else, lossy input too,
     becomes Explicit VR Little Endian.
@@ -105,11 +105,11 @@ def encode(plane: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
     syntax = header.file_meta.TransferSyntaxUID
     if syntax in KEPT_LOSSLESS:
         try:
-            return encapsulate([_compress(plane, header, syntax)]), "OB", syntax
+            return encapsulate([_compress(plane, header, syntax) for plane in planes]), "OB", syntax
         except (RuntimeError, ValueError):
             pass  # the codecs refuse tiny images; uncompressed is always possible
-    value = plane.astype(plane.dtype.newbyteorder("<")).tobytes()
-    vr = "OW" if plane.dtype.itemsize > 1 or syntax == uid.ImplicitVRLittleEndian else "OB"
+    value = planes.astype(planes.dtype.newbyteorder("<")).tobytes()
+    vr = "OW" if planes.dtype.itemsize > 1 or syntax == uid.ImplicitVRLittleEndian else "OB"
     return value + b"\0" * (len(value) % 2), vr, syntax if syntax in NATIVE else uid.ExplicitVRLittleEndian
 
 

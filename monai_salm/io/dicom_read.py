@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which DICOM files are supported, and the exact stored integers and codec of a slice or a volume."""
+"""The exact stored integers and the codec of a slice or a volume."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
-from monai_salm.io.dicom_parse import check_syntax, parse, read_bytes, refusing
+from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers
+from monai_salm.io.dicom_parse import parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, stored_dtype, stored_range
+from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import (
     from_canonical,
     order_volume,
@@ -26,20 +28,7 @@ from monai_salm.io.dicom_volume import (
 )
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
-__all__ = [
-    "CT_WINDOW",
-    "MANUFACTURER",
-    "MODIFYING_EQUIPMENT",
-    "SOP_CLASSES",
-    "Slices",
-    "check_supported",
-    "load",
-    "read",
-]
-
-MANUFACTURER = "monai_salm"
-"""Our name in ContributingEquipmentSequence: the mark by which a protected file is recognized."""
-MODIFYING_EQUIPMENT = "109103"
+__all__ = ["CT_WINDOW", "Slices", "load", "read"]
 
 CT_WINDOW = (-160.0, 240.0)
 """HU, soft tissue; for CT files that name no window."""
@@ -48,133 +37,6 @@ _MODALITIES = frozenset({"CT", "MR", "CR", "DX", "MG", "IO", "XA", "RF", "US", "
 _READ_IN_THEIR_WINDOW = ("CT", "CR", "DX")
 """Modalities whose files mostly list the window that they are displayed in; of MR it is a habit of the scanner."""
 
-# Monochrome single-frame images. Dose and parametric maps are left out: their values are measurements, not pictures.
-SOP_CLASSES = frozenset(
-    {
-        uid.CTImageStorage,
-        uid.MRImageStorage,
-        uid.PositronEmissionTomographyImageStorage,
-        uid.ComputedRadiographyImageStorage,
-        uid.DigitalXRayImageStorageForPresentation,
-        uid.DigitalXRayImageStorageForProcessing,
-        uid.DigitalMammographyXRayImageStorageForPresentation,
-        uid.DigitalMammographyXRayImageStorageForProcessing,
-        uid.DigitalIntraOralXRayImageStorageForPresentation,
-        uid.DigitalIntraOralXRayImageStorageForProcessing,
-        uid.XRayAngiographicImageStorage,
-        uid.XRayRadiofluoroscopicImageStorage,
-        uid.UltrasoundImageStorage,
-        uid.NuclearMedicineImageStorage,
-        uid.SecondaryCaptureImageStorage,
-    }
-)
-_MULTI_FRAME_CLASSES = frozenset(
-    {
-        uid.EnhancedCTImageStorage,
-        uid.LegacyConvertedEnhancedCTImageStorage,
-        uid.EnhancedMRImageStorage,
-        uid.EnhancedMRColorImageStorage,
-        uid.LegacyConvertedEnhancedMRImageStorage,
-        uid.EnhancedPETImageStorage,
-        uid.LegacyConvertedEnhancedPETImageStorage,
-        uid.EnhancedXAImageStorage,
-        uid.EnhancedXRFImageStorage,
-        uid.XRay3DAngiographicImageStorage,
-        uid.XRay3DCraniofacialImageStorage,
-        uid.BreastTomosynthesisImageStorage,
-        uid.UltrasoundMultiFrameImageStorage,
-        uid.EnhancedUSVolumeStorage,
-        uid.MultiFrameSingleBitSecondaryCaptureImageStorage,
-        uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
-        uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-        uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
-    }
-)
-
-
-def check_supported(header: Dataset, *, allow_protected: bool = False) -> None:
-    """Raise unless the image is one that can be read exactly and written back.
-
-    Args:
-        header: from :py:func:`read_header`.
-
-    Raises:
-        RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``already_protected``, ``missing_uid``,
-            ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
-            ``unsupported_pixel_format``, ``unsupported_photometric``, ``embedded_overlay``, ``modality_lut``,
-            ``invalid_rescale``, ``private_pixel_copy``, or ``unreadable`` when an attribute of the image is broken.
-    """
-    with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
-        _check_class(header)
-        _check_identity(header, allow_protected)
-        check_syntax(header.file_meta)
-        _check_pixel_format(header)
-        _check_overlays(header)
-        _check_values(header)
-        _check_private(header)
-
-
-def _check_class(header: Dataset) -> None:
-    sop_class = header.get("SOPClassUID")
-    if sop_class in _MULTI_FRAME_CLASSES or sop_class in SOP_CLASSES and int(header.get("NumberOfFrames") or 1) != 1:
-        raise RefusedError("multi_frame", "multi-frame images are not supported yet; export single-frame images")
-    if sop_class not in SOP_CLASSES:
-        kinds = "CT, MR, PET, X-ray, US, NM, SC"
-        raise RefusedError("unsupported_sop_class", f"not a kind of image that is protected ({kinds})")
-
-
-def _check_identity(header: Dataset, allow_protected: bool) -> None:
-    for item in header.get("ContributingEquipmentSequence") or ():
-        purposes = [code.get("CodeValue") for code in item.get("PurposeOfReferenceCodeSequence") or ()]
-        if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes and not allow_protected:
-            raise RefusedError("already_protected", "this file is a protected copy; protect the original instead")
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
-        value = header.get(keyword)
-        if not isinstance(value, str) or not value or value.startswith("1.2.840.10008."):
-            raise RefusedError("missing_uid", f"{keyword} is missing or broken; export the image again")
-
-
-def _check_pixel_format(header: Dataset) -> None:
-    if header.pixel_element is None:
-        raise RefusedError("missing_pixel_data", "the file holds no pixel data")
-    if header.pixel_element != "PixelData":
-        raise RefusedError("unsupported_pixel_format", "floating-point pixel data are not supported yet")
-    if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2") or header.SamplesPerPixel != 1:
-        raise RefusedError("unsupported_photometric", "color and palette images are not supported; only monochrome")
-    if header.BitsAllocated not in (8, 16):
-        raise RefusedError("unsupported_pixel_format", "only 8 and 16 bits per pixel are supported")
-    if not 2 <= header.BitsStored <= header.BitsAllocated or header.PixelRepresentation not in (0, 1):
-        raise RefusedError("unsupported_pixel_format", "Bits Stored or Pixel Representation is not possible")
-    if header.HighBit != header.BitsStored - 1:
-        raise RefusedError("unsupported_pixel_format", "High Bit is not Bits Stored - 1; convert the image")
-    if min(header.Rows, header.Columns) < 1:
-        raise RefusedError("unsupported_pixel_format", "the image has no rows or no columns")
-
-
-def _check_overlays(header: Dataset) -> None:
-    for group in range(0x6000, 0x6020, 2):
-        # An overlay without data of its own lies in unused bits of the pixels (retired, PS3.3 C.9.2 of 2004).
-        if (group, 0x0010) in header and (group, 0x3000) not in header:
-            raise RefusedError("embedded_overlay", "an overlay lies inside the pixel data; convert it to overlay data")
-
-
-def _check_values(header: Dataset) -> None:
-    if header.get("ModalityLUTSequence"):
-        raise RefusedError("modality_lut", "values go through a Modality LUT; only slope and intercept are supported")
-    with refusing("invalid_rescale", "rescale slope or intercept is not a number; repair the header"):
-        slope, intercept = rescale_of(header)
-    if not np.isfinite([slope, intercept]).all() or slope == 0:
-        raise RefusedError("invalid_rescale", "rescale slope or intercept is not finite, or the slope is 0")
-
-
-def _check_private(header: Dataset) -> None:
-    """A private element as long as the image is taken for a copy of its pixels: it would leave unprotected."""
-    size = int(header.Rows) * int(header.Columns) * int(header.BitsAllocated) // 8
-    for tag in header.keys():
-        value = header.get_item(tag).value if tag.is_private else None
-        if isinstance(value, bytes) and size <= len(value) <= size + 1 and size >= 4096:
-            raise RefusedError("private_pixel_copy", "a private element is as long as the pixels; remove it first")
-
 
 @dataclass(frozen=True)
 class Slices:
@@ -182,17 +44,21 @@ class Slices:
 
     Args:
         image: stored integers and codec.
-        files: the source of each slice, in spatial order.
+        files: the source of each slice, as they were read.
+        order: position in ``files`` of each slice, in spatial order.
         orientation: nibabel orientation of (columns, rows, slices); None for 2D.
     """
 
     image: StoredImage
     files: tuple[Path, ...]
+    order: tuple[int, ...]
     orientation: NDArray[Any] | None
 
-    def planes(self, values: NDArray[Any]) -> NDArray[Any]:
-        """(1, *spatial) on canonical axes -> (slices, rows, columns) as in ``files``."""
-        return values if self.orientation is None else from_canonical(values[0], self.orientation)
+    def planes(self, values: NDArray[Any]) -> dict[Path, NDArray[Any]]:
+        """(1, *spatial) on canonical axes -> (frames, rows, columns) of each file."""
+        planes = values if self.orientation is None else from_canonical(values[0], self.orientation)
+        as_read = planes[np.argsort(self.order)]
+        return {path: as_read[[each == path for each in self.files]] for path in dict.fromkeys(self.files)}
 
 
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
@@ -216,13 +82,15 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     """As :py:func:`read`, with what is needed to write the image back."""
     if spatial_dims not in (2, 3) or (spatial_dims == 2 and len(case.files) != 1):
         raise ValueError(f"spatial_dims is {spatial_dims} for {len(case.files)} files; 2 takes one file, 3 a series")
-    headers, planes = [], []
+    headers, planes, files = [], [], []
     for path in case.files:
         dataset = parse(read_bytes(path))
-        check_supported(dataset, allow_protected=True)
-        planes.append(decode(dataset))
+        check_supported(dataset, spatial_dims, allow_protected=True)
+        frames = frame_headers(dataset)
+        planes += [decode(dataset, index) for index in range(len(frames))]
         del dataset.PixelData
-        headers.append(dataset)
+        headers += frames
+        files += [path] * len(frames)
     order = order_volume(headers) if spatial_dims == 3 else [0]
     headers = [headers[index] for index in order]
     stored = np.stack([planes[index] for index in order])
@@ -232,7 +100,7 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     codec = _codec(headers, stored, orientation, window)
     windows = tuple(dict.fromkeys(each for header in headers for each in _file_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
-    return Slices(image, tuple(case.files[index] for index in order), orientation)
+    return Slices(image, tuple(files), tuple(order), orientation)
 
 
 def _codec(
@@ -245,7 +113,8 @@ def _codec(
         raise RefusedError("constant_image", "all pixels outside the padding are equal: there is nothing to protect")
     slices = _slice_scaling(headers, orientation)
     slope, intercept = min(map(rescale_of, headers), key=lambda scaling: abs(scaling[0]))
-    is_ct = header.SOPClassUID == uid.CTImageStorage
+    enhanced_ct = header.SOPClassUID in ENHANCED_CT and header.get("RescaleType") == "HU"
+    is_ct = enhanced_ct or header.SOPClassUID == uid.CTImageStorage
     modality = "CT" if is_ct else _modality(header)
     if isinstance(window, str):
         if window != "auto":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import FileCheck, RefusedError, compare
+from monai_salm.io.dicom_frames import FRAME_TAGS, frame_headers, frame_types, groups, is_enhanced
 from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import decode
-from monai_salm.io.dicom_read import check_supported
 from monai_salm.io.dicom_seg import seg_header
+from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import rescale_of
 from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS, raw_value
 
@@ -51,14 +53,19 @@ def verify(
     before = parse(_bytes(source))
     with refusing(_FAILED, "the written file cannot be compared with its source"):
         after = _read_back(parse, _bytes(written))
-        undeclared = list(_undeclared_changes(before, after, DECLARED_TAGS))  # before anything is decoded
+        nested = REMOVED_TAGS | FRAME_TAGS if is_enhanced(before) else REMOVED_TAGS
+        undeclared = list(_undeclared_changes(before, after, DECLARED_TAGS, nested))  # before anything is decoded
         _require(not undeclared, f"elements {undeclared[:4]} changed, which is not declared")
         _check_marks(before, after)
-        old, new = decode(before), _read_back(decode, after)
-        _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
-        if allow_unchanged and np.array_equal(old, new):
-            return FileCheck(0, 0.0)
-        return compare(old, new, min(limit, physical / abs(rescale_of(before)[0]) * (1 + 1e-9)))
+        checks = [FileCheck(0, 0.0)]
+        for index, frame in enumerate(frame_headers(before)):
+            old, new = decode(before, index), _read_back(partial(decode, frame=index), after)
+            _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
+            if not np.array_equal(old, new):
+                checks.append(compare(old, new, min(limit, physical / abs(rescale_of(frame)[0]) * (1 + 1e-9))))
+        changed = sum(check.changed for check in checks)
+        _require(changed or allow_unchanged, "the written file equals its source: nothing was protected")
+        return FileCheck(changed, max(check.max_abs for check in checks))
 
 
 def verify_labels(source: Path, written: Path, images: Iterable[Path]) -> None:
@@ -75,7 +82,7 @@ def verify_labels(source: Path, written: Path, images: Iterable[Path]) -> None:
     before = parse(read_bytes(source))
     with refusing(_FAILED, "the written segmentation cannot be compared with its source"):
         after = _read_back(parse, read_bytes(written))
-        undeclared = list(_undeclared_changes(before, after, REMOVED_TAGS))
+        undeclared = list(_undeclared_changes(before, after, REMOVED_TAGS, REMOVED_TAGS))
         _require(not undeclared, f"elements {undeclared[:4]} of the segmentation changed, which is not declared")
         _check_identity(before, after)
         known = {str(read_header(image).SOPInstanceUID) for image in images}
@@ -103,6 +110,25 @@ def _check_marks(before: Dataset, after: Dataset) -> None:
     _check_identity(before, after)
     _require(after.get("ImageType", [""])[0] == "DERIVED", "ImageType does not begin with DERIVED")
     _require(_is_protected(after), "the mark of a protected file is missing")
+    if is_enhanced(before):
+        _check_frames(before, after)
+
+
+def _check_frames(before: Dataset, after: Dataset) -> None:
+    """Every frame is marked as derived, and what its derivation said before is still said."""
+    for old_type, new_type in zip(frame_types(before), frame_types(after), strict=True):
+        marked = ["DERIVED", *list(old_type.get("FrameType") or ())[1:]]
+        _require(list(new_type.FrameType)[: len(marked)] == marked, "a FrameType is not that of a derived frame")
+    added = []
+    for old_group, new_group in zip(groups(before), groups(after), strict=True):
+        old, new = (list(group.get("DerivationImageSequence") or ()) for group in (old_group, new_group))
+        kept = [
+            _undeclared_changes(*pair, REMOVED_TAGS, REMOVED_TAGS) for pair in zip(old, new[: len(old)], strict=True)
+        ]
+        _require(not any(map(list, kept)), "what derived a frame before has changed")
+        added.append(len(new) == len(old) + 1)
+    shared, *frames = added
+    _require(shared != any(frames) and shared != all(frames), "the derivation of a frame is missing")
 
 
 def _check_identity(before: Dataset, after: Dataset) -> None:
@@ -121,8 +147,10 @@ def _is_protected(dataset: Dataset) -> bool:
     return False
 
 
-def _undeclared_changes(before: Dataset, after: Dataset, declared: frozenset[BaseTag]) -> Iterator[BaseTag]:
-    """Elements at any depth that were added, removed or changed, save declared ones and mapped UIDs."""
+def _undeclared_changes(
+    before: Dataset, after: Dataset, declared: frozenset[BaseTag], nested: frozenset[BaseTag]
+) -> Iterator[BaseTag]:
+    """Elements at any depth that were added, removed or changed, save mapped UIDs and those declared here or nested."""
     for tag in sorted(before.keys() | after.keys()):
         if tag in declared or tag.element == 0:
             continue
@@ -133,7 +161,7 @@ def _undeclared_changes(before: Dataset, after: Dataset, declared: frozenset[Bas
             old, new = before[tag], after[tag]
             if old.VR == new.VR == "SQ" and len(old.value) == len(new.value):
                 for old_item, new_item in zip(old.value, new.value, strict=True):
-                    yield from _undeclared_changes(old_item, new_item, REMOVED_TAGS)
+                    yield from _undeclared_changes(old_item, new_item, nested, nested)
             elif not decoded_alike and not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
                 yield tag
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from copy import deepcopy
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -18,9 +19,11 @@ from pydicom.tag import BaseTag, Tag
 
 from monai_salm import __version__
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import encode
-from monai_salm.io.dicom_read import MANUFACTURER, MODIFYING_EQUIPMENT, Slices, check_supported, load
+from monai_salm.io.dicom_read import Slices, load
+from monai_salm.io.dicom_support import MANUFACTURER, MODIFYING_EQUIPMENT, check_supported
 
 __all__ = [
     "DECLARED_KEYWORDS",
@@ -38,6 +41,7 @@ IMPLEMENTATION_VERSION_NAME = "MONAI_SALM"
 DERIVATION = "Pixel values were changed sparsely, within a small bound, against unauthorized model training."
 CONTRIBUTION = "Protection against unauthorized model training; not for diagnostic use"
 SERIES_SUFFIX = " [protected]"
+_ADDITION = ("113042", "Pixel by pixel addition")
 
 DECLARED_KEYWORDS = frozenset(
     """
@@ -46,6 +50,7 @@ DECLARED_KEYWORDS = frozenset(
     SmallestPixelValueInSeries LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane
     LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod IconImageSequence
     MACParametersSequence DigitalSignaturesSequence PixelData ExtendedOffsetTable ExtendedOffsetTableLengths
+    ContentQualification SourceImageEvidenceSequence
     """.split()
 )
 """What a protected file may have changed, besides instance UIDs, retired group lengths and the file meta."""
@@ -98,7 +103,7 @@ def protect(
         ValueError: When ``delta`` does not fit the image.
     """
     slices = load(case, spatial_dims, window)
-    planes = dict(zip(slices.files, slices.planes(_add(slices, delta)), strict=True))
+    planes = slices.planes(_add(slices, delta))
     for path in case.files:
         yield _derive(read_bytes(path), planes[path], uids, when)
 
@@ -118,17 +123,20 @@ def _add(slices: Slices, delta: NDArray[Any]) -> NDArray[Any]:
     return protected
 
 
-def _derive(source: bytes, plane: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
+def _derive(source: bytes, planes: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
     dataset = parse(source)
     check_supported(dataset)
     with refusing("unwritable", "the derived file cannot be written; export the image again"):
         reference = _source_reference(dataset, uids)
+        evidence = _source_evidence(dataset, reference, uids)
         uids.map_dataset(dataset)
         _remove_stale(dataset)
-        _set_pixels(dataset, plane)
+        _set_pixels(dataset, planes)
         _describe(dataset, when)
-        _append_item(dataset, "SourceImageSequence", reference)
-        _append_item(dataset, "DerivationCodeSequence", _code("113042", "Pixel by pixel addition"))
+        if is_enhanced(dataset):
+            _describe_frames(dataset, reference, evidence)
+        else:
+            _describe_image(dataset, reference)
         _append_item(dataset, "ContributingEquipmentSequence", _equipment(when))
         return _path(dataset), _to_bytes(dataset)
 
@@ -168,6 +176,18 @@ def _source_reference(dataset: Dataset, uids: UidMapping) -> Dataset:
     return item
 
 
+def _source_evidence(dataset: Dataset, reference: Dataset, uids: UidMapping) -> Dataset:
+    """Where the source is to be found (PS3.3 C.17.2.1), with pseudonyms as in the reference to it."""
+    instance, series, study = Dataset(), Dataset(), Dataset()
+    instance.ReferencedSOPClassUID = reference.ReferencedSOPClassUID
+    instance.ReferencedSOPInstanceUID = reference.ReferencedSOPInstanceUID
+    series.SeriesInstanceUID = uids(f"source of {dataset.SeriesInstanceUID}")
+    series.ReferencedSOPSequence = Items([instance])
+    study.StudyInstanceUID = uids(f"source of {dataset.StudyInstanceUID}")
+    study.ReferencedSeriesSequence = Items([series])
+    return study
+
+
 def _code(value: str, meaning: str) -> Dataset:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
@@ -198,12 +218,12 @@ def raw_value(dataset: Dataset, tag: BaseTag) -> Any:
     return dataset.get_item(tag).value
 
 
-def _set_pixels(dataset: Dataset, plane: NDArray[Any]) -> None:
+def _set_pixels(dataset: Dataset, planes: NDArray[Any]) -> None:
     encoded = len(dataset.PixelData)
-    value, vr, syntax = encode(plane, dataset)
+    value, vr, syntax = encode(planes, dataset)
     dataset["PixelData"] = DataElement(Tag("PixelData"), vr, value, is_undefined_length=syntax not in NATIVE)
-    _mark_lossy(dataset, plane.nbytes / max(encoded, 1))
-    for keyword, extreme in (("SmallestImagePixelValue", plane.min()), ("LargestImagePixelValue", plane.max())):
+    _mark_lossy(dataset, planes.nbytes / max(encoded, 1))
+    for keyword, extreme in (("SmallestImagePixelValue", planes.min()), ("LargestImagePixelValue", planes.max())):
         if keyword in dataset:
             dataset[keyword] = DataElement(Tag(keyword), "SS" if dataset.PixelRepresentation else "US", int(extreme))
     _set_meta(dataset, syntax)
@@ -240,7 +260,30 @@ def _describe(dataset: Dataset, when: datetime) -> None:
     dataset.InstanceCreationDate = when.strftime("%Y%m%d")
     dataset.InstanceCreationTime = when.strftime("%H%M%S")
     _append_text(dataset, "SeriesDescription", SERIES_SUFFIX, "LO", 64)
+
+
+def _describe_image(dataset: Dataset, reference: Dataset) -> None:
     _append_text(dataset, "DerivationDescription", " " + DERIVATION, "ST", 1024)
+    _append_item(dataset, "SourceImageSequence", reference)
+    _append_item(dataset, "DerivationCodeSequence", _code(*_ADDITION))
+
+
+def _describe_frames(dataset: Dataset, reference: Dataset, evidence: Dataset) -> None:
+    """Enhanced images have no place for a derivation in their root: it belongs into the functional groups."""
+
+    def derivation() -> Dataset:
+        item = Dataset()
+        item.DerivationDescription = DERIVATION
+        item.DerivationCodeSequence = Items([_code(*_ADDITION)])
+        item.SourceImageSequence = Items([deepcopy(reference)])
+        return item
+
+    for item in frame_types(dataset):
+        item.FrameType = _derived_type(item.get("FrameType"))
+    if "ContentQualification" in dataset:
+        dataset.ContentQualification = "RESEARCH"
+    add_derivation(dataset, derivation)
+    _append_item(dataset, "SourceImageEvidenceSequence", evidence)
 
 
 def _derived_type(image_type: Any) -> list[str]:

@@ -211,7 +211,7 @@ class _Findings:
             raise RefusedError("no_series", "the file has no SeriesInstanceUID; export the images again")
         self._headers[path] = header
         try:
-            dicom.check_supported(header)
+            dicom.check_supported(header, self.spatial_dims)
         except RefusedError as error:
             self._broken[path] = error
 
@@ -232,7 +232,7 @@ class _Findings:
             self._series_in[path.parent].add(_text(header, "SeriesInstanceUID"))
         for paths in series.values():
             if self.spatial_dims == 3:
-                self._add_volume(paths)
+                self._add_volumes(paths)
             else:
                 self._add_instances(paths)
         self._headers.clear()
@@ -247,22 +247,26 @@ class _Findings:
             else:
                 self.cases.append(Case(pseudonym(uid), "dicom", (path,), names, _patient(header)))
 
-    def _add_volume(self, paths: Sequence[Path]) -> None:
+    def _add_volumes(self, paths: Sequence[Path]) -> None:
+        """The volumes of a series, mostly one; several where each file holds many frames. All or none are added."""
         headers = [self._headers[path] for path in paths]
         uid = _text(headers[0], "SeriesInstanceUID")
-        names = (*self._dicom_names(paths), uid)
         try:
             broken = [self._broken[path] for path in paths if path in self._broken]
             if broken:
                 raise RefusedError(
                     broken[0].reason, f"{len(broken)} of {len(paths)} files of a series: {broken[0].detail}"
                 )
-            order = dicom.order_volume(headers)
+            parts = [[path] for path in paths] if all(map(dicom.is_enhanced, headers)) else [paths]
+            orders = [dicom.order_files([self._headers[path] for path in part]) for part in parts]
         except RefusedError as error:
-            self.refuse(names, error, pseudonym(uid))
+            self.refuse((*self._dicom_names(paths), uid), error, pseudonym(uid))
             return
-        files = tuple(paths[index] for index in order)
-        self.cases.append(Case(pseudonym(uid), "dicom", files, names, _patient(headers[0])))
+        for part, order in zip(parts, orders, strict=True):
+            own = uid if len(parts) == 1 else _text(self._headers[part[0]], "SOPInstanceUID")
+            files = tuple(part[index] for index in order)
+            names = (*(self._dicom_names(part) if own == uid else [self.name(part[0])]), own)
+            self.cases.append(Case(pseudonym(own), "dicom", files, names, _patient(headers[0])))
 
     def _dicom_names(self, paths: Sequence[Path]) -> list[str]:
         """Paths of the files, and their folder where that names them without doubt."""

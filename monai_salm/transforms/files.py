@@ -238,10 +238,10 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
         )
     headers = [worker.call(dicom.read_header, file) for file in files]
     for header in headers:
-        dicom.check_supported(header)
+        dicom.check_supported(header, spatial_dims)
     if len({header.SeriesInstanceUID for header in headers}) > 1 or (spatial_dims == 2 and len(files) > 1):
         raise RefusedError("several_images", "the folder holds several; hand over cases from release.catalog.scan")
     if spatial_dims == 3:
-        files = [files[index] for index in dicom.order_volume(headers)]
+        files = [files[index] for index in dicom.order_files(headers)]
     uid = str(headers[0].SeriesInstanceUID if spatial_dims == 3 else headers[0].SOPInstanceUID)
     return Case(pseudonym(uid), "dicom", tuple(files), (name, uid), pseudonym(uid))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Enhanced CT, MR and PET: one file holds all slices of a volume, and functional groups say what each frame is.
+
+Sources: PS3.3 C.7.6.16 (functional groups), C.7.6.16.2.6 (derivation), C.8.16.1.1 (frame type).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as Items
+from pydicom.tag import Tag
+
+from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_volume import order_volume
+
+__all__ = [
+    "ENHANCED_CT",
+    "ENHANCED",
+    "FRAME_TAGS",
+    "frame_headers",
+    "frame_types",
+    "groups",
+    "is_enhanced",
+    "order_files",
+]
+
+ENHANCED_CT = frozenset({uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage})
+ENHANCED = ENHANCED_CT | {
+    uid.EnhancedMRImageStorage,
+    uid.LegacyConvertedEnhancedMRImageStorage,
+    uid.EnhancedPETImageStorage,
+    uid.LegacyConvertedEnhancedPETImageStorage,
+}
+
+_ROOT = (
+    "SOPClassUID SOPInstanceUID FrameOfReferenceUID Modality Rows Columns PhotometricInterpretation BitsAllocated "
+    "BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit"
+).split()
+_MACROS = {
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PixelMeasuresSequence": ("PixelSpacing",),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+}
+_FRAME_TYPES = ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence")
+FRAME_TAGS = frozenset({Tag("FrameType"), Tag("DerivationImageSequence")})
+"""What a protected file may have changed inside its functional groups, besides what it may change anywhere."""
+
+
+def is_enhanced(header: Dataset) -> bool:
+    """Whether the file is a multi-frame image of a kind that is protected."""
+    return header.get("SOPClassUID") in ENHANCED
+
+
+def frame_headers(header: Dataset) -> list[Dataset]:
+    """One header per frame, as a single-frame image has it; an image that is none with frames is its own.
+
+    Raises:
+        RefusedError: ``invalid_geometry`` when the functional groups do not say what each frame is.
+    """
+    if not is_enhanced(header):
+        return [header]
+    shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
+    frames = header.get("PerFrameFunctionalGroupsSequence") or ()
+    if len(frames) != int(header.get("NumberOfFrames") or 1) or len(shared) != 1:
+        raise RefusedError("invalid_geometry", "the functional groups do not tell of each frame where it lies")
+    return [_frame_header(header, own, shared[0]) for own in frames]
+
+
+def _frame_header(header: Dataset, own: Dataset, shared: Dataset) -> Dataset:
+    frame = Dataset()
+    for keyword in _ROOT:
+        if keyword in header:
+            frame[keyword] = header[keyword]
+    for macro, keywords in _MACROS.items():
+        for item in (own.get(macro) or shared.get(macro) or ())[:1]:
+            for keyword in keywords:
+                if keyword in item:
+                    frame[keyword] = item[keyword]
+    return frame
+
+
+def order_files(headers: Sequence[Dataset]) -> list[int]:
+    """Indices of files in spatial order, if they are one volume: the slices of a series, or one multi-frame file.
+
+    Raises:
+        RefusedError: As ``order_volume``; ``mixed_geometry`` when there is more beside a multi-frame file.
+    """
+    if not any(map(is_enhanced, headers)):
+        return order_volume(headers)
+    if len(headers) > 1:
+        raise RefusedError("mixed_geometry", "the series mixes single-frame and multi-frame images; split the series")
+    order_volume(frame_headers(headers[0]))
+    return [0]
+
+
+def groups(dataset: Dataset) -> list[Dataset]:
+    """The functional groups: those that all frames share, then those of each frame."""
+    return [
+        item
+        for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+        for item in dataset.get(keyword) or ()
+    ]
+
+
+def frame_types(dataset: Dataset) -> Iterator[Dataset]:
+    """Every item that holds a FrameType."""
+    for group in groups(dataset):
+        for keyword in _FRAME_TYPES:
+            yield from group.get(keyword) or ()
+
+
+def add_derivation(dataset: Dataset, make: Callable[[], Dataset]) -> None:
+    """Append an item to the derivation of every frame: in the shared group, unless frames have one of their own."""
+    shared, *frames = groups(dataset)
+    for group in frames if any("DerivationImageSequence" in frame for frame in frames) else [shared]:
+        group.DerivationImageSequence = Items([*(group.get("DerivationImageSequence") or ()), make()])

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which DICOM files are protected, and by which name all others are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydicom import uid
+from pydicom.dataset import Dataset
+
+from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
+from monai_salm.io.dicom_parse import check_syntax, refusing
+from monai_salm.io.dicom_volume import rescale_of
+
+__all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_supported"]
+
+MANUFACTURER = "monai_salm"
+"""Our name in ContributingEquipmentSequence: the mark by which a protected file is recognized."""
+MODIFYING_EQUIPMENT = "109103"
+
+# Monochrome single-frame images. Dose and parametric maps are left out: their values are measurements, not pictures.
+SOP_CLASSES = frozenset(
+    {
+        uid.CTImageStorage,
+        uid.MRImageStorage,
+        uid.PositronEmissionTomographyImageStorage,
+        uid.ComputedRadiographyImageStorage,
+        uid.DigitalXRayImageStorageForPresentation,
+        uid.DigitalXRayImageStorageForProcessing,
+        uid.DigitalMammographyXRayImageStorageForPresentation,
+        uid.DigitalMammographyXRayImageStorageForProcessing,
+        uid.DigitalIntraOralXRayImageStorageForPresentation,
+        uid.DigitalIntraOralXRayImageStorageForProcessing,
+        uid.XRayAngiographicImageStorage,
+        uid.XRayRadiofluoroscopicImageStorage,
+        uid.UltrasoundImageStorage,
+        uid.NuclearMedicineImageStorage,
+        uid.SecondaryCaptureImageStorage,
+    }
+)
+_MULTI_FRAME_CLASSES = frozenset(
+    {
+        uid.EnhancedMRColorImageStorage,
+        uid.EnhancedXAImageStorage,
+        uid.EnhancedXRFImageStorage,
+        uid.XRay3DAngiographicImageStorage,
+        uid.XRay3DCraniofacialImageStorage,
+        uid.BreastTomosynthesisImageStorage,
+        uid.UltrasoundMultiFrameImageStorage,
+        uid.EnhancedUSVolumeStorage,
+        uid.MultiFrameSingleBitSecondaryCaptureImageStorage,
+        uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
+        uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
+        uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
+    }
+)
+
+
+def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: bool = False) -> None:
+    """Raise unless the image is one that can be read exactly and written back.
+
+    Args:
+        header: from :py:func:`read_header`.
+        spatial_dims: 2 or 3; multi-frame images are volumes only.
+        allow_protected: let protected copies pass.
+
+    Raises:
+        RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``already_protected``, ``missing_uid``,
+            ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
+            ``unsupported_pixel_format``, ``unsupported_photometric``, ``supplemental_palette``, ``embedded_overlay``,
+            ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``private_pixel_copy``, or ``unreadable`` when
+            an attribute of the image is broken.
+    """
+    with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
+        _check_class(header, spatial_dims)
+        _check_identity(header, allow_protected)
+        check_syntax(header.file_meta)
+        _check_pixel_format(header)
+        _check_overlays(header)
+        _check_values(header)
+        _check_private(header)
+
+
+def _check_class(header: Dataset, spatial_dims: int) -> None:
+    sop_class = header.get("SOPClassUID")
+    if is_enhanced(header) and spatial_dims == 2:
+        raise RefusedError("multi_frame", "an image with many frames is a volume: protect it with --dim 3")
+    if sop_class in _MULTI_FRAME_CLASSES or sop_class in SOP_CLASSES and int(header.get("NumberOfFrames") or 1) != 1:
+        raise RefusedError("multi_frame", "of images with many frames only enhanced CT, MR and PET are protected")
+    if sop_class not in SOP_CLASSES | ENHANCED:
+        kinds = "CT, MR, PET, X-ray, US, NM, SC"
+        raise RefusedError("unsupported_sop_class", f"not a kind of image that is protected ({kinds})")
+
+
+def _check_identity(header: Dataset, allow_protected: bool) -> None:
+    for item in header.get("ContributingEquipmentSequence") or ():
+        purposes = [code.get("CodeValue") for code in item.get("PurposeOfReferenceCodeSequence") or ()]
+        if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes and not allow_protected:
+            raise RefusedError("already_protected", "this file is a protected copy; protect the original instead")
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        value = header.get(keyword)
+        if not isinstance(value, str) or not value or value.startswith("1.2.840.10008."):
+            raise RefusedError("missing_uid", f"{keyword} is missing or broken; export the image again")
+
+
+def _check_pixel_format(header: Dataset) -> None:
+    if header.pixel_element is None:
+        raise RefusedError("missing_pixel_data", "the file holds no pixel data")
+    if header.pixel_element != "PixelData":
+        raise RefusedError("unsupported_pixel_format", "floating-point pixel data are not supported yet")
+    if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2") or header.SamplesPerPixel != 1:
+        raise RefusedError("unsupported_photometric", "color and palette images are not supported; only monochrome")
+    if header.get("PixelPresentation") in ("COLOR", "MIXED", "TRUE_COLOR"):
+        raise RefusedError(
+            "supplemental_palette", "some values are shown in color, which a change could turn on or off"
+        )
+    if header.BitsAllocated not in (8, 16):
+        raise RefusedError("unsupported_pixel_format", "only 8 and 16 bits per pixel are supported")
+    if not 2 <= header.BitsStored <= header.BitsAllocated or header.PixelRepresentation not in (0, 1):
+        raise RefusedError("unsupported_pixel_format", "Bits Stored or Pixel Representation is not possible")
+    if header.HighBit != header.BitsStored - 1:
+        raise RefusedError("unsupported_pixel_format", "High Bit is not Bits Stored - 1; convert the image")
+    if min(header.Rows, header.Columns) < 1:
+        raise RefusedError("unsupported_pixel_format", "the image has no rows or no columns")
+
+
+def _check_overlays(header: Dataset) -> None:
+    for group in range(0x6000, 0x6020, 2):
+        # An overlay without data of its own lies in unused bits of the pixels (retired, PS3.3 C.9.2 of 2004).
+        if (group, 0x0010) in header and (group, 0x3000) not in header:
+            raise RefusedError("embedded_overlay", "an overlay lies inside the pixel data; convert it to overlay data")
+
+
+def _check_values(header: Dataset) -> None:
+    if header.get("ModalityLUTSequence"):
+        raise RefusedError("modality_lut", "values go through a Modality LUT; only slope and intercept are supported")
+    with refusing("invalid_rescale", "rescale slope or intercept is not a number; repair the header"):
+        scalings = [rescale_of(frame) for frame in frame_headers(header)]
+    if not np.isfinite(scalings).all() or not all(slope for slope, _ in scalings):
+        raise RefusedError("invalid_rescale", "rescale slope or intercept is not finite, or the slope is 0")
+
+
+def _check_private(header: Dataset) -> None:
+    """A private element as long as the image is taken for a copy of its pixels: it would leave unprotected."""
+    pixels = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
+    size = pixels * int(header.BitsAllocated) // 8
+    for tag in header.keys():
+        value = header.get_item(tag).value if tag.is_private else None
+        if isinstance(value, bytes) and size <= len(value) <= size + 1 and size >= 4096:
+            raise RefusedError("private_pixel_copy", "a private element is as long as the pixels; remove it first")
