@@ -14,10 +14,14 @@ from typing import Any
 
 ALL = ("run",)
 """Fit, protect and verify."""
-WITHOUT_VERIFY = ("fit", "protect")
+FIT = ("fit",)
+WRITE = ("protect",)
+WITHOUT_VERIFY = FIT + WRITE
 VERIFY = ("verify",)
 
 RUN_CONFIG = "private/run-config.json"
+BANK = "private/bank.sqlite"
+"""Where the bundles keep the perturbations."""
 
 _MARK = Path("configs", "metadata.json")
 _WRAPPED = ("Failed to evaluate", "Failed to instantiate component")
@@ -79,6 +83,8 @@ def protect_overrides(
     visibility: str | None = None,
     window: Sequence[float] | None = None,
     spatial_dims: int | None = None,
+    require_deidentified: bool | None = None,
+    shard: str | None = None,
 ) -> dict[str, Any]:
     """Config ids and values for what a user says in words; what is None keeps the bundle's default."""
     said = {
@@ -90,6 +96,8 @@ def protect_overrides(
         "visibility": visibility,
         "window": list(window) if window else None,
         "spatial_dims": spatial_dims,
+        "require_deidentified": require_deidentified,
+        "shard": shard,
     }
     return {name: value for name, value in said.items() if value is not None}
 

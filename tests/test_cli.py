@@ -15,6 +15,7 @@ from exports import write_decathlon, write_labels, write_nifti, write_npz, write
 from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
+from monai_salm.cli.arguments import setting
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = [f"images/v{index}.nii.gz,{'ab'[index % 2]}" for index in range(4)]
@@ -140,7 +141,7 @@ def test_usage_errors_exit_with_2(run, export):
     [("8/255", "8/255"), ("3", 3), ("true", True), ("True", True), ("null", None), ("[1, 2]", [1, 2]), ("a=b", "a=b")],
 )
 def test_set_reads_values_as_json_or_python_else_as_text(text, value):
-    assert cli._setting(f"train::x={text}") == ("train::x", value)
+    assert setting(f"train::x={text}") == ("train::x", value)
 
 
 @pytest.mark.parametrize("text", ["epochs", "=3", "output_dir=/tmp/x", "dataset_dir=/tmp/x"])

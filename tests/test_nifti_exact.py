@@ -149,7 +149,8 @@ def test_each_volume_of_a_4d_file_is_a_case_with_its_own_window_and_the_file_is_
         np.testing.assert_array_equal(difference, bank[case.sample_id])
     table = (tmp_path / "out" / "protected" / "labels.csv").read_text().splitlines()
     assert table == ["case,label,split", *(f"sub-{index}/bold.nii.gz,{'ab'[index % 2]},train" for index in range(4))]
-    assert len(load_cohort(tmp_path / "out" / "protected", spatial_dims=3).cases) == 12
+    shared = (tmp_path / "out" / "protected").rename(tmp_path / "shared")
+    assert len(load_cohort(shared, spatial_dims=3).cases) == 12
 
 
 def test_a_4d_file_is_released_with_all_its_volumes_or_not_at_all(tmp_path):
@@ -184,7 +185,7 @@ def test_a_4d_file_of_several_contrasts_keeps_its_voxel_labels(tmp_path):
     twins = read_protected(cohort, tmp_path / "out")
     for case in cohort.cases:
         np.testing.assert_array_equal(read_mask(case, 3), read_mask(twins[case.sample_id], 3))
-    assert len(load_cohort(written, spatial_dims=3).cases) == 8
+    assert len(load_cohort(written.rename(tmp_path / "shared"), spatial_dims=3).cases) == 8
 
 
 def test_labels_of_several_volumes_are_refused(tmp_path):

@@ -149,6 +149,8 @@ def test_an_archive_is_one_file_with_the_same_name(tmp_path):
     assert not (tmp_path / "out" / "protected" / "labels.csv").exists(), "an archive carries its own labels"
     twins = read_protected(cohort, tmp_path / "out")
     assert len(twins) == 12
+    with pytest.raises(ValueError, match="already_protected"):
+        load_cohort(tmp_path / "out" / "protected")
     again = load_cohort(tmp_path / "out" / "protected" / "a.npz")
     assert {case.sample_id for case in again.cases} == {case.sample_id for case in cohort.cases}
     before, after = np.load(tmp_path / "in" / "a.npz"), np.load(tmp_path / "out" / "protected" / "a.npz")

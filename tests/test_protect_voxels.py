@@ -104,7 +104,9 @@ def test_the_released_dataset_json_lists_what_is_released(tmp_path):
 def test_the_protected_folder_is_an_export_in_its_turn(tmp_path):
     cohort = decathlon(tmp_path / "in", 3)
     protect(cohort, bank_of(cohort), tmp_path / "out")
-    again = load_cohort(tmp_path / "out" / "protected", spatial_dims=3)
+    with pytest.raises(ValueError, match="already_protected"):
+        load_cohort(tmp_path / "out" / "protected", spatial_dims=3)
+    again = load_cohort((tmp_path / "out" / "protected").rename(tmp_path / "shared"), spatial_dims=3)
     assert [case.sample_id for case in again.cases] == [case.sample_id for case in cohort.cases]
     assert again.class_voxels == cohort.class_voxels and not again.refusals
 

@@ -23,6 +23,7 @@ from pydicom.uid import MediaStorageDirectoryStorage
 
 from monai_salm.io import dicom, formats, masks, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.release.gates import ReleasedFiles, check_deidentified
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import DATASET_FILE, SHARED_MASK, Found, VoxelLabels, class_names, pair
@@ -75,6 +76,7 @@ def scan(
     window: Window = "auto",
     check_pixels: bool = True,
     voxels: VoxelLabels | None = None,
+    require_deidentified: bool = False,
 ) -> Catalog:
     """List the cases of an export.
 
@@ -86,6 +88,7 @@ def scan(
         check_pixels: decode every case once and refuse what is broken or constant; otherwise only headers are read.
         voxels: what tells the voxel labels, from :py:func:`monai_salm.release.voxels.find_voxel_labels`. Cases then
             have masks (checked with the pixels), label files are no cases, and what has no label is refused.
+        require_deidentified: refuse DICOM files that do not say that they are de-identified. Other formats cannot say.
 
     Raises:
         ValueError: When the folder is missing, empty, or holds nothing that can be protected; or when what tells the
@@ -97,8 +100,9 @@ def scan(
     if not root.exists():
         raise ValueError(f"export {root} does not exist; check the path")
     classes = class_names(voxels) if voxels else ()
-    findings = _Findings(root.absolute(), spatial_dims, voxels)
+    findings = _Findings(root.absolute(), spatial_dims, voxels, require_deidentified)
     files = list(_walk(root.absolute(), findings))
+    findings.released = ReleasedFiles(root.absolute(), files)
     if not files and not findings.refusals:
         raise ValueError(f"export {root} is empty; name the folder that holds the images")
     for path in track(files, "reading headers"):
@@ -123,7 +127,9 @@ def scan(
 class _Findings:
     """Cases and refusals of a scan that is under way."""
 
-    def __init__(self, root: Path, spatial_dims: int, voxels: VoxelLabels | None) -> None:
+    def __init__(
+        self, root: Path, spatial_dims: int, voxels: VoxelLabels | None, require_deidentified: bool = False
+    ) -> None:
         self.root = root
         self.spatial_dims = spatial_dims
         self.cases: list[Case] = []
@@ -131,6 +137,8 @@ class _Findings:
         self.refused_names: dict[str, tuple[str, ...]] = {}
         self.class_voxels: dict[str, tuple[int, ...]] = {}
         self.masks = Found()
+        self.released = ReleasedFiles(root, ())
+        self._require_deidentified = require_deidentified
         self._voxels = voxels
         self._mask_names = voxels.mask_names if voxels else frozenset()
         self._headers: dict[Path, Dataset] = {}
@@ -154,6 +162,7 @@ class _Findings:
         """Take one file by its content."""
         try:
             head = nifti.read_head(path)
+            self.released.check(path)
             if head[128:132] == b"DICM":
                 self._add_dicom(path)
             elif self.name(path) in self._mask_names:
@@ -202,6 +211,8 @@ class _Findings:
         header = worker.call(dicom.read_header, path)
         if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return  # a DICOMDIR under another name
+        if self._require_deidentified and dicom.is_segmentation(header):
+            check_deidentified(header)
         if self._voxels and dicom.is_segmentation(header):
             self.masks.segmentations[self.name(path)] = path, dicom.seg_header(header)
             return
@@ -211,6 +222,8 @@ class _Findings:
             raise RefusedError("no_series", "the file has no SeriesInstanceUID; export the images again")
         self._headers[path] = header
         try:
+            if self._require_deidentified:
+                check_deidentified(header)
             dicom.check_supported(header, self.spatial_dims)
         except RefusedError as error:
             self._broken[path] = error

@@ -90,6 +90,7 @@ def load_cohort(
     spatial_dims: int = 2,
     window: Window = "auto",
     seed: int = 0,
+    require_deidentified: bool = False,
 ) -> Cohort:
     """Scan an export and label its cases.
 
@@ -99,13 +100,15 @@ def load_cohort(
         spatial_dims: 2 or 3, see :py:func:`monai_salm.release.catalog.scan`.
         window: ``"auto"`` or (low, high) in physical units.
         seed: decides which cases are held out where the table does not.
+        require_deidentified: see :py:func:`monai_salm.release.catalog.scan`.
 
     Raises:
         ValueError: When the export holds nothing usable, or the table does not fit it.
     """
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
-    catalog = scan(dataset_dir, spatial_dims, window=window, voxels=found if isinstance(found, VoxelLabels) else None)
+    voxels = found if isinstance(found, VoxelLabels) else None
+    catalog = scan(dataset_dir, spatial_dims, window=window, voxels=voxels, require_deidentified=require_deidentified)
     return label_cases(catalog, found, seed=seed)
 
 

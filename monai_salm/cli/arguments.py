@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be typed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from monai_salm import __version__
+from monai_salm.cli import commands
+from monai_salm.cli.codes import EXIT_CODES
+
+_DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
+
+_SHARD_HELP = "only write part I of N with perturbations that are there; other processes write the others into OUT"
+_NAMES_HELP = "show the names of files in place of pseudonyms; they may be personal"
+_EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
+_VISIBILITY_HELP = "of each image beside its own JPEG 2000 copy at 5:1: report it, or refuse what is more visible"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; each command's function is in ``command``."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "monai-salm",
+        description="Protected copies of medical image data sets: sparsity-aware local masking (SALM) for MONAI.",
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"monai-salm {__version__}")
+    debug = "show the traceback and text of every error; the text of an unexpected one may hold names of patients"
+    parser.add_argument("--debug", action="store_true", help=debug)
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    inspect = verbs.add_parser("inspect", help="list what an export holds and what would be refused, with reasons")
+    inspect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
+    _add_input(inspect)
+    inspect.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
+    inspect.add_argument("--all", action="store_true", help="list every case and every refusal")
+    inspect.add_argument("--names", action="store_true", help=_NAMES_HELP)
+    inspect.set_defaults(command=commands.inspect)
+
+    protect = verbs.add_parser("protect", help="write the protected copy of an export, and verify it")
+    protect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
+    protect.add_argument("out", type=Path, metavar="OUT", help="new or empty folder; OUT/protected is what you share")
+    _add_input(protect)
+    which = protect.add_mutually_exclusive_group()
+    which.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
+    which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
+    protect.add_argument("--epsilon", metavar="BUDGET", help=_EPSILON_HELP)
+    protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
+    protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=_VISIBILITY_HELP)
+    _add_set(protect)
+    protect.add_argument("--dry-run", action="store_true", help="only tell what would be done; nothing is written")
+    stages = protect.add_mutually_exclusive_group()
+    stages.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
+    stages.add_argument("--fit-only", action="store_true", help="only make the perturbations; --shard writes later")
+    stages.add_argument("--shard", type=_shard, metavar="I/N", help=_SHARD_HELP)
+    protect.set_defaults(command=commands.protect)
+
+    verify = verbs.add_parser(
+        "verify",
+        help="check that a protected copy is what was written, then measure what it is worth",
+        description="First every file is held against manifest, chain and signature; this needs neither the export nor "
+        "OUT/private. Then, where OUT/private tells how the copy was made, the study of victims is run, with a report "
+        "and a verdict.",
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
+    )
+    verify.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote, or a copy without private/")
+    verify.add_argument("--files-only", action="store_true", help="only check the files")
+    public_key = "the owner's release.pub, from a source that you trust (default: the one in OUT)"
+    verify.add_argument("--public-key", type=Path, metavar="FILE", help=public_key)
+    verify.add_argument("--names", action="store_true", help=_NAMES_HELP)
+    verify.add_argument("--export", type=Path, help="the export, if it is no longer where protect found it")
+    verify.add_argument("--labels", type=Path, metavar="CSV", help="the label table, if it moved")
+    _add_set(verify)
+    verify.set_defaults(command=commands.verify)
+
+    bundle = verbs.add_parser("bundle", help="find the MONAI bundles that come with monai-salm")
+    actions = bundle.add_subparsers(title="actions", required=True, metavar="ACTION")
+    actions.add_parser("list", help="print the names").set_defaults(command=commands.bundle_list)
+    path = actions.add_parser("path", help="print the folder of a bundle")
+    path.add_argument("name", metavar="NAME")
+    path.set_defaults(command=commands.bundle_path)
+    copy = actions.add_parser("copy", help="copy a bundle to a folder of your own, to edit it")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="new folder (default: ./NAME)")
+    copy.set_defaults(command=commands.bundle_copy)
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="CSV",
+        help="table case,label[,split] or case,mask[,split] (default: labels.csv in the export)",
+    )
+    parser.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensity window in physical units"
+    )
+    gate = "refuse DICOM files that do not say PatientIdentityRemoved YES and BurnedInAnnotation NO"
+    parser.add_argument("--require-deidentified", action="store_true", help=gate)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    help_ = "override any setting of the bundle's train.yaml; may be repeated"
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def _shard(text: str) -> str:
+    from monai_salm.release.shards import Shard
+
+    try:
+        Shard.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` with a JSON or Python value; anything else is text."""
+    import ast
+    import json
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key.strip() in ("dataset_dir", "output_dir"):
+        raise argparse.ArgumentTypeError(f"{key.strip()} is named by the arguments EXPORT and OUT")
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return key.strip(), read(value)
+        except (ValueError, SyntaxError):
+            continue
+    return key.strip(), value

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command exits with, and what it says of an error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+EXIT_CODES = """\
+exit codes:
+  0    done: everything is protected, and verified where asked
+  1    an error in the program; the traceback says where
+  2    the arguments or the input cannot be used, or OUT was made with other settings; nothing was written that was not
+       whole
+  3    a file was refused, or the verdict is not "protected", or there was nothing to check ("inconclusive")
+  4    a file of OUT is not what was written, is missing, or does not belong; share nothing of the folder
+  5    another process writes into OUT
+  130  interrupted; the same command goes on
+"""
+
+
+def exit_code(error: Exception) -> int | None:
+    """Code of an error that its own text explains; None for a fault of the program."""
+    if type(error).__module__.startswith("monai_salm."):
+        return {"IntegrityError": INTEGRITY, "LockedError": LOCKED}.get(type(error).__name__, BAD_INPUT)
+    explained = isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error))
+    return BAD_INPUT if explained else None
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """A ValueError of torch or NumPy is a fault of ours; one that we raise is about the input."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("monai_salm.")
+
+
+def sentence(error: Exception, options: argparse.Namespace) -> str:
+    """Text of an explained error; of files only those are named that the command line named."""
+    if isinstance(error, OSError) and error.strerror:
+        named = {str(value) for value in vars(options).values() if isinstance(value, Path)}
+        return f"{error.strerror}: {error.filename}" if str(error.filename) in named else error.strerror
+    return str(error)
+
+
+def say_where(error: Exception) -> None:
+    """The traceback of a fault, without texts: those of other libraries quote what they read, names included."""
+    import traceback
+
+    print("Traceback (most recent call last):", *traceback.format_tb(error.__traceback__), file=sys.stderr, sep="\n")
+    say(f"a fault of the program ({type(error).__name__}); its text is kept back, --debug shows it")
+
+
+def say(text: str) -> None:
+    """A line for the user, beside what was asked for."""
+    print(f"monai-salm: {text}", file=sys.stderr)

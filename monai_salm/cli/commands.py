@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each command does, and what comes out of it. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai_salm.cli.codes import DONE, FAILED, INTEGRITY, NOT_PROTECTED, say
+
+_SHOWN = 20
+"""Rows of a list on the screen unless all are asked for."""
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """List what an export holds."""
+    from rich.console import Console
+
+    from monai_salm.release.catalog import scan
+    from monai_salm.release.labels import LABELS_FILE, find_labels, label_cases
+    from monai_salm.release.listing import cases_table, counts_line, counts_table, refusals_table
+    from monai_salm.release.voxels import VoxelLabels
+
+    labels = find_labels(options.export, options.labels)
+    window = tuple(options.window) if options.window else "auto"
+    voxels = labels if isinstance(labels, VoxelLabels) else None
+    catalog = scan(
+        options.export,
+        _dim(options, voxels is not None),
+        window=window,
+        voxels=voxels,
+        require_deidentified=options.require_deidentified,
+    )
+    cohort, problem = None, None
+    if labels is not None or any(case.label >= 0 for case in catalog.cases):
+        try:
+            cohort = label_cases(catalog, labels)
+        except ValueError as error:  # told at the end: what the export holds may show the reason
+            problem = error
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(counts_line(catalog, cohort), counts_table(catalog, cohort), sep="\n")
+    if labels is None and cohort is None:
+        console.print(f"No label table: 'protect' needs one ({LABELS_FILE} in the export, or --labels).")
+    if options.all:
+        console.print(cases_table(catalog, cohort, options.names))
+    refusals = cohort.refusals if cohort else catalog.refusals
+    if refusals:
+        shown = refusals if options.all else refusals[:_SHOWN]
+        console.print(f"{len(refusals)} refused: {_tally(each.reason for each in refusals)}")
+        console.print(refusals_table(shown, catalog, options.names))
+        if len(shown) < len(refusals):
+            console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
+    if problem:
+        raise problem
+    return NOT_PROTECTED if refusals else DONE
+
+
+def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
+    """Slices or volumes; labels of voxels are mostly drawn in volumes."""
+    return options.dim or (3 if voxelwise else 2)
+
+
+def protect(options: argparse.Namespace) -> int:
+    """Fit, write and verify a protected copy, or parts of that."""
+    from monai_salm import workflows
+    from monai_salm.perturbations.budget import Budget
+    from monai_salm.perturbations.masks import SparsityMask
+    from monai_salm.release.commit import check_output
+    from monai_salm.release.labels import find_labels
+    from monai_salm.release.voxels import VoxelLabels
+
+    # What a typing error could spoil is checked now, and not after hours of fitting.
+    if options.bundle:
+        workflows.bundle_path(options.bundle)
+    if options.epsilon is not None:
+        Budget.parse(options.epsilon).check_window(options.window)
+    if options.mask_ratio is not None:
+        SparsityMask(ratio=options.mask_ratio)
+    if not options.export.exists():
+        raise ValueError(f"export {options.export} does not exist; check the path")
+    check_output(options.export, options.out)
+    if options.shard and not (options.out / workflows.BANK).is_file():
+        raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
+    voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
+    bundle = options.bundle or workflows.bundle_for(_dim(options, voxelwise), voxelwise)
+    if options.dry_run:
+        return _plan(options, _dim(options, voxelwise))
+    overrides = dict(options.set) | workflows.protect_overrides(
+        options.export,
+        options.out,
+        labels=options.labels,
+        epsilon=options.epsilon,
+        mask_ratio=options.mask_ratio,
+        visibility=options.visibility,
+        window=options.window,
+        spatial_dims=options.dim if voxelwise else None,
+        require_deidentified=options.require_deidentified or None,
+    )
+    stages = workflows.WITHOUT_VERIFY if options.no_verify else workflows.ALL
+    if options.shard:
+        return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}))
+    try:
+        code = _stages(bundle, workflows.FIT if options.fit_only else stages, overrides)
+    finally:
+        workflows.save_run(options.out, bundle, overrides)
+    return code if options.fit_only else _outcome(options.out, code, verified=not options.no_verify)
+
+
+def _plan(options: argparse.Namespace, spatial_dims: int) -> int:
+    from monai_salm.release.labels import load_cohort
+    from monai_salm.release.plan import make_plan
+
+    window = tuple(options.window) if options.window else "auto"
+    settings = {"spatial_dims": spatial_dims, "window": window}
+    gate = {"require_deidentified": options.require_deidentified}
+    cohort = load_cohort(options.export, options.labels, **settings, **gate)
+    chosen = {"budget": options.epsilon, "mask_ratio": options.mask_ratio}
+    plan = make_plan(cohort, options.out, **settings, **{name: value for name, value in chosen.items() if value})
+    print(*plan.lines(), sep="\n")
+    return NOT_PROTECTED if plan.refused else DONE
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check the files of a copy, and measure what it is worth."""
+    from monai_salm.release.integrity import check
+
+    found = check(options.out, options.public_key)
+    print(*found.lines(options.names), sep="\n", flush=True)
+    if found.problems or not found.conclusive:
+        return INTEGRITY if found.problems else NOT_PROTECTED
+    from monai_salm import workflows
+
+    asked = options.export or options.labels or options.set
+    if options.files_only or not (asked or (options.out / workflows.RUN_CONFIG).is_file()):
+        return DONE
+    bundle, overrides = workflows.load_run(options.out)
+    export = options.export or Path(overrides.get("dataset_dir", ""))
+    if not export.exists():
+        raise ValueError(f"the export is not at {export}; name its folder with --export")
+    overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
+    return _outcome(options.out, _stages(bundle, workflows.VERIFY, overrides), verified=True)
+
+
+def bundle_list(options: argparse.Namespace) -> int:
+    """Print the names of the bundles."""
+    from monai_salm.workflows import bundle_names
+
+    print("\n".join(bundle_names()))
+    return DONE
+
+
+def bundle_path(options: argparse.Namespace) -> int:
+    """Print the folder of a bundle."""
+    from monai_salm.workflows import bundle_path
+
+    print(bundle_path(options.name))
+    return DONE
+
+
+def bundle_copy(options: argparse.Namespace) -> int:
+    """Copy a bundle."""
+    from monai_salm.workflows import bundle_path, copy_bundle
+
+    print(copy_bundle(options.name, options.dest or bundle_path(options.name).name))
+    return DONE
+
+
+def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
+    """Run stages of a bundle; the code a stage wants to exit with."""
+    from monai_salm.workflows import run_bundle
+
+    try:
+        run_bundle(bundle, stages, overrides)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            say(stop.code)
+            return FAILED
+        return stop.code or DONE
+    return DONE
+
+
+def _outcome(out: Path, code: int, *, verified: bool = False) -> int:
+    """Say what came out, and how that counts, unless the stages ended with an error (any other ``code``)."""
+    import json
+
+    from monai_salm.release.commit import PROTECTED
+    from monai_salm.release.protect import REFUSALS, read_refusals
+    from monai_salm.release.visibility import summary
+
+    if code not in (DONE, NOT_PROTECTED):
+        return code
+    print(f"protected files: {out / PROTECTED}", *filter(None, [summary(out)]), sep="\n")
+    refusals = read_refusals(out)
+    if refusals:
+        print(f"refused and not in the copy: {_tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
+        code = NOT_PROTECTED
+    if verified and (code == DONE or (out / "report.json").is_file()):
+        verdict = json.loads((out / "report.json").read_text())["verdict"]
+        print(f"verdict: {verdict}; report: {out / 'report.html'}")
+        code = code if verdict == "protected" else NOT_PROTECTED
+    return code
+
+
+def _tally(values: Iterable[str]) -> str:
+    return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))

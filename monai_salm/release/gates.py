@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps a file of an export out although it could be protected: it is not de-identified, or protected already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydicom.dataset import Dataset
+
+from monai_salm.io.base import RefusedError
+from monai_salm.release import commit as door
+from monai_salm.release.manifest import PROTECTED, IntegrityError, read_chain
+
+MANIFESTS = "manifest*.jsonl"
+
+
+def check_deidentified(header: Dataset) -> None:
+    """Raise unless a DICOM file says of itself that its patient cannot be told from it.
+
+    BurnedInAnnotation is asked of images only: a SEG file or a report has no picture that text could be burned into.
+
+    Raises:
+        RefusedError: ``not_deidentified`` when PatientIdentityRemoved is not YES, or BurnedInAnnotation is not NO.
+    """
+    removed = str(header.get("PatientIdentityRemoved") or "").strip() == "YES"
+    burned = str(header.get("BurnedInAnnotation") or "").strip()
+    no_picture = getattr(header, "pixel_element", None) is None or header.get("Modality") == "SEG"
+    clean = burned == "NO" or (not burned and no_picture)
+    if not removed or not clean:
+        missing = [] if removed else ["PatientIdentityRemoved is not YES"]
+        missing += [] if clean else ["BurnedInAnnotation is not NO"]
+        raise RefusedError("not_deidentified", f"{' and '.join(missing)}; de-identify the export first")
+
+
+class ReleasedFiles:
+    """Files that manifests near an export list as protected, known by their content.
+
+    NIfTI files, archives and pictures carry no mark of their own: a protected copy is known only while the manifest
+    lies in the export or beside it.
+
+    Args:
+        root: the export.
+        files: what it holds.
+    """
+
+    def __init__(self, root: Path, files: Iterable[Path]) -> None:
+        beside = root.parent.glob(MANIFESTS) if root.is_dir() else ()
+        manifests = [*beside, *(path for path in files if path.match(MANIFESTS))]
+        self._digests = {digest for path in manifests for digest in _listed(path)}
+
+    def check(self, path: Path) -> None:
+        """Raise when the file is a protected one.
+
+        Raises:
+            RefusedError: ``already_protected``.
+        """
+        if self._digests and door.sha256_of(path) in self._digests:
+            raise RefusedError(
+                "already_protected", "a manifest lists this very file as a protected one; protect the original instead"
+            )
+
+
+def _listed(path: Path) -> set[str]:
+    """Digests of the protected images of a manifest; none where it is not one of ours."""
+    if path.is_symlink():
+        return set()
+    try:
+        records, _ = read_chain(path)
+    except (IntegrityError, OSError):
+        return set()
+    return {str(record.get("sha256")) for record in records if record.get("state") == PROTECTED}

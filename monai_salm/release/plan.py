@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would do, told before it does anything: files, bytes, refusals, disk and time. Writes nothing at all."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from monai_salm.io import formats
+from monai_salm.io.base import Case, RefusedError, StoredImage, Window
+from monai_salm.perturbations.budget import Budget
+from monai_salm.release.identity import UidMap
+from monai_salm.release.labels import Cohort
+from monai_salm.release.progress import track
+
+SAMPLES = 8
+"""Units of each format that are tried."""
+SAMPLE_SECONDS = 20.0
+"""No further unit is tried after so long."""
+
+
+@dataclass
+class _Rate:
+    """What trying some units of one format took."""
+
+    files: int = 0
+    size: int = 0
+    written: int = 0
+    voxels: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done.
+
+    Args:
+        files: files and bytes by format and state.
+        refused: refusals by reason.
+        copy_bytes: the copy's size as the samples let expect; None where none could be tried.
+        bank_bytes: most that the perturbations can take, uncompressed.
+        free_bytes: free on the disk of the output folder.
+        seconds: to write and check the files, from the samples; None where none could be tried.
+        tried: how many files and bytes the samples had.
+    """
+
+    files: dict[tuple[str, str], tuple[int, int]]
+    refused: dict[str, int]
+    copy_bytes: int | None
+    bank_bytes: int
+    free_bytes: int
+    seconds: float | None
+    tried: tuple[int, int]
+
+    def lines(self) -> Iterator[str]:
+        """The plan for a terminal."""
+        yield "plan; nothing was written"
+        for (form, state), (count, size) in sorted(self.files.items()):
+            yield f"  {form} {state}: {count} files, {_size(size)}"
+        refused = ", ".join(f"{count} {reason}" for reason, count in sorted(self.refused.items()))
+        yield f"  refused: {refused or 'nothing'}"
+        if self.copy_bytes is None or self.seconds is None:
+            yield "  disk and time: not known, no image could be tried"
+            return
+        need = self.copy_bytes + self.bank_bytes
+        yield (
+            f"  disk: about {_size(self.copy_bytes)} for the copy, at most {_size(self.bank_bytes)} for perturbations; "
+            f"{_size(self.free_bytes)} are free" + ("" if need < self.free_bytes else ": NOT ENOUGH")
+        )
+        yield (
+            f"  time: about {_time(self.seconds)} to write and check the files, by what reading, changing and encoding "
+            f"{self.tried[0]} of them ({_size(self.tried[1])}) just took on this machine, with reading counted twice. "
+            "Fit and study are not in it; they tell their own time once they run"
+        )
+
+
+def make_plan(
+    cohort: Cohort,
+    output_dir: Path,
+    *,
+    spatial_dims: int,
+    window: Window,
+    budget: Budget | str | float = "8/255",
+    mask_ratio: float = 0.4,
+) -> Plan:
+    """Try some images in memory, with noise in place of perturbations, and add up.
+
+    Args:
+        cohort: labelled cases.
+        output_dir: where the copy would go; need not exist.
+        spatial_dims: 2 or 3.
+        window: ``"auto"`` or (low, high) in physical units.
+        budget: of the noise.
+        mask_ratio: part of the voxels that the noise changes.
+    """
+    units = formats.units(cohort.released)
+    by_format: dict[str, list[tuple[Case, ...]]] = defaultdict(list)
+    for unit in units:
+        by_format[unit[0].format].append(unit)
+    noise = _Noise(Budget.parse(budget), mask_ratio)
+    rates = {form: _try(_spread(found), noise, spatial_dims, window) for form, found in by_format.items()}
+    states = _states(cohort, units)
+    copy_bytes, seconds, bank_bytes = 0.0, 0.0, 0.0
+    known = all(rate.files for rate in rates.values()) and bool(rates)
+    for (form, state), (count, size) in states.items():
+        rate = rates.get(form)
+        if state == "label":
+            copy_bytes += size
+        elif state == "protected" and rate is not None and known:
+            copy_bytes += size * rate.written / rate.size
+            seconds += size * rate.seconds / rate.size
+            bank_bytes += count * rate.voxels / rate.files
+    tried = sum(rate.files for rate in rates.values()), sum(rate.size for rate in rates.values())
+    return Plan(
+        states,
+        dict(Counter(refusal.reason for refusal in cohort.refusals)),
+        round(copy_bytes) if known else None,
+        round(bank_bytes),
+        shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free,
+        seconds if known else None,
+        tried,
+    )
+
+
+class _Noise:
+    """Signs at the edge of the budget in a part of the voxels: as hard to compress as a perturbation can be."""
+
+    def __init__(self, budget: Budget, mask_ratio: float) -> None:
+        self._budget, self._ratio = budget, mask_ratio
+        self._random = np.random.default_rng(0)
+
+    def __call__(self, image: StoredImage) -> np.ndarray:
+        lower, upper = (bound.numpy() for bound in image.codec.bounds(torch.from_numpy(image.stored), self._budget))
+        delta = np.where(self._random.random(image.stored.shape) < 0.5, lower, upper)
+        delta[self._random.random(image.stored.shape) > self._ratio] = 0
+        return delta if delta.any() else upper
+
+
+def _try(units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, window: Window) -> _Rate:
+    rate = _Rate()
+    until = time.monotonic() + SAMPLE_SECONDS
+    uids, now = UidMap(secrets.token_bytes(32)), datetime.now(timezone.utc)
+    options = {"spatial_dims": spatial_dims, "window": window, "uids": uids, "when": now}
+    for unit in track(units, "trying"):
+        if time.monotonic() > until and rate.files:
+            break
+        try:
+            start = time.monotonic()
+            images = {case: formats.read(case, spatial_dims, window) for case in unit}
+            reading = time.monotonic() - start
+            deltas = {case: noise(image) for case, image in images.items()}
+            written = sum(len(file.content) for file in formats.protect(unit, deltas.__getitem__, **options))
+        except (RefusedError, ValueError):  # told of by the run itself
+            continue
+        rate.seconds += time.monotonic() - start + reading
+        rate.written += written
+        rate.files += len(formats.files_of(unit))
+        rate.size += sum(path.stat().st_size for path in formats.files_of(unit))
+        rate.voxels += sum(image.stored.size * _bytes_of(deltas[case]) for case, image in images.items())
+    return rate
+
+
+def _bytes_of(delta: np.ndarray) -> int:
+    return 1 if abs(delta).max() < 128 else 2 if abs(delta).max() < 32768 else 4
+
+
+def _spread(units: Sequence[tuple[Case, ...]]) -> list[tuple[Case, ...]]:
+    """Some units, evenly from first to last."""
+    step = max(1, math.ceil(len(units) / SAMPLES))
+    return list(units[::step])
+
+
+def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Files and bytes by format and state, each file once."""
+    found: dict[tuple[str, str], set[Path]] = defaultdict(set)
+    for unit in units:
+        found[unit[0].format, "protected"] |= set(formats.files_of(unit))
+        found[unit[0].format, "label"] |= {case.mask.file for case in unit if case.mask}
+    released = {path for paths in found.values() for path in paths}
+    for case in cohort.cases:
+        if case.split == "test":
+            found[case.format, "held out, not written"] |= set(case.files) - released
+    return {key: (len(paths), sum(path.stat().st_size for path in paths)) for key, paths in found.items() if paths}
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
