@@ -98,6 +98,7 @@ class Case:
         label: class index, -1 while unknown and where each voxel has its own.
         split: ``"train"``, ``"val"`` (both are released) or ``"test"`` (held out: never fitted on, never written).
         mask: voxel labels, None where the case is labelled as a whole.
+        target: path of its file in a protected copy, where that differs from the path in the export.
     """
 
     sample_id: str
@@ -109,12 +110,18 @@ class Case:
     label: int = -1
     split: str = "train"
     mask: Mask | None = None
+    target: str = ""
 
     @property
     def file_name(self) -> PurePosixPath:
         """Path of the case's first file relative to the export; where the file has several cases, without the part."""
         name = PurePosixPath(self.names[0])
         return name if self.index is None else name.parent.parent
+
+    @property
+    def released_name(self) -> PurePosixPath:
+        """Path of that file in a protected copy."""
+        return PurePosixPath(self.target) if self.target else self.file_name
 
 
 @dataclass(frozen=True)

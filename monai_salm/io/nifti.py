@@ -99,7 +99,7 @@ def protect(
     uids: object = None,
     when: datetime | None = None,
 ) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Yield each protected file: its path relative to the export, unchanged, and its bytes.
+    """Yield each protected file: its path in the protected copy, and its bytes.
 
     Args:
         cases: files, or every volume of files.
@@ -123,7 +123,7 @@ def protect(
             protected = layout.axes.to_file(image.codec.add(image.stored, delta)[0])
             moved = layout.axes.to_file(delta[0]) != 0
             layout.voxels(content, case.index or 0)[moved] = protected[moved]
-        yield inside[0].file_name, _compress(content) if is_gzip(source) else bytes(content)
+        yield inside[0].released_name, _compress(content) if is_gzip(source) else bytes(content)
 
 
 def verify(source: Path, written: Path, limit: float) -> FileCheck:

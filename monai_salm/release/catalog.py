@@ -23,6 +23,7 @@ from pydicom.uid import MediaStorageDirectoryStorage
 
 from monai_salm.io import dicom, formats, masks, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.release import bids
 from monai_salm.release.gates import ReleasedFiles, check_deidentified
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.progress import track
@@ -139,6 +140,7 @@ class _Findings:
         self.masks = Found()
         self.released = ReleasedFiles(root, ())
         self._require_deidentified = require_deidentified
+        self.bids = bids.is_tree(root)
         self._voxels = voxels
         self._mask_names = voxels.mask_names if voxels else frozenset()
         self._headers: dict[Path, Dataset] = {}
@@ -152,6 +154,12 @@ class _Findings:
     def tells_labels(self, path: Path) -> bool:
         """Whether the file is the ``dataset.json`` that was read for the voxel labels."""
         return self._voxels is not None and self.name(path) == DATASET_FILE
+
+    def enters(self, folder: Path) -> bool:
+        """Whether to look into a folder: at the top of a BIDS tree only into those of subjects, and of label files."""
+        name = self.name(folder)
+        outside = self.bids and folder.parent == self.root and not name.startswith("sub-")
+        return not outside or any(mask.startswith(f"{name}/") for mask in self._mask_names)
 
     def refuse(self, names: Sequence[str], error: RefusedError, name: str = "") -> None:
         name = name or pseudonym(names[0])
@@ -176,7 +184,7 @@ class _Findings:
             elif head[:2] in (b"\x02\0", b"\x08\0"):  # DICOM without its file header: refused by that name
                 self._add_dicom(path)
             else:
-                raise _unknown(path, head)
+                self._add_other(path, head)
         except RefusedError as error:
             self.refuse([self.name(path)], error)
         except OSError as error:
@@ -185,19 +193,28 @@ class _Findings:
             )
 
     def _add_image(self, path: Path, form: str) -> None:
-        count = 1
+        name, count = self.name(path), 1
+        if self.bids and form == "nifti" and bids.is_label(name):
+            bids.check_companion(path, name)
+            return
         if form == "nifti":
             count = worker.call(nifti.count_volumes, path, self.spatial_dims)
         else:
             worker.call(raster.check_supported, path, self.spatial_dims)
-        name = self.name(path)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
-        if count == 1:
-            self.cases.append(Case(pseudonym(name), form, (path,), (name,), pseudonym(group)))
-        for index in range(count) if count > 1 else ():
-            names = nifti.volume_names(PurePosixPath(name), index)
-            self.cases.append(Case(pseudonym(names[0]), form, (path,), names, pseudonym(group), index))
+        # A row of a label table may name the whole subject of a BIDS tree.
+        others, target = ([bids.subject(name)], bids.protected_name(name)) if self.bids else ([], "")
+        for index in range(count):
+            names = (name,) if count == 1 else nifti.volume_names(PurePosixPath(name), index)
+            at = None if count == 1 else index
+            own = (pseudonym(names[0]), form, (path,), (*names, *filter(None, others)), pseudonym(group), at)
+            self.cases.append(Case(*own, target=target))
+
+    def _add_other(self, path: Path, head: bytes) -> None:
+        if not self.bids:
+            raise _unknown(path, head)
+        bids.check_companion(path, self.name(path))
 
     def _add_npz(self, path: Path) -> None:
         archive = PurePosixPath(self.name(path))
@@ -297,8 +314,11 @@ def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = Path(entry.path)
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False) and findings.enters(path):
                 yield from _walk(path, findings)
+            elif entry.is_dir(follow_symlinks=False):
+                detail = "only folders of subjects are taken from a BIDS tree; protect this one as its own export"
+                findings.refuse([findings.name(path)], RefusedError("no_subject", detail))
             elif not entry.is_file(follow_symlinks=False):
                 detail = "links, devices and sockets are never followed; copy the file itself"
                 findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))

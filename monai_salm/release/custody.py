@@ -15,12 +15,13 @@ from pathlib import Path, PurePosixPath
 
 from monai_salm import __version__
 from monai_salm.io.base import Case
+from monai_salm.release import bids, signature
 from monai_salm.release import commit as door
-from monai_salm.release import signature
 from monai_salm.release.catalog import Refusal
 from monai_salm.release.identity import load_or_create_key, owner_id, pseudonym
 from monai_salm.release.labels import LABELS_FILE, Cohort
 from monai_salm.release.manifest import (
+    COMPANION,
     GENESIS,
     TABLE,
     ManifestRow,
@@ -109,7 +110,7 @@ def close(
     complete = len(others) == shard.count - 1
     rest = read_manifest(output_dir, [other.journal for other in others])
     tables = _tables([*rows, *rest], cohort) if complete else {}
-    table_rows = [_table_row(name, text) for name, text in tables.items()]
+    table_rows = [_table_row(name, content, cohort.root) for name, content in tables.items()]
     texts = {f"{door.PROTECTED}/{name}": text for name, text in tables.items()}
     texts[shard.refusals], _ = link(map(asdict, refusals))
     whole = Shard()
@@ -140,7 +141,7 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and not path.is_symlink() and path.read_bytes() == content
 
 
-def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, str]:
+def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
     """Content of the tables that go with the files; of those that a cohort does not have, none."""
     written: dict[str, list[ManifestRow]] = {}
     for row in rows:
@@ -150,12 +151,14 @@ def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, str]:
         LABELS_FILE: labels_table(cases, written, cohort),
         DATASET_FILE: dataset_json(cases, cohort.root) if cohort.voxelwise and cases else "",
     }
-    return {name: text for name, text in tables.items() if text}
+    found = {name: text.encode() for name, text in tables.items() if text}
+    return found | (bids.derivative(cohort.root, cases) if cases and bids.is_tree(cohort.root) else {})
 
 
-def _table_row(name: str, text: str) -> ManifestRow:
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return ManifestRow(pseudonym(name), name, digest, 0, 0.0, 0, 0, digest, state=TABLE)
+def _table_row(name: str, content: bytes, root: Path) -> ManifestRow:
+    digest = hashlib.sha256(content).hexdigest()
+    state = COMPANION if _holds(root / name, content) else TABLE
+    return ManifestRow(pseudonym(name), name, digest, 0, 0.0, 0, 0, digest, state=state)
 
 
 def _manifests(shard: Shard, rows: Sequence[ManifestRow]) -> dict[str, str]:

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BIDS: which files of a tree are images, and the derivative data set that a protected copy is.
+
+An image gets a name that no raw data set may have (``_desc-protected_``) and a sidecar that names its source. What
+accompanies the released images is copied: label files, tables, gradients, inherited sidecars. Layout and keys are
+those of the BIDS specification 1.10, "Derivatives".
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from monai_salm import __version__
+from monai_salm.io import masks, worker
+from monai_salm.io.base import Case, RefusedError
+
+DESCRIPTION = "dataset_description.json"
+PARTICIPANTS = "participants.tsv"
+IGNORE = ".bidsignore"
+LABEL_SUFFIXES = ("dseg", "mask")
+MAX_TEXT_BYTES = 2**26
+"""Largest table or sidecar, unpacked."""
+PERSONAL = frozenset(
+    "PatientName PatientID PatientBirthDate PatientAddress AccessionNumber StudyID StudyInstanceUID SeriesInstanceUID "
+    "ReferringPhysicianName PerformingPhysicianName OperatorsName AcquisitionDateTime AcquisitionDate StudyDate "
+    "SeriesDate ContentDate DeviceSerialNumber StationName".split()
+)
+"""Keys that converters write into sidecars and that no copy keeps."""
+_NAME = re.compile(
+    r"(?P<entities>(?:[a-z]+-[A-Za-z0-9+]+_)*)(?P<suffix>[A-Za-z0-9]+)(?P<ending>\.nii|\.nii\.gz|\.json|\.bval|\.bvec|\.tsv|\.tsv\.gz)"
+)
+_TOP = re.compile(r"README(\.md|\.rst|\.txt)?|CHANGES|LICENSE|CITATION\.cff|participants\.(tsv|json)|\.bidsignore")
+_INHERITED = ("BIDSVersion", "License", "Authors", "Acknowledgements", "HowToAcknowledge", "Funding", "EthicsApprovals")
+_OF_ANY = (*LABEL_SUFFIXES, "events", "physio", "stim", "channels", "aslcontext", "sessions")
+"""Suffixes of what goes with images of any suffix, such as the events of a functional image."""
+_NOT_BIDS = RefusedError("not_bids", "the name does not follow BIDS; rename the file, or protect it as its own export")
+
+
+def is_tree(root: Path) -> bool:
+    """Whether a folder is a BIDS data set: it describes itself and has folders of subjects."""
+    return bool(_description(root)) and any(path.is_dir() for path in root.glob("sub-*"))
+
+
+def protected_name(name: str) -> str:
+    """Path of an image in the protected copy.
+
+    Raises:
+        RefusedError: When the name is not one of BIDS.
+
+    Example:
+        >>> protected_name("sub-01/anat/sub-01_run-2_T1w.nii.gz")
+        'sub-01/anat/sub-01_run-2_desc-protected_T1w.nii.gz'
+    """
+    path = PurePosixPath(name)
+    parts = _NAME.fullmatch(path.name)
+    if parts is None or not parts["entities"].startswith("sub-") or not parts["ending"].startswith(".nii"):
+        raise _NOT_BIDS
+    entities = [each for each in parts["entities"].split("_") if each]
+    described = [each for each in entities if each.startswith("desc-")]
+    others = [each for each in entities if each not in described]
+    new = "_".join([*others, f"{''.join(described) or 'desc-'}protected", parts["suffix"]])
+    return (path.parent / (new + parts["ending"])).as_posix()
+
+
+def is_label(name: str) -> bool:
+    """Whether a NIfTI file is named as voxel labels, which are never perturbed."""
+    parts = _NAME.fullmatch(PurePosixPath(name).name)
+    return parts is not None and parts["suffix"] in LABEL_SUFFIXES and parts["ending"].startswith(".nii")
+
+
+def subject(name: str) -> str:
+    """Folder of the subject that a file belongs to, empty for a file that belongs to none."""
+    first, *rest = PurePosixPath(name).parts
+    return first if rest and first.startswith("sub-") else ""
+
+
+def check_companion(path: Path, name: str) -> None:
+    """Make sure that a file may be copied as it is: by its name it accompanies images, by its content it holds none.
+
+    Args:
+        path: the file.
+        name: its path relative to the tree.
+
+    Raises:
+        RefusedError: When it may not.
+    """
+    if is_label(name):
+        worker.call(masks.label_values, path)
+        return
+    parts = _NAME.fullmatch(PurePosixPath(name).name)
+    if not (_TOP.fullmatch(name) or name == DESCRIPTION or (parts and not parts["ending"].startswith(".nii"))):
+        raise RefusedError("unknown_file", "the file is no image and nothing that accompanies one in BIDS")
+    text = _text(path)
+    if name.endswith(".json"):
+        _json(text)
+
+
+def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
+    """Files of the protected copy besides images and the labels of cases.
+
+    Args:
+        root: the tree that was protected.
+        cases: what was written.
+
+    Returns:
+        Content by path relative to the released folder.
+    """
+    images = {case.file_name.as_posix(): case for case in cases}
+    subjects = {subject(name) for name in images}
+    taken = {case.mask.name for case in cases if case.mask}
+    found: dict[str, bytes] = {}
+    for name in _companions(root, subjects):
+        if name not in taken and _wanted(name, images):
+            with suppress(RefusedError):  # told by the scan
+                check_companion(root / name, name)
+                content = (root / name).read_bytes()
+                found[name] = _without_persons(content) if name.endswith(".json") else content
+    raw = _description(root)
+    # Required of a derivative; an image of a raw data set is as the scanner made it.
+    stripped = {} if raw.get("DatasetType") == "derivative" else {"SkullStripped": False}
+    for name, case in images.items():
+        own = _json(found.pop(_sidecar(name), b"{}").decode("utf-8-sig"))
+        told = {"Description": "Copy that is protected against training", "Sources": [f"bids:raw:{name}"]}
+        found[_sidecar(case.released_name.as_posix())] = _bytes(stripped | own | told)
+    if PARTICIPANTS in found:
+        found[PARTICIPANTS] = _of_subjects(found[PARTICIPANTS], subjects)
+    found[DESCRIPTION] = _bytes(_derived(raw))
+    found[IGNORE] = found.get(IGNORE, b"").rstrip(b"\n") + b"\nlabels.csv\n"
+    return found
+
+
+def _companions(root: Path, subjects: Iterable[str]) -> Iterator[str]:
+    """Names of regular files at the top and in the folders of subjects that are no images."""
+    places = [*root.iterdir(), *(path for each in subjects if each for path in (root / each).rglob("*"))]
+    for path in sorted(places):
+        name = path.relative_to(root).as_posix()
+        parts = _NAME.fullmatch(path.name)
+        known = _TOP.fullmatch(name) or (parts and (is_label(name) or not parts["ending"].startswith(".nii")))
+        if known and path.is_file() and not path.is_symlink():
+            yield name
+
+
+def _wanted(name: str, images: Iterable[str]) -> bool:
+    """Whether a companion goes with a released image. Lists of scans do not: they name originals and dates."""
+    parts = _NAME.fullmatch(PurePosixPath(name).name)
+    return bool(_TOP.fullmatch(name)) or (parts is not None and any(_goes_with(name, parts, each) for each in images))
+
+
+def _goes_with(name: str, parts: re.Match[str], image: str) -> bool:
+    its = _NAME.fullmatch(PurePosixPath(image).name)
+    if its is None or not PurePosixPath(image).parent.is_relative_to(PurePosixPath(name).parent):
+        return False
+    mine, other = _entities(parts), _entities(its)
+    if any(other.get(key, value) != value for key, value in mine.items()):
+        return False
+    return parts["suffix"] in _OF_ANY or (parts["suffix"] == its["suffix"] and mine.keys() <= other.keys())
+
+
+def _entities(parts: re.Match[str]) -> dict[str, str]:
+    return dict(each.split("-", 1) for each in parts["entities"].split("_") if each)
+
+
+def _sidecar(image: str) -> str:
+    return re.sub(r"\.nii(\.gz)?$", ".json", image)
+
+
+def _without_persons(sidecar: bytes) -> bytes:
+    """A sidecar without the keys that name a person, device or day; as it is where it has none."""
+    content = _json(sidecar.decode("utf-8-sig"))
+    kept = {key: value for key, value in content.items() if key not in PERSONAL}
+    return sidecar if kept == content else _bytes(kept)
+
+
+def _of_subjects(table: bytes, subjects: Iterable[str]) -> bytes:
+    """``participants.tsv`` with the rows of some subjects."""
+    header, *rows = table.splitlines(keepends=True)
+    return b"".join([header, *(row for row in rows if row.split(b"\t")[0].strip().decode("utf-8") in subjects)])
+
+
+def _derived(raw: dict[str, Any]) -> dict[str, Any]:
+    """``dataset_description.json`` of the copy."""
+    doi = raw.get("DatasetDOI")
+    source = {"DOI": doi} if isinstance(doi, str) else {}
+    return {
+        "Name": f"{raw.get('Name', 'Unnamed')}, protected copy",
+        **{key: raw[key] for key in _INHERITED if key in raw},
+        "DatasetType": "derivative",
+        "GeneratedBy": [
+            {
+                "Name": "monai-salm",
+                "Version": __version__,
+                "Description": "Voxels moved within a budget, so that models trained on the copy do not generalize",
+            }
+        ],
+        "SourceDatasets": [source] if source else [{"URL": "../.."}],
+        "DatasetLinks": {"raw": doi if source else "../.."},
+    }
+
+
+def _description(root: Path) -> dict[str, Any]:
+    """Content of ``dataset_description.json``, empty where that is none of BIDS."""
+    path = root / DESCRIPTION
+    try:
+        content = _json(_text(path)) if path.is_file() else {}
+    except RefusedError:
+        return {}
+    return content if isinstance(content.get("BIDSVersion"), str) else {}
+
+
+def _text(path: Path) -> str:
+    """Text of a table or sidecar.
+
+    Raises:
+        RefusedError: When it is none, or too long.
+    """
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+            content = stream.read(MAX_TEXT_BYTES + 1)
+            text = content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise RefusedError("not_text", "the file is named as a table or sidecar and holds no text") from error
+    if len(content) > MAX_TEXT_BYTES or "\0" in text:
+        raise RefusedError("not_text", "the file is named as a table or sidecar and holds something else")
+    return text
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError("broken_json", "the file is no JSON; correct it") from error
+    if not isinstance(content, dict):
+        raise RefusedError("broken_json", "the file is no JSON object; correct it")
+    return content
+
+
+def _bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
