@@ -159,7 +159,7 @@ def with_value(content: bytes, keyword: str, value: bytes) -> bytes:
     tag = tag_for_keyword(keyword)
     head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
     at = content.find(head, 132)
-    if at < 0:
+    if not 0 <= at < len(content) - 10:
         return content
     explicit = content[at + 4 : at + 6].isalpha()
     (length,) = struct.unpack_from("<H" if explicit else "<I", content, at + (6 if explicit else 4))
