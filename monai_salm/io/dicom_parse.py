@@ -43,6 +43,7 @@ MAX_EXPANSION = 1000
 MAX_HEADER_BYTES = 64 << 20
 MAX_DEPTH = 32
 """Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
+_LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
 
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
@@ -91,8 +92,9 @@ def silence_parsers() -> None:
 
     For the whole process, and again at each use: ``warnings.catch_warnings`` is not safe with threads.
     """
-    for name in ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    for logger in _LOGGERS:
+        if logger.level <= logging.CRITICAL:  # setting it anew would empty the caches of all loggers, which takes time
+            logger.setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from monai_salm.io.dicom_parse import KEPT_LOSSLESS, NATIVE, refusing
 
 __all__ = ["check_codestream", "decode", "encode", "stored_dtype", "stored_range"]
 
+MAX_KEPT_BYTES = 256 << 20
 _JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
 _JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
 _SIZ = struct.Struct(">4sHH4I16xH")  # SOC and SIZ markers, Lsiz, Rsiz, Xsiz, Ysiz, XOsiz, YOsiz, tiles, Csiz
@@ -48,11 +51,17 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
     shape = (int(dataset.Rows), int(dataset.Columns))
     dtype, frames = stored_dtype(dataset), int(dataset.get("NumberOfFrames") or 1)
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
+        key = ()
         if syntax in NATIVE:
             if len(dataset.PixelData) < dtype.itemsize * shape[0] * shape[1] * frames:
                 raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
-        elif syntax != uid.RLELossless:
-            check_codestream(get_frame(dataset.PixelData, frame, number_of_frames=frames), syntax, shape)
+        else:
+            encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
+            if syntax != uid.RLELossless:
+                check_codestream(encoded, syntax, shape)
+            key = (hashlib.sha256(encoded).digest(), syntax, shape, dtype, stored_range(dataset))
+            if key in _DECODED:
+                return _DECODED.get(key)
         plugin = "" if syntax in NATIVE else "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
         # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
         options = {"correct_unused_bits": False} if syntax in (*NATIVE, uid.RLELossless) else {}
@@ -62,7 +71,39 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
         low, high = stored_range(dataset)
         if plane.min() < low or plane.max() > high:
             raise RefusedError("unused_bits_set", "bits above Bits Stored are in use, as by an embedded overlay")
-        return np.ascontiguousarray(plane, dtype=dtype)
+        plane = np.ascontiguousarray(plane, dtype=dtype)
+        return _DECODED.keep(key, plane) if key else plane
+
+
+class _Decoded:
+    """The compressed frames that were decoded last, by their bytes.
+
+    A release decodes its originals when it checks, reads, writes and verifies them, one unit after the other; decoding
+    takes most of the time then.
+    """
+
+    def __init__(self) -> None:
+        self._planes: OrderedDict[Any, NDArray[Any]] = OrderedDict()
+        self._size = 0
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._planes
+
+    def get(self, key: Any) -> NDArray[Any]:
+        self._planes.move_to_end(key)
+        return self._planes[key]
+
+    def keep(self, key: Any, plane: NDArray[Any]) -> NDArray[Any]:
+        """The same plane, read-only now."""
+        plane.flags.writeable = False
+        self._planes[key] = plane
+        self._size += plane.nbytes
+        while self._size > MAX_KEPT_BYTES:
+            self._size -= self._planes.popitem(last=False)[1].nbytes
+        return plane
+
+
+_DECODED = _Decoded()
 
 
 def check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:

@@ -42,6 +42,7 @@ from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, Manife
 from monai_salm.release.progress import track
 from monai_salm.release.shards import Shard
 from monai_salm.release.visibility import VISIBILITY, Gate, VisibilityLog
+from monai_salm.stored import StoredCodec
 
 __all__ = [
     "KEY",
@@ -55,6 +56,7 @@ __all__ = [
     "read_refusals",
 ]
 
+_SLAB_VOXELS = 1 << 20
 _WAIT_S = 600.0
 """How long a shard waits while another one opens or closes the output folder."""
 
@@ -233,6 +235,7 @@ class _Writer:
         if self._gate is not None:
             self._visibility.keep([self._gate(case, images[case], deltas[case]) for case in unit])
         facts = self._facts(images, deltas)
+        images.clear()  # what follows reads the files again, one at a time
         written = door.commit(self._out, self._staged(unit, deltas, facts), self._shard.part)
         rows = [
             ManifestRow(
@@ -321,7 +324,7 @@ class _Writer:
             )
         return delta
 
-    def _check_bounds(self, stored: np.ndarray, codec: Any, delta: np.ndarray) -> int:
+    def _check_bounds(self, stored: np.ndarray, codec: StoredCodec, delta: np.ndarray) -> int:
         """Levels of the budget in this image.
 
         Raises:
@@ -329,14 +332,22 @@ class _Writer:
         """
         try:
             levels = codec.levels(self._budget)
-            lower, upper = codec.bounds(torch.from_numpy(stored), self._budget)
+            inside = all(self._inside(*part) for part in _slabs(stored, codec, delta))
         except ValueError as error:
             raise RefusedError("budget", str(error)) from error
-        if (delta < lower.numpy()).any() or (delta > upper.numpy()).any():
+        if not inside:
             raise RefusedError(
                 "outside_budget", f"the perturbation leaves the budget of {self._budget}; fit again with it"
             )
         return int(levels)
+
+    def _inside(self, stored: np.ndarray, codec: StoredCodec, delta: np.ndarray) -> bool:
+        """Whether a perturbation keeps the bounds; what does not move is always inside."""
+        if codec.slices is None:
+            moved = delta != 0
+            stored, delta = stored[moved], delta[moved]
+        lower, upper = codec.bounds(torch.from_numpy(stored), self._budget)
+        return not ((delta < lower.numpy()).any() or (delta > upper.numpy()).any())
 
     def _digest(self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray]) -> str:
         settings = [str(self._budget), self._window, self._spatial_dims, __version__]
@@ -346,9 +357,22 @@ class _Writer:
         for file in (*formats.files_of(unit), *([unit[0].mask.file] if unit[0].mask else [])):
             digest.update(door.sha256_of(file).encode())
         for case in unit:
-            digest.update(np.ascontiguousarray(deltas[case], dtype=np.int32).tobytes())
+            for slab in deltas[case].reshape(len(deltas[case]) * deltas[case].shape[1], -1):
+                digest.update(np.ascontiguousarray(slab, dtype=np.int32))
         return digest.hexdigest()
 
     def _is_there(self, row: ManifestRow) -> bool:
         path = self._out / door.PROTECTED / row.file
         return path.is_file() and not path.is_symlink() and door.sha256_of(path) == row.sha256
+
+
+def _slabs(
+    stored: np.ndarray, codec: StoredCodec, delta: np.ndarray
+) -> Iterator[tuple[np.ndarray, StoredCodec, np.ndarray]]:
+    """An image in parts along its first axis: the bounds of a whole volume take many times its memory."""
+    length, shape = stored.shape[1], stored.shape[1:]
+    thick = max(1, length * _SLAB_VOXELS // max(stored.size, 1))
+    for start in range(0, length, thick):
+        span = slice(start, start + thick)
+        part = codec.part((start, *(0 for _ in shape[1:])), (thick, *shape[1:]))
+        yield stored[:, span], part, delta[:, span]
