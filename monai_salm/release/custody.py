@@ -73,7 +73,12 @@ class Journal:
 
 
 def start_time(output_dir: Path) -> datetime:
-    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes."""
+    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes.
+
+    Also removes keys that a killed run had not finished making.
+    """
+    for left in (output_dir / door.PRIVATE).glob(".*.part"):
+        left.unlink(missing_ok=True)
     path = output_dir / door.RUN
     if not path.is_file():
         epoch = os.environ.get("SOURCE_DATE_EPOCH")

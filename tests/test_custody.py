@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer at a time, runs that are killed, plans that write nothing, and what is kept out of a release."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from exports import edit_dicom, write_labels, write_nifti, write_segmentation, write_series
+from test_protect import bank_of, nifti_cohort, protect, tree
+
+from monai_salm.release import commit as door
+from monai_salm.release import lock
+from monai_salm.release.catalog import scan
+from monai_salm.release.integrity import check
+from monai_salm.release.labels import find_labels, load_cohort
+from monai_salm.release.lock import LockedError
+from monai_salm.release.plan import make_plan
+from monai_salm.release.protect import prepare_output, read_manifest
+
+
+@pytest.fixture(autouse=True)
+def _fixed_time(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run in a process of its own; its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# ------------------------------------------------------------------------- kills
+
+
+def killed_at(call: int, work: Callable[[], None]) -> Callable[[], None]:
+    """``work``, killed at the n-th call that writes, flushes or moves something."""
+
+    def run() -> None:
+        left = [call]
+
+        def counted(real: Callable) -> Callable:
+            def wrapper(*arguments, **options):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+
+            return wrapper
+
+        for name in ("write", "fsync", "replace", "pwrite", "ftruncate", "link", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        work()
+
+    return run
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, seed):
+    for index, name in enumerate("ABC"):
+        write_series(tmp_path / "in" / name, name, 3, patient=f"P{index}")
+    write_nifti(tmp_path / "in" / "v.nii.gz")
+    write_labels(tmp_path / "in", ["A,ill", "B,well", "C,ill", "v.nii.gz,well"])
+    cohort = load_cohort(tmp_path / "in", spatial_dims=3)
+    bank, key, out = bank_of(cohort), tmp_path / "release.key", tmp_path / "out"
+    whole = protect(cohort, bank, tmp_path / "whole", key_file=key)
+    codes, random_ = [], random.Random(seed)
+    while 0 not in codes:
+        assert len(codes) < 40, "the run never ends"
+        work = killed_at(random_.randint(1, 60), lambda: protect(cohort, bank, out, key_file=key) and None)
+        codes.append(in_child(work))
+        assert codes[-1] in (0, -signal.SIGKILL)
+        series = {path.parent for path in (out / "protected").rglob("*.dcm")}
+        assert all(path.stat().st_mode & 0o077 == 0 for path in out.rglob("*")), "closed to others at any time"
+        assert len(series) <= 3
+    assert codes.count(-signal.SIGKILL) >= 3, "the test killed too little"
+    assert tree(out) == tree(tmp_path / "whole") and read_manifest(out) == whole and not check(out).problems
+
+
+# ------------------------------------------------------------------------- locks
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    door.open_output(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_two_processes_cannot_write_one_folder(out):
+    with lock.holding(out):
+        with lock.holding(out):
+            pass
+        assert in_child(lambda: _expect_locked(out)) == 0, "an inner block must not give the folder back"
+    assert in_child(lambda: lock.take(out) and None) == 0
+    with lock.holding(out):
+        pass
+    assert (out / door.LOCK).read_text() == ""
+
+
+def _expect_locked(out: Path) -> None:
+    with pytest.raises(LockedError, match=f"process {os.getppid()} on this machine"):
+        lock.take(out)
+
+
+def test_what_a_killed_process_held_is_taken_over(out):
+    def die() -> None:
+        lock.take(out)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == -signal.SIGKILL
+    assert json.loads((out / door.LOCK).read_text())["pid"] != os.getpid()
+    assert lock.take(out) and not lock.take(out)
+    lock.give_back(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [
+        ({"boot": "another"}, True),
+        ({"started": "1"}, True),
+        ({"pid": None}, True),
+        ({"host": "another"}, False),
+        ({"pid": os.getppid(), "started": lock._started(os.getppid())}, False),
+    ],
+)
+def test_only_a_process_that_may_live_keeps_its_lock(out, change, free):
+    (out / door.LOCK).write_text(json.dumps(lock._myself() | {"pid": 1} | change))
+    if free:
+        assert lock.take(out)
+        lock.give_back(out)
+    else:
+        with pytest.raises(LockedError, match="remove private/lock"):
+            lock.take(out)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0\0"])
+def test_a_lock_that_a_crash_left_half_written_names_nobody(out, text):
+    (out / door.LOCK).write_text(text)
+    assert lock.take(out)
+    lock.give_back(out)
+
+
+def test_a_lock_is_waited_for(out):
+    ready = out / "ready"
+
+    def hold() -> None:
+        with lock.holding(out):
+            ready.write_text("")
+            time.sleep(0.5)
+
+    pid = os.fork()
+    if pid == 0:
+        hold()
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    with pytest.raises(LockedError):
+        lock.take(out)
+    assert lock.take(out, wait_s=30)
+    lock.give_back(out)
+    os.waitpid(pid, 0)
+
+
+def test_a_folder_that_is_being_written_is_refused_before_the_fit_and_before_the_writing(tmp_path):
+    cohort = nifti_cohort(tmp_path / "in")
+    prepare_output(tmp_path / "in", tmp_path / "out")
+    assert in_child(lambda: _expect_busy(cohort, tmp_path)) == 0
+    lock.give_back(tmp_path / "out")
+    assert in_child(lambda: protect(cohort, bank_of(cohort), tmp_path / "out") and None) == 0
+
+
+def _expect_busy(cohort, folder: Path) -> None:
+    with pytest.raises(LockedError):
+        prepare_output(folder / "in", folder / "out")
+    with pytest.raises(LockedError):
+        protect(cohort, bank_of(cohort), folder / "out")
+
+
+# ------------------------------------------------------------------- permissions
+
+
+def test_a_folder_that_is_new_to_us_is_closed_and_later_left_as_the_owner_wants_it(tmp_path):
+    (tmp_path / "out").mkdir(mode=0o755)
+    prepare_output(nifti_cohort(tmp_path / "in").root, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "out").chmod(0o750)
+    prepare_output(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "out" / "private").stat().st_mode & 0o777 == 0o700
+    lock.give_back(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["release.key", "signing.key"])
+def test_a_key_that_others_can_read_is_refused(tmp_path, name):
+    cohort = nifti_cohort(tmp_path / "in")
+    protect(cohort, bank_of(cohort), tmp_path / "out")
+    (tmp_path / "out" / "private" / name).chmod(0o640)
+    with pytest.raises(PermissionError, match="chmod 600"):
+        protect(cohort, bank_of(cohort), tmp_path / "out")
+
+
+# -------------------------------------------------------------------------- plan
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_plan_counts_and_writes_nothing(tmp_path):
+    for index, name in enumerate(("A", "B")):
+        write_series(tmp_path / "in" / name, name, 3, patient=f"P{index}")
+    for index in range(4):
+        write_nifti(tmp_path / "in" / f"v{index}.nii.gz", index)
+    (tmp_path / "in" / "note.txt").write_text("x")
+    rows = ["A,a,train", "B,b,train", *(f"v{i}.nii.gz,{'ab'[i % 2]},{'train' if i < 3 else 'test'}" for i in range(4))]
+    write_labels(tmp_path / "in", rows)
+    cohort = load_cohort(tmp_path / "in", spatial_dims=3)
+    before = everything(tmp_path)
+    plan = make_plan(cohort, tmp_path / "deep" / "out", spatial_dims=3, window="auto", budget="2 stored")
+    assert everything(tmp_path) == before
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "in").rglob("*") if path.is_file()}
+    assert {key: count for key, (count, _) in plan.files.items()} == {
+        ("dicom", "protected"): 6,
+        ("nifti", "protected"): 3,
+        ("nifti", "held out, not written"): 1,
+    }
+    assert plan.files["nifti", "protected"][1] == sum(sizes[f"v{index}.nii.gz"] for index in range(3))
+    assert plan.refused == {"unknown_file": 1} and plan.tried[0] == 9 and plan.seconds > 0
+    protect(cohort, bank_of(cohort), tmp_path / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "out" / "protected").rglob("*.*") if path.is_file())
+    assert 0.8 * written < plan.copy_bytes < 1.3 * written
+    text = "\n".join(plan.lines())
+    assert "nothing was written" in text and "Fit and study are not in it" in text and str(tmp_path) not in text
+
+
+# ------------------------------------------------------------------------- gates
+
+
+def deidentified(dataset) -> None:
+    dataset.PatientIdentityRemoved, dataset.BurnedInAnnotation = "YES", "NO"
+
+
+@pytest.mark.parametrize(
+    ("removed", "burned", "passes"),
+    [("YES", "NO", True), ("NO", "NO", False), ("", "NO", False), ("YES", "YES", False), ("YES", "", False)],
+)
+def test_the_gate_takes_only_what_says_that_it_is_deidentified(tmp_path, removed, burned, passes):
+    def change(dataset) -> None:
+        dataset.PatientIdentityRemoved, dataset.BurnedInAnnotation = removed, burned
+
+    for name in ("A", "B"):
+        for path in write_series(tmp_path / name, name, 3):
+            edit_dicom(path, deidentified)
+    edit_dicom(path, change)
+    assert len(scan(tmp_path, 3).cases) == 2, "only where it is asked for"
+    found = scan(tmp_path, 3, require_deidentified=True)
+    assert len(found.cases) == 1 + passes
+    assert [refusal.reason for refusal in found.refusals] == ["not_deidentified"] * (not passes)
+
+
+def test_the_gate_asks_label_files_for_the_identity_alone(tmp_path):
+    import numpy as np
+
+    sources = write_series(tmp_path / "A", "A", 3)
+    for path in sources:
+        edit_dicom(path, deidentified)
+    path = write_segmentation(tmp_path / "seg", sources, np.ones((3, 16, 16, 1), bool), ("Liver",))
+    options = {"voxels": find_labels(tmp_path), "require_deidentified": True}
+    edit_dicom(path, lambda dataset: setattr(dataset, "PatientIdentityRemoved", "NO"))
+    with pytest.raises(ValueError, match="not_deidentified"):
+        scan(tmp_path, 3, **options)
+    edit_dicom(path, lambda dataset: setattr(dataset, "PatientIdentityRemoved", "YES"))
+    assert len(scan(tmp_path, 3, **options).cases) == 1
+
+
+def test_a_protected_copy_is_not_protected_again_while_its_manifest_is_near(tmp_path):
+    cohort = nifti_cohort(tmp_path / "in")
+    protect(cohort, bank_of(cohort), tmp_path / "out")
+    for export in (tmp_path / "out" / "protected", tmp_path / "out"):
+        with pytest.raises(ValueError, match="already_protected"):
+            scan(export, 3)
+    write_nifti(tmp_path / "out" / "protected" / "new.nii.gz", 77)
+    assert [case.names[0] for case in scan(tmp_path / "out" / "protected", 3).cases] == ["new.nii.gz"]
+    (tmp_path / "out" / "manifest.jsonl").write_text("not ours\n")
+    assert len(scan(tmp_path / "out" / "protected", 3).cases) == 5, "nothing tells these files from originals"
+
+
+if sys.platform != "linux":
+    pytestmark = pytest.mark.skip(reason="locks are read from /proc")
