@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from monai_salm.io.dicom_volume import (
 )
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
-__all__ = ["CT_WINDOW", "Slices", "load", "read"]
+__all__ = ["CT_WINDOW", "Layout", "layout_of", "read"]
 
 CT_WINDOW = (-160.0, 240.0)
 """HU, soft tissue; for CT files that name no window."""
@@ -39,26 +40,41 @@ _READ_IN_THEIR_WINDOW = ("CT", "CR", "DX")
 
 
 @dataclass(frozen=True)
-class Slices:
-    """A case as read, with the way back from canonical axes to its files.
+class Layout:
+    """How the files of a case make its image: the way back from canonical axes to them.
 
     Args:
-        image: stored integers and codec.
+        shape: of the image, (1, *spatial).
+        codec: of the image.
         files: the source of each slice, as they were read.
         order: position in ``files`` of each slice, in spatial order.
+        scalings: slope and intercept of each slice, as they were read.
         orientation: nibabel orientation of (columns, rows, slices); None for 2D.
     """
 
-    image: StoredImage
+    shape: tuple[int, ...]
+    codec: StoredCodec
     files: tuple[Path, ...]
     order: tuple[int, ...]
+    scalings: tuple[tuple[float, float], ...]
     orientation: NDArray[Any] | None
 
-    def planes(self, values: NDArray[Any]) -> dict[Path, NDArray[Any]]:
-        """(1, *spatial) on canonical axes -> (frames, rows, columns) of each file."""
+    def frames(self, values: NDArray[Any]) -> dict[Path, list[tuple[NDArray[Any], StoredCodec]]]:
+        """(1, *spatial) on canonical axes -> the frames of each file, each with a codec of its own."""
         planes = values if self.orientation is None else from_canonical(values[0], self.orientation)
-        as_read = planes[np.argsort(self.order)]
-        return {path: as_read[[each == path for each in self.files]] for path in dict.fromkeys(self.files)}
+        found: dict[Path, list[tuple[NDArray[Any], StoredCodec]]] = {}
+        places = np.argsort(self.order)
+        for file, place, (slope, intercept) in zip(self.files, places, self.scalings, strict=True):
+            codec = self.codec
+            if codec.slices is not None:
+                codec = replace(codec, slices=None, slope=slope, intercept=intercept)
+            found.setdefault(file, []).append((planes[place], codec))
+        return found
+
+
+_LAYOUTS: OrderedDict[Any, Layout] = OrderedDict()
+"""Of the cases that were read last: whoever writes one has read it just before."""
+_MAX_LAYOUTS = 16
 
 
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
@@ -75,13 +91,28 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
         RefusedError: See :py:func:`check_supported`, ``order_volume`` and ``dicom_pixels.decode``; and
             ``constant_image``.
     """
-    return load(case, spatial_dims, window).image
+    return _load(case, spatial_dims, window)[0]
 
 
-def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
-    """As :py:func:`read`, with what is needed to write the image back."""
+def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:
+    """What :py:func:`read` found out about a case, as long as its files are the same; read anew where it is not known.
+
+    Raises:
+        RefusedError: As :py:func:`read`.
+    """
+    return _LAYOUTS.get(_key(case, spatial_dims, window)) or _load(case, spatial_dims, window)[1]
+
+
+def _key(case: Case, spatial_dims: int, window: Window) -> Any:
+    with refusing("unreadable", "a file cannot be opened; check its permissions"):
+        found = [path.stat() for path in case.files]
+    return case.files, spatial_dims, window, tuple((status.st_mtime_ns, status.st_size) for status in found)
+
+
+def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, Layout]:
     if spatial_dims not in (2, 3) or (spatial_dims == 2 and len(case.files) != 1):
         raise ValueError(f"spatial_dims is {spatial_dims} for {len(case.files)} files; 2 takes one file, 3 a series")
+    key = _key(case, spatial_dims, window)
     headers, planes, files = [], [], []
     for path in case.files:
         dataset = parse(read_bytes(path))
@@ -92,6 +123,7 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
         headers += frames
         files += [path] * len(frames)
     order = order_volume(headers) if spatial_dims == 3 else [0]
+    scalings = tuple(map(rescale_of, headers))
     headers = [headers[index] for index in order]
     stored = np.stack([planes[index] for index in order])
     orientation = orientation_of(headers[0], headers[-1]) if spatial_dims == 3 else None
@@ -100,14 +132,17 @@ def load(case: Case, spatial_dims: int, window: Window = "auto") -> Slices:
     codec = _codec(headers, stored, orientation, window)
     windows = tuple(dict.fromkeys(each for header in headers for each in _file_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
-    return Slices(image, tuple(files), tuple(order), orientation)
+    _LAYOUTS[key] = Layout(stored.shape, codec, tuple(files), tuple(order), scalings, orientation)
+    if len(_LAYOUTS) > _MAX_LAYOUTS:
+        _LAYOUTS.popitem(last=False)
+    return image, _LAYOUTS[key]
 
 
 def _codec(
     headers: Sequence[Dataset], stored: NDArray[Any], orientation: NDArray[Any] | None, window: Window
 ) -> StoredCodec:
     header, padding = headers[0], _padding(headers[0])
-    inside = np.full(stored.shape, True) if padding is None else (stored < padding[0]) | (stored > padding[1])
+    inside = ... if padding is None else (stored < padding[0]) | (stored > padding[1])
     values = stored[inside]
     if values.size == 0 or values.min() == values.max():
         raise RefusedError("constant_image", "all pixels outside the padding are equal: there is nothing to protect")

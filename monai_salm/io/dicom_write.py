@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmwrite
 from pydicom.dataelem import DataElement, RawDataElement
@@ -21,9 +22,10 @@ from monai_salm import __version__
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
-from monai_salm.io.dicom_pixels import encode
-from monai_salm.io.dicom_read import Slices, load
+from monai_salm.io.dicom_pixels import decode, encode
+from monai_salm.io.dicom_read import layout_of
 from monai_salm.io.dicom_support import MANUFACTURER, MODIFYING_EQUIPMENT, check_supported
+from monai_salm.stored import StoredCodec
 
 __all__ = [
     "DECLARED_KEYWORDS",
@@ -102,30 +104,30 @@ def protect(
             not or goes where it must not; ``unwritable``.
         ValueError: When ``delta`` does not fit the image.
     """
-    slices = load(case, spatial_dims, window)
-    planes = slices.planes(_add(slices, delta))
-    for path in case.files:
-        yield _derive(read_bytes(path), planes[path], uids, when)
-
-
-def _add(slices: Slices, delta: NDArray[Any]) -> NDArray[Any]:
-    stored, codec = slices.image.stored, slices.image.codec
+    layout = layout_of(case, spatial_dims, window)
+    if delta.shape != layout.shape or delta.dtype.kind not in "iu":
+        raise ValueError(f"delta {delta.dtype}{delta.shape} does not fit the stored image {layout.shape}")
     if not delta.any():
         raise RefusedError("nothing_changed", "the perturbation is zero everywhere: the copy would not be protected")
+    for path, frames in layout.frames(delta).items():
+        dataset = parse(read_bytes(path))
+        check_supported(dataset)
+        planes = [_add(decode(dataset, index), *frame) for index, frame in enumerate(frames)]
+        yield _derive(dataset, np.stack(planes), uids, when)
+
+
+def _add(stored: NDArray[Any], delta: NDArray[Any], codec: StoredCodec) -> NDArray[Any]:
     try:
         protected = codec.add(stored, delta)
     except ValueError:
-        if delta.shape != stored.shape or delta.dtype.kind not in "iu":
-            raise
         raise RefusedError("delta_outside_bounds", "the perturbation leaves the stored range; fit it again") from None
-    if not all((codec.movable(values) | (delta == 0)).all() for values in (stored, protected)):
+    moved = delta != 0
+    if not all(codec.movable(values[moved]).all() for values in (stored, protected)):
         raise RefusedError("delta_outside_bounds", "the perturbation moves padding or leaves the window; fit it again")
     return protected
 
 
-def _derive(source: bytes, planes: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
-    dataset = parse(source)
-    check_supported(dataset)
+def _derive(dataset: Dataset, planes: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
     with refusing("unwritable", "the derived file cannot be written; export the image again"):
         reference = _source_reference(dataset, uids)
         evidence = _source_evidence(dataset, reference, uids)
