@@ -102,11 +102,18 @@ def protect_overrides(
     return {name: value for name, value in said.items() if value is not None}
 
 
-def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:
-    """Keep how a copy was made beside its key, so that it can be verified later; nothing if nothing was written yet."""
+def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Keep how a copy was made beside its key, so that it can be verified later; nothing if nothing was written yet.
+
+    Args:
+        output_dir: folder of the release.
+        bundle: see :py:func:`bundle_path`.
+        overrides: values by config id.
+        replace: put it in place of what was kept before.
+    """
     from monai_salm.release.commit import PRIVATE, Staged, commit
 
-    if (output_dir / PRIVATE).is_dir():
+    if (output_dir / PRIVATE).is_dir() and (replace or not (output_dir / RUN_CONFIG).is_file()):
         bundle = bundle if bundle in bundle_names() else str(bundle_path(bundle))
         text = json.dumps({"schema_version": 1, "bundle": bundle, "overrides": dict(overrides)}, indent=2) + "\n"
         commit(output_dir, [Staged(PurePosixPath(RUN_CONFIG), text.encode(), lambda _: None)])

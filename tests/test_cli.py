@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
 from monai_salm.cli.arguments import setting
+from monai_salm.release import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = [f"images/v{index}.nii.gz,{'ab'[index % 2]}" for index in range(4)]
@@ -38,6 +40,7 @@ seed: 0
 at_fit: null
 at_verify: null
 verdict: protected
+shard: null
 cohort:
   _target_: monai_salm.release.labels.load_cohort
   dataset_dir: "@dataset_dir"
@@ -52,6 +55,7 @@ written:
   budget: "@epsilon"
   output_dir: "@output_dir"
   spatial_dims: 3
+  shard: "@shard"
 fit: ["$@at_fit", "$@cohort"]
 protect: ["$@written"]
 verify:
@@ -405,6 +409,61 @@ def test_a_label_table_outside_the_export_is_found_from_anywhere(run, export, st
     assert run("protect", "in", "out", "--labels", "table.csv", "--bundle", stub, "--no-verify")[0] == cli.DONE
     monkeypatch.chdir("/")
     assert run("verify", tmp_path / "out")[0] == cli.DONE
+
+
+def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    command = ("protect", export, out, "--bundle", stub)
+    assert_refused(run(*command, "--shard", "1/2"), "no perturbations yet", "--fit-only")
+    assert run(*command, "--shard", "3/2")[0] == cli.BAD_INPUT
+    prepare = "at_fit=$monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
+    assert run(*command, "--fit-only", "--set", prepare)[0] == cli.DONE
+    assert not (out / "protected").exists()
+    (out / "private" / "bank.sqlite").write_text("")  # the stub's fit makes none
+    code, said, err = run(*command, "--shard", "2/2")
+    assert code == cli.DONE, err
+    code, said, _ = run("verify", out)
+    assert code == cli.INTEGRITY and "missing_shard: shard 1 of 2" in said
+    assert run(*command, "--shard", "1/2")[0] == cli.DONE
+    assert run("verify", out, "--files-only")[0] == cli.DONE
+    code, said, _ = run("verify", out)
+    assert code == cli.DONE and "4 protected" in said and "verdict: protected" in said
+
+
+def test_a_dry_run_tells_and_writes_nothing(run, export, tmp_path):
+    (export / "note.txt").write_text("x")
+    code, said, _ = run("protect", export, tmp_path / "out", "--dim", 3, "--dry-run")
+    assert code == cli.NOT_PROTECTED and "nifti protected: 4 files" in said and "1 unknown_file" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gate_reaches_the_bundle(run, started, export, tmp_path):
+    assert run("protect", export, tmp_path / "out", "--no-verify", "--require-deidentified")[0] == cli.DONE
+    assert started[0][2]["require_deidentified"] is True
+    folder = write_series(tmp_path / "dcm", "A")[0].parent
+    assert_refused(run("inspect", folder, "--require-deidentified"), "4 not_deidentified")
+
+
+def test_a_folder_that_another_process_writes_exits_with_5(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    parent = json.dumps(lock._myself() | {"pid": os.getppid(), "started": lock._started(os.getppid())})
+    (out / "private" / "lock").write_text(parent)
+    code, _, err = run("protect", export, out, "--bundle", stub, "--no-verify")
+    assert code == cli.LOCKED and f"process {os.getppid()}" in err
+    (out / "private" / "lock").write_text(parent.replace(str(os.getppid()), "999999999"))
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+
+
+def test_other_settings_for_the_same_folder_are_refused_and_change_nothing(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    command = ("protect", export, out, "--bundle", stub, "--no-verify")
+    assert run(*command)[0] == cli.DONE
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert_refused(run(*command, "--epsilon", "3 stored"), "choose a new output folder")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert run(*command)[0] == cli.DONE
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 # ------------------------------------------------------------------ which bundle

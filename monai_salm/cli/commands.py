@@ -105,8 +105,10 @@ def protect(options: argparse.Namespace) -> int:
         return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}))
     try:
         code = _stages(bundle, workflows.FIT if options.fit_only else stages, overrides)
-    finally:
-        workflows.save_run(options.out, bundle, overrides)
+    except BaseException:  # of a run that others came before, theirs stays
+        workflows.save_run(options.out, bundle, overrides, replace=False)
+        raise
+    workflows.save_run(options.out, bundle, overrides)
     return code if options.fit_only else _outcome(options.out, code, verified=not options.no_verify)
 
 
