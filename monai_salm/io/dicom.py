@@ -4,19 +4,21 @@
 Inside: ``dicom_parse`` and ``dicom_endian`` (untrusted bytes to a data set), ``dicom_support`` (what is protected, what
 is refused and by which name), ``dicom_pixels`` (pixel data to integers and back), ``dicom_volume`` (is a series a
 volume, and canonical axes), ``dicom_frames`` (many frames in one file), ``dicom_read`` (images and codecs),
-``dicom_seg`` (segmentations), ``dicom_write`` (the derived file) and ``dicom_verify`` (its check).
+``dicom_seg`` (segmentations), ``dicom_companion`` (what goes along with images), ``dicom_write`` (the derived file) and
+``dicom_verify`` (its check).
 """
 
 from __future__ import annotations
 
+from monai_salm.io.dicom_companion import is_companion, read_companion
 from monai_salm.io.dicom_frames import is_enhanced, order_files
 from monai_salm.io.dicom_parse import identify, looks_like_dicom, read_header
 from monai_salm.io.dicom_read import CT_WINDOW, read
 from monai_salm.io.dicom_seg import SEG_CLASSES, SegHeader, is_segmentation, missing_slices, read_seg_header, seg_header
 from monai_salm.io.dicom_support import SOP_CLASSES, check_supported
-from monai_salm.io.dicom_verify import verify, verify_labels
+from monai_salm.io.dicom_verify import verify, verify_companion, verify_labels
 from monai_salm.io.dicom_volume import order_volume
-from monai_salm.io.dicom_write import DECLARED_KEYWORDS, UidMapping, protect, protect_labels
+from monai_salm.io.dicom_write import DECLARED_KEYWORDS, UidMapping, protect, protect_companion
 
 __all__ = [
     "CT_WINDOW",
@@ -27,6 +29,7 @@ __all__ = [
     "UidMapping",
     "check_supported",
     "identify",
+    "is_companion",
     "is_enhanced",
     "is_segmentation",
     "looks_like_dicom",
@@ -34,11 +37,13 @@ __all__ = [
     "order_files",
     "order_volume",
     "protect",
-    "protect_labels",
+    "protect_companion",
     "read",
+    "read_companion",
     "read_header",
     "read_seg_header",
     "seg_header",
     "verify",
+    "verify_companion",
     "verify_labels",
 ]

@@ -53,7 +53,7 @@ FRAME_TAGS = frozenset({Tag("FrameType"), Tag("DerivationImageSequence")})
 
 def is_enhanced(header: Dataset) -> bool:
     """Whether the file is a multi-frame image of a kind that is protected."""
-    return header.get("SOPClassUID") in ENHANCED
+    return str(header.get("SOPClassUID")) in ENHANCED  # a broken one may have many values
 
 
 def frame_headers(header: Dataset) -> list[Dataset]:

@@ -12,7 +12,7 @@ from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
 from monai_salm.io.dicom_parse import check_syntax, refusing
 from monai_salm.io.dicom_volume import rescale_of
 
-__all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_supported"]
+__all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_identity", "check_supported"]
 
 MANUFACTURER = "monai_salm"
 """Our name in ContributingEquipmentSequence: the mark by which a protected file is recognized."""
@@ -73,7 +73,7 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
     """
     with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
         _check_class(header, spatial_dims)
-        _check_identity(header, allow_protected)
+        _check_marks(header, allow_protected)
         check_syntax(header.file_meta)
         _check_pixel_format(header)
         _check_overlays(header)
@@ -92,11 +92,20 @@ def _check_class(header: Dataset, spatial_dims: int) -> None:
         raise RefusedError("unsupported_sop_class", f"not a kind of image that is protected ({kinds})")
 
 
-def _check_identity(header: Dataset, allow_protected: bool) -> None:
+def _check_marks(header: Dataset, allow_protected: bool) -> None:
     for item in header.get("ContributingEquipmentSequence") or ():
         purposes = [code.get("CodeValue") for code in item.get("PurposeOfReferenceCodeSequence") or ()]
         if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes and not allow_protected:
             raise RefusedError("already_protected", "this file is a protected copy; protect the original instead")
+    check_identity(header)
+
+
+def check_identity(header: Dataset) -> None:
+    """Raise unless study, series and instance have UIDs.
+
+    Raises:
+        RefusedError: ``missing_uid``.
+    """
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         value = header.get(keyword)
         if not isinstance(value, str) or not value or value.startswith("1.2.840.10008."):

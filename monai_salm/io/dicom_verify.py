@@ -18,12 +18,12 @@ from monai_salm.io.base import FileCheck, RefusedError, compare
 from monai_salm.io.dicom_frames import FRAME_TAGS, frame_headers, frame_types, groups, is_enhanced
 from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import decode
-from monai_salm.io.dicom_seg import seg_header
+from monai_salm.io.dicom_seg import read_seg_header
 from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import rescale_of
 from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS, raw_value
 
-__all__ = ["verify", "verify_labels"]
+__all__ = ["verify", "verify_companion", "verify_labels"]
 
 _FAILED = "verification_failed"
 
@@ -68,8 +68,26 @@ def verify(
         return FileCheck(changed, max(check.max_abs for check in checks))
 
 
+def verify_companion(source: Path, written: Path) -> None:
+    """Compare a written companion with its source: new UIDs, and nothing else changed.
+
+    Args:
+        source: the original file.
+        written: the file of the protected copy, under any name.
+
+    Raises:
+        RefusedError: ``verification_failed``, with the rule that does not hold.
+    """
+    before = parse(read_bytes(source))
+    with refusing(_FAILED, "the written companion cannot be compared with its source"):
+        after = _read_back(parse, read_bytes(written))
+        undeclared = list(_undeclared_changes(before, after, REMOVED_TAGS, REMOVED_TAGS))
+        _require(not undeclared, f"elements {undeclared[:4]} of the companion changed, which is not declared")
+        _check_identity(before, after)
+
+
 def verify_labels(source: Path, written: Path, images: Iterable[Path]) -> None:
-    """Compare a written segmentation with its source: new UIDs, the same pixel data, references to written images.
+    """As :py:func:`verify_companion` for a segmentation, which must refer to written images only.
 
     Args:
         source: the original SEG file.
@@ -79,14 +97,10 @@ def verify_labels(source: Path, written: Path, images: Iterable[Path]) -> None:
     Raises:
         RefusedError: ``verification_failed``, with the rule that does not hold.
     """
-    before = parse(read_bytes(source))
+    verify_companion(source, written)
     with refusing(_FAILED, "the written segmentation cannot be compared with its source"):
-        after = _read_back(parse, read_bytes(written))
-        undeclared = list(_undeclared_changes(before, after, REMOVED_TAGS, REMOVED_TAGS))
-        _require(not undeclared, f"elements {undeclared[:4]} of the segmentation changed, which is not declared")
-        _check_identity(before, after)
         known = {str(read_header(image).SOPInstanceUID) for image in images}
-        lost = len(seg_header(after).instances - known)
+        lost = len(read_seg_header(written).instances - known)
         _require(not lost, f"the segmentation refers to {lost} images that are not released with it")
 
 
@@ -133,7 +147,7 @@ def _check_frames(before: Dataset, after: Dataset) -> None:
 
 def _check_identity(before: Dataset, after: Dataset) -> None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
-        same = after.get(keyword) == before.get(keyword) and keyword in before
+        same = after.get(keyword) == before.get(keyword) and before.get(keyword)
         _require(not same or str(before.get(keyword)).startswith("1.2.840.10008."), f"{keyword} is the source's")
     _require(after.file_meta.MediaStorageSOPInstanceUID == after.SOPInstanceUID, "file meta and instance UID differ")
     _require(not any(after.preamble), "the preamble is not empty")

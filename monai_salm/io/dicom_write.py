@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from copy import deepcopy
 from datetime import datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ __all__ = [
     "REMOVED_TAGS",
     "UidMapping",
     "protect",
-    "protect_labels",
+    "protect_companion",
     "raw_value",
 ]
 
@@ -143,11 +143,11 @@ def _derive(dataset: Dataset, planes: NDArray[Any], uids: UidMapping, when: date
         return _path(dataset), _to_bytes(dataset)
 
 
-def protect_labels(source: bytes, uids: UidMapping) -> tuple[PurePosixPath, bytes]:
-    """The segmentation of protected images: that of the originals under new UIDs, nothing else changed.
+def protect_companion(source: Path, uids: UidMapping) -> tuple[PurePosixPath, bytes]:
+    """What goes along with protected images (a segmentation, a report): as it was, under new UIDs.
 
     Args:
-        source: bytes of a SEG file.
+        source: a companion of the originals.
         uids: the release's UID map.
 
     Returns:
@@ -156,8 +156,8 @@ def protect_labels(source: bytes, uids: UidMapping) -> tuple[PurePosixPath, byte
     Raises:
         RefusedError: ``unwritable``, and as ``parse`` does.
     """
-    dataset = parse(source)
-    with refusing("unwritable", "the segmentation cannot be written under new UIDs; export it again"):
+    dataset = parse(read_bytes(source))
+    with refusing("unwritable", "the file cannot be written under new UIDs; export it again"):
         uids.map_dataset(dataset)
         _remove_stale(dataset)
         _set_meta(dataset, dataset.file_meta.TransferSyntaxUID)

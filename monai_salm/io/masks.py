@@ -113,7 +113,7 @@ def protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
 
 def _protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
     if dicom.is_segmentation(mask.file):
-        return dicom.protect_labels(mask.file.read_bytes(), uids)
+        return dicom.protect_companion(mask.file, uids)
     return PurePosixPath(mask.name), mask.file.read_bytes()
 
 

@@ -17,17 +17,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from monai_salm.io import dicom, formats, masks, nifti, npz, raster, worker
+from monai_salm.io import dicom, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.release import bids
+from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.gates import ReleasedFiles, check_deidentified
 from monai_salm.release.identity import pseudonym
+from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
-from monai_salm.release.voxels import DATASET_FILE, SHARED_MASK, Found, VoxelLabels, class_names, pair
+from monai_salm.release.voxels import DATASET_FILE, Found, VoxelLabels, class_names, pair
 
 IGNORED = ("dicomdir", "labels.csv")
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
@@ -60,6 +61,7 @@ class Catalog:
         refused_names: the real names (paths, UIDs) behind each refusal's pseudonym. Personal: never to be logged.
         classes: names of the classes of voxels, the background first; empty without voxel labels.
         class_voxels: voxels of each class in each case, by sample id; empty where they were not counted.
+        companions: files that refer to the cases and are released with them.
     """
 
     root: Path
@@ -68,6 +70,7 @@ class Catalog:
     refused_names: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     classes: tuple[str, ...] = ()
     class_voxels: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    companions: tuple[Companion, ...] = ()
 
 
 def scan(
@@ -115,14 +118,17 @@ def scan(
         for names, sample_id, error in refusals:
             findings.refuse(names, error, sample_id)
     if check_pixels:
-        _check_pixels(findings, window)
+        findings.cases, findings.class_voxels, refused_pixels = sound_cases(findings.cases, spatial_dims, window)
+        for names, error, sample_id in refused_pixels:
+            findings.refuse(names, error, sample_id)
     if not findings.cases:
         raise ValueError(
             f"export {root} holds no {spatial_dims}D image that can be protected. {_summary(findings.refusals)}"
         )
     cases = sorted(findings.cases, key=lambda case: findings.name(case.files[0]))
+    companions = tuple(findings.resolve_companions())
     refusals = tuple(findings.refusals)
-    return Catalog(root, tuple(cases), refusals, findings.refused_names, classes, findings.class_voxels)
+    return Catalog(root, tuple(cases), refusals, findings.refused_names, classes, findings.class_voxels, companions)
 
 
 class _Findings:
@@ -146,6 +152,8 @@ class _Findings:
         self._headers: dict[Path, Dataset] = {}
         self._broken: dict[Path, RefusedError] = {}
         self._series_in: dict[Path, set[str]] = defaultdict(set)
+        self._owners: dict[str, str] = {}
+        self._companions = CompanionFiles()
 
     def name(self, path: Path) -> str:
         """Relative POSIX path; the file's own name if the export is that file."""
@@ -228,10 +236,13 @@ class _Findings:
         header = worker.call(dicom.read_header, path)
         if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return  # a DICOMDIR under another name
-        if self._require_deidentified and dicom.is_segmentation(header):
+        if self._require_deidentified and dicom.is_companion(header):
             check_deidentified(header)
         if self._voxels and dicom.is_segmentation(header):
             self.masks.segmentations[self.name(path)] = path, dicom.seg_header(header)
+            return
+        if dicom.is_companion(header) and self.name(path) not in self._mask_names:
+            self._companions.add(path, self.name(path))
             return
         if self.name(path) in self._mask_names:
             self.masks.files[self.name(path)] = path  # an image that is named as a label file
@@ -250,6 +261,8 @@ class _Findings:
         seen = defaultdict(list)
         for path, header in self._headers.items():
             seen[_text(header, "SOPInstanceUID")].append(path)
+        for path, uid in self._companions.uids():
+            seen[uid].append(path)
         for uid, paths in seen.items():
             if len(paths) > 1 or not uid:
                 detail = f"{len(paths)} files have one SOPInstanceUID" if uid else "there is no SOPInstanceUID"
@@ -267,6 +280,13 @@ class _Findings:
                 self._add_instances(paths)
         self._headers.clear()
 
+    def resolve_companions(self) -> list[Companion]:
+        """Companions of the cases; those of nothing else are refused."""
+        kept, refused = self._companions.resolve({case.sample_id for case in self.cases}, self._owners, self._broken)
+        for names, error in refused:
+            self.refuse(names, error)
+        return kept
+
     def _add_instances(self, paths: Sequence[Path]) -> None:
         for path in paths:
             header = self._headers[path]
@@ -276,6 +296,7 @@ class _Findings:
                 self.refuse(names, self._broken[path])
             else:
                 self.cases.append(Case(pseudonym(uid), "dicom", (path,), names, _patient(header)))
+                self._owners[uid] = pseudonym(uid)
 
     def _add_volumes(self, paths: Sequence[Path]) -> None:
         """The volumes of a series, mostly one; several where each file holds many frames. All or none are added."""
@@ -297,6 +318,7 @@ class _Findings:
             files = tuple(part[index] for index in order)
             names = (*(self._dicom_names(part) if own == uid else [self.name(part[0])]), own)
             self.cases.append(Case(pseudonym(own), "dicom", files, names, _patient(headers[0])))
+            self._owners |= {_text(self._headers[path], "SOPInstanceUID"): pseudonym(own) for path in part}
 
     def _dicom_names(self, paths: Sequence[Path]) -> list[str]:
         """Paths of the files, and their folder where that names them without doubt."""
@@ -324,43 +346,6 @@ def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
                 findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))
             elif entry.name.lower() not in IGNORED and not findings.tells_labels(path):
                 yield path
-
-
-def _check_pixels(findings: _Findings, window: Window) -> None:
-    """Decode every case once; a unit with a case that cannot be protected is refused as a whole."""
-    kept: list[Case] = []
-    for unit in track(formats.units(findings.cases), "checking pixels"):
-        culprit = unit[0]
-        try:
-            for culprit in unit:
-                _check_case(culprit, findings, window)
-            kept += unit
-        except RefusedError as error:
-            if unit[0].mask and len(unit) > 1:
-                for case in unit:
-                    findings.refuse(case.names, error if case is culprit else SHARED_MASK, case.sample_id)
-                continue
-            name = unit[0].sample_id if len(unit) == 1 else ""
-            shared = [] if unit[0].index is None else [unit[0].file_name.as_posix()]
-            findings.refuse([*shared, *(name for case in unit for name in case.names)], error, name)
-    findings.cases = kept
-
-
-def _check_case(case: Case, findings: _Findings, window: Window) -> None:
-    try:
-        image = formats.read(case, findings.spatial_dims, window)
-        movable = bool(image.codec.movable(image.stored).any())
-        if case.mask:
-            masks.check_image(image.stored, case.mask)
-            labels = masks.read_mask(case, findings.spatial_dims)
-            counts = np.bincount(labels.reshape(-1), minlength=len(case.mask.values))
-            findings.class_voxels[case.sample_id] = tuple(counts.tolist())
-    except RefusedError:
-        raise
-    except Exception as error:  # codecs fed with broken files raise anything; their text may hold personal values
-        raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
-    if not movable:
-        raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
 
 
 def _unknown(path: Path, head: bytes) -> RefusedError:

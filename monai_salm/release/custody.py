@@ -18,7 +18,8 @@ from monai_salm.io.base import Case
 from monai_salm.release import bids, signature
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
-from monai_salm.release.identity import load_or_create_key, owner_id, pseudonym
+from monai_salm.release.companions import REFERENCES, closure, write_companions
+from monai_salm.release.identity import UidMap, load_or_create_key, owner_id, pseudonym
 from monai_salm.release.labels import LABELS_FILE, Cohort
 from monai_salm.release.manifest import (
     COMPANION,
@@ -95,9 +96,15 @@ def read_refusals(output_dir: Path | str) -> list[Refusal]:
 
 
 def close(
-    output_dir: Path, shard: Shard, rows: Sequence[ManifestRow], cohort: Cohort, refusals: Sequence[Refusal]
+    output_dir: Path,
+    shard: Shard,
+    rows: Sequence[ManifestRow],
+    cohort: Cohort,
+    refusals: Sequence[Refusal],
+    uids: UidMap,
 ) -> list[ManifestRow]:
-    """Write a shard's manifest in the cohort's order; sign all that is finished; with the last shard write the tables.
+    """Write a shard's manifest in the cohort's order; sign all that is finished; with the last shard write companions
+    and tables.
 
     Then every file below ``protected/`` is held against the manifest.
 
@@ -107,18 +114,29 @@ def close(
         rows: its files.
         cohort: all cases.
         refusals: what this shard refused.
+        uids: the release's UID map.
 
     Returns:
-        The rows, with those of the tables where they were written.
+        The rows, with those of companions and tables where they were written.
     """
     others = [other for other in shards_of(shard.count) if other != shard and (output_dir / other.manifest).is_file()]
     complete = len(others) == shard.count - 1
     rest = read_manifest(output_dir, [other.journal for other in others])
     tables = _tables([*rows, *rest], cohort) if complete else {}
-    table_rows = [_table_row(name, content, cohort.root) for name, content in tables.items()]
     texts = {f"{door.PROTECTED}/{name}": text for name, text in tables.items()}
-    texts[shard.refusals], _ = link(map(asdict, refusals))
+    table_rows, alone = [], []
+    if complete and cohort.companions:
+        released = {row.sample_id for row in (*rows, *rest)}
+        table_rows, refused = write_companions(output_dir, cohort.companions, released, uids, shard.part)
+        alone = [Refusal(companion.sample_id, error.reason, error.detail) for companion, error in refused]
+        released |= {row.sample_id for row in table_rows}
+        texts[REFERENCES], _ = link(closure(cohort.companions, released))
+    table_rows += [_table_row(name, content, cohort.root) for name, content in tables.items()]
     whole = Shard()
+    own = [*refusals, *alone] if shard == whole else refusals
+    texts[shard.refusals], _ = link(map(asdict, own))
+    if alone and shard != whole:
+        texts[whole.refusals], _ = link(map(asdict, alone))
     texts |= _manifests(shard, [*rows, *table_rows] if shard == whole else rows)
     if complete and shard != whole:
         texts |= _manifests(whole, table_rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
 from monai_salm.release.catalog import Catalog, Refusal, scan
+from monai_salm.release.companions import Companion
 from monai_salm.release.folders import class_folders
 from monai_salm.release.table import LABELS_FILE, SPLITS, LabelRow, match, natural, read_labels
 from monai_salm.release.voxels import SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
@@ -49,6 +50,7 @@ class Cohort:
         held_out_ids: cases the study tests on. They are the ``test`` cases where the table names some; otherwise a
             seeded part of the released cases (which are released nonetheless).
         class_voxels: voxels of each class in each case, by sample id; empty where cases are labelled as a whole.
+        companions: files that refer to cases and are released with them.
     """
 
     cases: tuple[Case, ...]
@@ -57,6 +59,7 @@ class Cohort:
     root: Path
     held_out_ids: frozenset[str] = field(default_factory=frozenset)
     class_voxels: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    companions: tuple[Companion, ...] = ()
 
     @property
     def voxelwise(self) -> bool:
@@ -171,8 +174,9 @@ def label_cases(catalog: Catalog, rows: Sequence[LabelRow] | VoxelLabels | None,
     """
     if isinstance(rows, VoxelLabels):
         return _label_voxels(catalog, seed)
-    refused = (name for names in catalog.refused_names.values() for name in names)
-    by_case = match(rows or (), catalog.cases, refused)
+    unlabeled = [name for names in catalog.refused_names.values() for name in names]
+    unlabeled += [name for companion in catalog.companions for name in (companion.name, companion.uid)]
+    by_case = match(rows or (), catalog.cases, unlabeled)
     if rows is None and all(case.label < 0 for case in catalog.cases):
         raise ValueError(f"the export has no {LABELS_FILE}; write one with the columns case,label[,split]")
     named, refusals = [], list(catalog.refusals)
@@ -188,7 +192,14 @@ def label_cases(catalog: Catalog, rows: Sequence[LabelRow] | VoxelLabels | None,
     _check_classes(named, classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
     _warn_of_shared_patients(cases)
-    return Cohort(cases, classes, tuple(refusals), catalog.root, _named_test(cases) or _held_out(cases, seed))
+    return Cohort(
+        cases,
+        classes,
+        tuple(refusals),
+        catalog.root,
+        _named_test(cases) or _held_out(cases, seed),
+        companions=catalog.companions,
+    )
 
 
 def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
@@ -213,7 +224,7 @@ def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
     _warn_of_shared_patients(cases)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
     held_out = _named_test(cases) or _held_out_patients(cases, present, seed)
-    return Cohort(tuple(cases), catalog.classes, tuple(refusals), catalog.root, held_out, counts)
+    return Cohort(tuple(cases), catalog.classes, tuple(refusals), catalog.root, held_out, counts, catalog.companions)
 
 
 def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], classes: Sequence[str]) -> None:

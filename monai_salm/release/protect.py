@@ -116,7 +116,7 @@ def protect_cohort(
             except RefusedError as error:
                 refusals += _refuse(unit, error)
         with lock.holding(output_dir, wait_s=_WAIT_S):
-            manifest = close(output_dir, shard, rows, cohort, refusals)
+            manifest = close(output_dir, shard, rows, cohort, refusals, writer.uids)
     if units and not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
         raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / REFUSALS}")
@@ -211,6 +211,7 @@ class _Writer:
         door.clear_staging(output_dir, shard.part)
         self._when = start_time(output_dir)
         self._key = load_or_create_key(Path(key_file) if key_file else output_dir / KEY)
+        self.uids = UidMap(self._key)
         self._journal = Journal(output_dir, shard)
 
     def writes(self, unit: Sequence[Case]) -> bool:
@@ -295,14 +296,13 @@ class _Writer:
             return check
 
         options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
-        uids = UidMap(self._key)
-        for file in formats.protect(unit, deltas.__getitem__, uids=uids, **options):
+        for file in formats.protect(unit, deltas.__getitem__, uids=self.uids, **options):
             yield door.Staged(door.PROTECTED / file.name, file.content, partial(verify, source=file.source))
         if not all(changed.values()):  # still before anything is visible
             raise RefusedError("verification_failed", "the written files equal their sources: nothing was protected")
         mask = unit[0].mask
         if mask is not None:
-            name, content = masks.protect(mask, uids)
+            name, content = masks.protect(mask, self.uids)
             check = partial(masks.verify, unit, staged, spatial_dims=self._spatial_dims)
             yield door.Staged(door.PROTECTED / name, content, check)
 

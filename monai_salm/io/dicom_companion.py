@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Companions of images: segmentations, contours, reports, presentation states, registrations. They hold no image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydicom import uid
+from pydicom.dataset import Dataset
+
+from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_parse import check_syntax, read_header, refusing
+from monai_salm.io.dicom_seg import SEG_CLASSES
+from monai_salm.io.dicom_support import check_identity
+
+__all__ = ["COMPANION_CLASSES", "is_companion", "read_companion"]
+
+COMPANION_CLASSES = frozenset(
+    {
+        *SEG_CLASSES,
+        uid.RTStructureSetStorage,
+        uid.BasicTextSRStorage,
+        uid.EnhancedSRStorage,
+        uid.ComprehensiveSRStorage,
+        uid.Comprehensive3DSRStorage,
+        uid.ExtensibleSRStorage,
+        uid.MammographyCADSRStorage,
+        uid.ChestCADSRStorage,
+        uid.XRayRadiationDoseSRStorage,
+        uid.KeyObjectSelectionDocumentStorage,
+        uid.GrayscaleSoftcopyPresentationStateStorage,
+        uid.ColorSoftcopyPresentationStateStorage,
+        uid.PseudoColorSoftcopyPresentationStateStorage,
+        uid.BlendingSoftcopyPresentationStateStorage,
+        uid.SpatialRegistrationStorage,
+        uid.DeformableSpatialRegistrationStorage,
+        uid.SpatialFiducialsStorage,
+    }
+)
+_MANAGEMENT = "1.2.840.10008.3.1.2."
+"""SOP classes of studies, patients and procedure steps: a reference to one leads to no file."""
+
+
+def is_companion(header: Dataset) -> bool:
+    """Whether the file is of a kind that goes along with the images it refers to."""
+    return str(header.get("SOPClassUID")) in COMPANION_CLASSES  # a broken one may have many values
+
+
+def read_companion(path: Path) -> tuple[str, frozenset[str]]:
+    """SOPInstanceUID of a companion, and those of all instances that it refers to.
+
+    Raises:
+        RefusedError: ``missing_uid``, ``companion_with_pixels``, ``unreadable``, and as ``read_header`` does.
+    """
+    header = read_header(path)
+    with refusing("unreadable", "a reference of the file is broken; export it again"):
+        check_syntax(header.file_meta)
+        check_identity(header)
+        if header.pixel_element and header.SOPClassUID not in SEG_CLASSES:
+            raise RefusedError("companion_with_pixels", "the file holds pixels, which its kind has no place for")
+        return str(header.SOPInstanceUID), frozenset(_references(header))
+
+
+def _references(dataset: Dataset) -> Iterator[str]:
+    named, kind = dataset.get("ReferencedSOPInstanceUID"), str(dataset.get("ReferencedSOPClassUID") or "")
+    if named and not kind.startswith(_MANAGEMENT):
+        yield str(named)
+    for element in dataset:
+        for item in (element.value or ()) if element.VR == "SQ" else ():
+            yield from _references(item)

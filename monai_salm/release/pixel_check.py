@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every case of an export is decoded once before anything is promised: what is broken or cannot change is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from monai_salm.io import formats, masks
+from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.release.progress import track
+from monai_salm.release.voxels import SHARED_MASK
+
+Refused = tuple[Sequence[str], RefusedError, str]
+"""Real names, reason, and ``sample_id`` (empty where there are several)."""
+
+
+def sound_cases(
+    cases: Sequence[Case], spatial_dims: int, window: Window
+) -> tuple[list[Case], dict[str, tuple[int, ...]], list[Refused]]:
+    """Decode every case; a unit with a case that cannot be protected is refused as a whole.
+
+    Args:
+        cases: of the export.
+        spatial_dims: 2 or 3.
+        window: ``"auto"`` or (low, high) in physical units.
+
+    Returns:
+        The cases that are sound, the voxels of each class by sample id, and what is refused.
+    """
+    kept: list[Case] = []
+    class_voxels: dict[str, tuple[int, ...]] = {}
+    refused: list[Refused] = []
+    for unit in track(formats.units(cases), "checking pixels"):
+        culprit = unit[0]
+        try:
+            for culprit in unit:
+                _check_case(culprit, spatial_dims, window, class_voxels)
+            kept += unit
+        except RefusedError as error:
+            if unit[0].mask and len(unit) > 1:
+                refused += [(case.names, error if case is culprit else SHARED_MASK, case.sample_id) for case in unit]
+                continue
+            name = unit[0].sample_id if len(unit) == 1 else ""
+            shared = [] if unit[0].index is None else [unit[0].file_name.as_posix()]
+            refused.append(([*shared, *(name for case in unit for name in case.names)], error, name))
+    return kept, class_voxels, refused
+
+
+def _check_case(case: Case, spatial_dims: int, window: Window, class_voxels: dict[str, tuple[int, ...]]) -> None:
+    try:
+        image = formats.read(case, spatial_dims, window)
+        movable = bool(image.codec.movable(image.stored).any())
+        if case.mask:
+            masks.check_image(image.stored, case.mask)
+            labels = masks.read_mask(case, spatial_dims)
+            counts = np.bincount(labels.reshape(-1), minlength=len(case.mask.values))
+            class_voxels[case.sample_id] = tuple(counts.tolist())
+    except RefusedError:
+        raise
+    except Exception as error:  # codecs fed with broken files raise anything; their text may hold personal values
+        raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
+    if not movable:
+        raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
