@@ -119,6 +119,29 @@ def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, rep
         commit(output_dir, [Staged(PurePosixPath(RUN_CONFIG), text.encode(), lambda _: None)])
 
 
+def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:
+    """Make sure that a part of a copy is written as the perturbations were made; folders and tables may have moved.
+
+    Raises:
+        ValueError: When the settings are others than :py:func:`save_run` kept, or none were kept.
+    """
+    kept_bundle, kept = load_run(output_dir)
+    bundle = bundle if bundle in bundle_names() else str(bundle_path(bundle))
+    moved = ("dataset_dir", "output_dir", "labels")
+    new, old = ({k: v for k, v in each.items() if k not in moved} for each in (overrides, kept))
+    if bundle != kept_bundle or json.dumps(new, sort_keys=True) != json.dumps(old, sort_keys=True):
+        raise ValueError("the perturbations were made with other settings; give the ones that --fit-only was given")
+
+
+def plain_settings(bundle: str, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the named settings of a bundle that are plain values, read without MONAI."""
+    import yaml
+
+    content = yaml.safe_load((bundle_path(bundle) / "configs" / "train.yaml").read_text())
+    found = {name: content.get(name) for name in names}
+    return {name: value for name, value in found.items() if value is not None and not str(value).startswith(("$", "@"))}
+
+
 def load_run(output_dir: Path) -> tuple[str, dict[str, Any]]:
     """Bundle and overrides that :py:func:`save_run` kept.
 

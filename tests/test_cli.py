@@ -417,9 +417,11 @@ def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path
     assert_refused(run(*command, "--shard", "1/2"), "no perturbations yet", "--fit-only")
     assert run(*command, "--shard", "3/2")[0] == cli.BAD_INPUT
     prepare = "at_fit=$monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
-    assert run(*command, "--fit-only", "--set", prepare)[0] == cli.DONE
+    command = (*command, "--set", prepare)
+    assert run(*command, "--fit-only")[0] == cli.DONE
     assert not (out / "protected").exists()
     (out / "private" / "bank.sqlite").write_text("")  # the stub's fit makes none
+    assert_refused(run(*command, "--shard", "2/2", "--epsilon", "3 stored"), "other settings")
     code, said, err = run(*command, "--shard", "2/2")
     assert code == cli.DONE, err
     code, said, _ = run("verify", out)

@@ -233,7 +233,9 @@ def test_a_plan_counts_and_writes_nothing(tmp_path):
     write_labels(tmp_path / "in", rows)
     cohort = load_cohort(tmp_path / "in", spatial_dims=3)
     before = everything(tmp_path)
-    plan = make_plan(cohort, tmp_path / "deep" / "out", spatial_dims=3, window="auto", budget="2 stored")
+    plan = make_plan(
+        cohort, tmp_path / "deep" / "out", spatial_dims=3, window="auto", budget="2 stored", mask_ratio=0.4
+    )
     assert everything(tmp_path) == before
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "in").rglob("*") if path.is_file()}
     assert {key: count for key, (count, _) in plan.files.items()} == {

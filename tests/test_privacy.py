@@ -93,14 +93,13 @@ def ran(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         "all": ["inspect", export, "--dim", 3, "--all"],
         "slices": ["inspect", export, "--dim", 2, "--all"],
         "gate": ["inspect", export, "--dim", 3, "--require-deidentified"],
-        "plan": ["protect", export, out, "--bundle", stub, "--dim", 3, "--dry-run"],
+        "plan": ["protect", export, out, "--bundle", stub, "--set", "spatial_dims=3", "--dry-run"],
         "protect": ["protect", export, out, "--bundle", stub, "--no-verify"],
         "again": ["protect", export, out, "--bundle", stub, "--no-verify"],
         "other": ["protect", export, out, "--bundle", stub, "--no-verify", "--epsilon", "1 stored"],
         "verify": ["verify", out, "--files-only"],
         "fault": ["protect", export, out, "--bundle", stub, "--set", "at_fit=${}[str(list(@cohort.cases))]"],
     }
-    commands["plan"].remove("--bundle"), commands["plan"].remove(stub)
     code = """
         import json, os, sys
         from monai_salm.cli import main

@@ -87,8 +87,6 @@ def protect(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
     voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
     bundle = options.bundle or workflows.bundle_for(_dim(options, voxelwise), voxelwise)
-    if options.dry_run:
-        return _plan(options, _dim(options, voxelwise))
     overrides = dict(options.set) | workflows.protect_overrides(
         options.export,
         options.out,
@@ -100,8 +98,13 @@ def protect(options: argparse.Namespace) -> int:
         spatial_dims=options.dim if voxelwise else None,
         require_deidentified=options.require_deidentified or None,
     )
+    if options.dry_run:
+        wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "require_deidentified")
+        defaults = {"spatial_dims": _dim(options, voxelwise)} | workflows.plain_settings(bundle, wanted)
+        return _plan(options, defaults | {name: overrides[name] for name in wanted if name in overrides})
     stages = workflows.WITHOUT_VERIFY if options.no_verify else workflows.ALL
     if options.shard:
+        workflows.check_same_run(options.out, bundle, overrides)
         return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}))
     try:
         code = _stages(bundle, workflows.FIT if options.fit_only else stages, overrides)
@@ -112,16 +115,17 @@ def protect(options: argparse.Namespace) -> int:
     return code if options.fit_only else _outcome(options.out, code, verified=not options.no_verify)
 
 
-def _plan(options: argparse.Namespace, spatial_dims: int) -> int:
+def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Tell what the bundle would do with these settings."""
     from monai_salm.release.labels import load_cohort
     from monai_salm.release.plan import make_plan
 
-    window = tuple(options.window) if options.window else "auto"
-    settings = {"spatial_dims": spatial_dims, "window": window}
-    gate = {"require_deidentified": options.require_deidentified}
-    cohort = load_cohort(options.export, options.labels, **settings, **gate)
-    chosen = {"budget": options.epsilon, "mask_ratio": options.mask_ratio}
-    plan = make_plan(cohort, options.out, **settings, **{name: value for name, value in chosen.items() if value})
+    window = settings.get("window", "auto")
+    grid = {"spatial_dims": settings["spatial_dims"], "window": window if window == "auto" else tuple(window)}
+    gate = bool(settings.get("require_deidentified"))
+    cohort = load_cohort(options.export, options.labels, **grid, require_deidentified=gate)
+    noise = {"budget": settings.get("epsilon", "8/255"), "mask_ratio": settings.get("mask_ratio", 0.4)}
+    plan = make_plan(cohort, options.out, **grid, **noise)
     print(*plan.lines(), sep="\n")
     return NOT_PROTECTED if plan.refused else DONE
 

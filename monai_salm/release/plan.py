@@ -90,8 +90,8 @@ def make_plan(
     *,
     spatial_dims: int,
     window: Window,
-    budget: Budget | str | float = "8/255",
-    mask_ratio: float = 0.4,
+    budget: Budget | str | float,
+    mask_ratio: float,
 ) -> Plan:
     """Try some images in memory, with noise in place of perturbations, and add up.
 
