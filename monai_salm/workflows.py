@@ -23,6 +23,8 @@ RUN_CONFIG = "private/run-config.json"
 BANK = "private/bank.sqlite"
 """Where the bundles keep the perturbations."""
 
+_OF_EACH_RUN = ("dataset_dir", "output_dir", "labels", "visibility", "require_deidentified", "shard", "device")
+"""Settings that say nothing of the perturbations."""
 _MARK = Path("configs", "metadata.json")
 _WRAPPED = ("Failed to evaluate", "Failed to instantiate component")
 
@@ -159,6 +161,29 @@ def load_run(output_dir: Path) -> tuple[str, dict[str, Any]]:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be understood; run 'monai-salm protect' again, it will go on") from error
+
+
+def like_overrides(output_dir: Path, said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Bundle and settings with which further cases are protected as an earlier release was, without fitting again.
+
+    Args:
+        output_dir: folder of the earlier release.
+        said: what the user wants for the further cases, as from :py:func:`protect_overrides`.
+
+    Raises:
+        ValueError: When the earlier release is not finished, or a setting contradicts it.
+    """
+    from monai_salm.release.custody import KEY
+    from monai_salm.release.earlier import EarlierRelease
+
+    bundle, before = load_run(output_dir)
+    EarlierRelease(output_dir)
+    for name in sorted(said.keys() - set(_OF_EACH_RUN)):
+        if said[name] != before.get(name):
+            raise ValueError(f"{name} is that of the earlier release, whose surrogate was fitted so; leave it out")
+    kept = {name: value for name, value in before.items() if name not in _OF_EACH_RUN}
+    key = {"key_file": before.get("key_file") or str(output_dir.absolute() / KEY)}
+    return bundle, kept | key | dict(said) | {"like": str(output_dir.absolute())}
 
 
 def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) -> None:

@@ -156,3 +156,19 @@ class Loaded:
     def __getitem__(self, index):
         image = self.load(self.cases[index])
         return worker.call(hostile_codecs.process)["pid"], image.as_tensor()
+
+
+def test_a_forgotten_stream_may_end_in_the_middle_of_another_request(monkeypatch):
+    """Python collects it whenever it likes; the request that goes on must not be waited for."""
+    forgotten, receive, found = worker.stream(range, 3), worker.receive, []
+    next(forgotten)
+
+    def collecting(*arguments, **options):
+        forgotten.close()
+        return receive(*arguments, **options)
+
+    monkeypatch.setattr(worker, "receive", collecting)
+    thread = threading.Thread(target=lambda: found.append(worker.call(len, (1, 2))), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [2]

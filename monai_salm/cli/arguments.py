@@ -17,6 +17,7 @@ _SHARD_HELP = "only write part I of N with perturbations that are there; other p
 _NAMES_HELP = "show the names of files in place of pseudonyms; they may be personal"
 _EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
 _VISIBILITY_HELP = "of each image beside its own JPEG 2000 copy at 5:1: report it, or refuse what is more visible"
+_LIKE_HELP = "an earlier release: protect further cases with its surrogate and key; nothing is fitted or verified"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     which = protect.add_mutually_exclusive_group()
     which.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
     which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
+    which.add_argument("--like", type=Path, metavar="OUT1", help=_LIKE_HELP)
     protect.add_argument("--epsilon", metavar="BUDGET", help=_EPSILON_HELP)
     protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
     protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=_VISIBILITY_HELP)

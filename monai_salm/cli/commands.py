@@ -98,11 +98,14 @@ def protect(options: argparse.Namespace) -> int:
         spatial_dims=options.dim if voxelwise else None,
         require_deidentified=options.require_deidentified or None,
     )
+    if options.like:
+        bundle, overrides = workflows.like_overrides(options.like, overrides)
     if options.dry_run:
         wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "require_deidentified")
         defaults = {"spatial_dims": _dim(options, voxelwise)} | workflows.plain_settings(bundle, wanted)
         return _plan(options, defaults | {name: overrides[name] for name in wanted if name in overrides})
-    stages = workflows.WITHOUT_VERIFY if options.no_verify else workflows.ALL
+    verified = not (options.no_verify or options.like)
+    stages = workflows.ALL if verified else workflows.WITHOUT_VERIFY
     if options.shard:
         workflows.check_same_run(options.out, bundle, overrides)
         return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}))
@@ -112,7 +115,7 @@ def protect(options: argparse.Namespace) -> int:
         workflows.save_run(options.out, bundle, overrides, replace=False)
         raise
     workflows.save_run(options.out, bundle, overrides)
-    return code if options.fit_only else _outcome(options.out, code, verified=not options.no_verify)
+    return code if options.fit_only else _outcome(options.out, code, verified=verified)
 
 
 def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
@@ -123,7 +126,7 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     window = settings.get("window", "auto")
     grid = {"spatial_dims": settings["spatial_dims"], "window": window if window == "auto" else tuple(window)}
     gate = bool(settings.get("require_deidentified"))
-    cohort = load_cohort(options.export, options.labels, **grid, require_deidentified=gate)
+    cohort = load_cohort(options.export, options.labels, **grid, require_deidentified=gate, like=options.like)
     noise = {"budget": settings.get("epsilon", "8/255"), "mask_ratio": settings.get("mask_ratio", 0.4)}
     plan = make_plan(cohort, options.out, **grid, **noise)
     print(*plan.lines(), sep="\n")

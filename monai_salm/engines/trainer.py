@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,11 +65,13 @@ class PerturbationTrainer(Trainer):
         seed: of everything random; the secret of the release.
         settle: stop when the loss fell by less than this fraction within three rounds; 0 runs all rounds.
         model_file: where the final surrogate's weights go; None: nowhere.
+        surrogate_file: weights of an earlier fit, as ``model_file`` has them. The surrogate is then used as it is, with
+            ``surrogate_steps`` or not: each round only makes perturbations, so that further cases are protected alike.
         train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``.
 
     Raises:
         ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or the bank holds
-            a fit with another configuration.
+            a fit with another configuration; and when the weights are not of this network.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class PerturbationTrainer(Trainer):
         seed: int = 0,
         settle: float = 0.0,
         model_file: str | os.PathLike[str] | None = None,
+        surrogate_file: str | os.PathLike[str] | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
         if min(max_epochs, surrogate_steps, batch_size) < 1:
@@ -100,13 +104,16 @@ class PerturbationTrainer(Trainer):
         self.model_file, self.transplant, self.patch_size = model_file, transplant, patch_size
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self._compute_device = torch.device(device)
+        self.surrogate_file = surrogate_file
+        if surrogate_file is not None:
+            _load_weights(self.objective.network, Path(surrogate_file))
         self.objective.to(self._compute_device)
         self.cases = Cases(dataset, self.budget, self._compute_device)
         super().__init__(
             device=self._compute_device,
             max_epochs=max_epochs,
             data_loader=_Steps(len(self.cases), batch_size, seed),
-            epoch_length=surrogate_steps,
+            epoch_length=surrogate_steps if surrogate_file is None else 1,
             decollate=False,
         )
         self.samples = self._samples()
@@ -172,6 +179,8 @@ class PerturbationTrainer(Trainer):
         }
         if self.cases.voxelwise:
             parts["samples"] = [self.samples.size, objective.extra_repr()]
+        if self.surrogate_file is not None:
+            parts["surrogate"] = hashlib.sha256(Path(self.surrogate_file).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _begin_round(self) -> None:
@@ -180,6 +189,9 @@ class PerturbationTrainer(Trainer):
 
     def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
         """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
+        if self.surrogate_file is not None:  # a round needs a step, and this one is idle
+            next(self._bar, None)
+            return []
         started, before = time.monotonic(), self.objective.passes
         generator = self._generator("step", engine.state.iteration)
         image, delta, label = self.samples(batchdata, self.deltas, generator)
@@ -325,3 +337,14 @@ def _save_weights(network: torch.nn.Module, path: Path) -> None:
     part = path.with_suffix(".part")
     torch.save(network.state_dict(), part)
     os.replace(part, path)
+
+
+def _load_weights(network: torch.nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"there are no weights of a surrogate at {path}; name a finished fit")
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"the weights at {path} are not of this network; use the bundle and the settings of the fit that made them"
+        ) from error

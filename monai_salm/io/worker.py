@@ -84,8 +84,7 @@ def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterat
         while item := child.ask("next", number, (), seconds):
             yield item[0]
     finally:
-        if child.alive:
-            child.ask("close", number, (), seconds)
+        child.drop(number)
 
 
 def stop() -> None:
@@ -137,6 +136,7 @@ class _Child:
             )
         self._socket = ours
         self._lock = threading.Lock()
+        self._dropped: list[int] = []
         self.alive = True
         try:
             receive(ours, time.monotonic() + START_SECONDS)
@@ -151,6 +151,9 @@ class _Child:
         deadline = time.monotonic() + seconds * WALL
         with self._lock:
             try:
+                while self._dropped:
+                    send(self._socket, ("close", self._dropped.pop(), (), seconds), deadline)
+                    receive(self._socket, deadline)
                 send(self._socket, (what, target, arguments, seconds), deadline)
                 kind, *answer = receive(self._socket, deadline)
             except (ClosedError, TimeoutError) as error:
@@ -163,6 +166,10 @@ class _Child:
         if kind == "done":
             return answer[0]
         raise _ERRORS[kind](*answer)
+
+    def drop(self, number: int) -> None:
+        """Close a stream with the next request: Python may end a forgotten generator in the middle of another one."""
+        self._dropped.append(number)
 
     def end(self) -> None:
         """Close the socket, which ends a child that waits, and kill one that does not."""

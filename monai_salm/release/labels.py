@@ -14,6 +14,7 @@ from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
 from monai_salm.release.catalog import Catalog, Refusal, scan
 from monai_salm.release.companions import Companion
+from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
 from monai_salm.release.table import LABELS_FILE, SPLITS, LabelRow, match, natural, read_labels
 from monai_salm.release.voxels import SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
@@ -35,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_FRACTION = 0.25
 """Part of each class that the study keeps from its victims when the table names no test cases."""
+
+
+_OTHER_CLASSES = (
+    "the labels name classes that the earlier release does not have; name them as it does, or protect these cases in a "
+    "release of their own"
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ def load_cohort(
     window: Window = "auto",
     seed: int = 0,
     require_deidentified: bool = False,
+    like: Path | str | None = None,
 ) -> Cohort:
     """Scan an export and label its cases.
 
@@ -104,15 +112,20 @@ def load_cohort(
         window: ``"auto"`` or (low, high) in physical units.
         seed: decides which cases are held out where the table does not.
         require_deidentified: see :py:func:`monai_salm.release.catalog.scan`.
+        like: an earlier release whose classes are to be used; its cases are refused (``already_released``).
 
     Raises:
-        ValueError: When the export holds nothing usable, or the table does not fit it.
+        ValueError: When the export holds nothing usable, the table does not fit it, or it names classes that the
+            earlier release does not have.
     """
+    earlier = EarlierRelease(like) if like else None
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
     voxels = found if isinstance(found, VoxelLabels) else None
     catalog = scan(dataset_dir, spatial_dims, window=window, voxels=voxels, require_deidentified=require_deidentified)
-    return label_cases(catalog, found, seed=seed)
+    if earlier is None:
+        return label_cases(catalog, found, seed=seed)
+    return label_cases(earlier.without_its_cases(catalog), found, seed=seed, classes=earlier.classes)
 
 
 def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> list[LabelRow] | VoxelLabels | None:
@@ -134,16 +147,24 @@ def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> li
     return find_voxel_labels(Path(dataset_dir), rows) or rows or class_folders(Path(dataset_dir))
 
 
-def count_classes(dataset_dir: Path | str, labels: Path | str | None = None, spatial_dims: int = 2) -> int:
+def count_classes(
+    dataset_dir: Path | str,
+    labels: Path | str | None = None,
+    spatial_dims: int = 2,
+    like: Path | str | None = None,
+) -> int:
     """Number of classes that the labels name (of voxels: with the background), without reading an image.
 
     It sizes a network before the scan. Label files are read only if neither table nor ``dataset.json`` names classes.
+    With an earlier release (``like``) they are its classes.
 
     Raises:
         ValueError: When the export does not exist, or nothing in it tells labels.
     """
     if not Path(dataset_dir).exists():
         raise ValueError(f"there is no export at {dataset_dir}; check dataset_dir")
+    if like:
+        return len(EarlierRelease(like).classes)
     table = Path(labels) if labels else Path(dataset_dir) / LABELS_FILE
     found = find_labels(dataset_dir, labels) if table.is_file() or not labels else None
     if isinstance(found, VoxelLabels):
@@ -158,7 +179,13 @@ def count_classes(dataset_dir: Path | str, labels: Path | str | None = None, spa
     return len(numbers)
 
 
-def label_cases(catalog: Catalog, rows: Sequence[LabelRow] | VoxelLabels | None, *, seed: int = 0) -> Cohort:
+def label_cases(
+    catalog: Catalog,
+    rows: Sequence[LabelRow] | VoxelLabels | None,
+    *,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+) -> Cohort:
     """Give every case its class and split; cases without a row are refused (``no_label``).
 
     A row may name a file, a folder or a UID; one that covers several cases labels them all. Where no row names a case
@@ -168,11 +195,15 @@ def label_cases(catalog: Catalog, rows: Sequence[LabelRow] | VoxelLabels | None,
         catalog: the scanned export.
         rows: from :py:func:`find_labels`; None when the archive brings labels.
         seed: decides which cases are held out where the table names no ``test`` cases.
+        classes: names of the classes in their order, of which the cases may lack some; default: those that occur.
 
     Raises:
-        ValueError: When rows name nothing in the export or contradict each other, or fewer than two classes remain.
+        ValueError: When rows name nothing in the export or contradict each other, fewer than two classes remain, or
+            one of them is not in ``classes``.
     """
     if isinstance(rows, VoxelLabels):
+        if classes is not None and tuple(classes) != catalog.classes:
+            raise ValueError(_OTHER_CLASSES)
         return _label_voxels(catalog, seed)
     unlabeled = [name for names in catalog.refused_names.values() for name in names]
     unlabeled += [name for companion in catalog.companions for name in (companion.name, companion.uid)]
@@ -188,8 +219,12 @@ def label_cases(catalog: Catalog, rows: Sequence[LabelRow] | VoxelLabels | None,
             named.append((case, str(case.label)))
         else:
             refusals.append(Refusal(case.sample_id, "no_label", "the label table has no row for this case; add one"))
-    classes = tuple(sorted({label for _, label in named}, key=natural))
-    _check_classes(named, classes)
+    found = tuple(sorted({label for _, label in named}, key=natural))
+    if classes is None:
+        _check_classes(named, found)
+    elif set(found) - set(classes):
+        raise ValueError(_OTHER_CLASSES)
+    classes = found if classes is None else tuple(classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
     _warn_of_shared_patients(cases)
     return Cohort(

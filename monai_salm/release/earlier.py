@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished release gives to later ones of the same task: its key, its classes, its surrogate, its cases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from monai_salm.release import commit as door
+from monai_salm.release.catalog import Catalog, Refusal
+from monai_salm.release.identity import owner_id
+from monai_salm.release.manifest import read_manifest
+
+__all__ = ["CLASSES", "EarlierRelease"]
+
+CLASSES = f"{door.PRIVATE}/classes.json"
+_MODEL = "models/model.pt"
+
+
+class EarlierRelease:
+    """A release whose surrogate, key and classes later cases are protected with.
+
+    Args:
+        output_dir: its output folder, with the private side.
+
+    Raises:
+        ValueError: When it lacks what later cases need.
+    """
+
+    def __init__(self, output_dir: Path | str) -> None:
+        self._out = Path(output_dir).absolute()
+        for name in (CLASSES, _MODEL):
+            if not (self._out / name).is_file():
+                raise ValueError(
+                    f"{self._out} has no {name}; name the output folder of a finished release, with its private side"
+                )
+
+    @property
+    def model_file(self) -> str:
+        """Weights of its surrogate."""
+        return str(self._out / _MODEL)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of its classes, in their order."""
+        return tuple(json.loads((self._out / CLASSES).read_text()))
+
+    def without_its_cases(self, catalog: Catalog) -> Catalog:
+        """Refuse what it has protected already: under one key two versions of an image would share their UIDs."""
+        released = {row.sample_id for row in read_manifest(self._out)}
+        again = [case for case in catalog.cases if owner_id(case) in released]
+        detail = "the earlier release has a case of this name; leave it out, or give other data another name"
+        refusals = [Refusal(case.sample_id, "already_released", detail) for case in again]
+        return replace(
+            catalog,
+            cases=tuple(case for case in catalog.cases if owner_id(case) not in released),
+            refusals=(*catalog.refusals, *refusals),
+            refused_names=catalog.refused_names | {case.sample_id: case.names for case in again},
+        )

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Further cases under the surrogate, key and classes of an earlier release."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from exports import write_labels, write_series
+from test_engines import cases, trainer
+
+from monai_salm.bank import PerturbationBank
+from monai_salm.cli import BAD_INPUT, DONE, NOT_PROTECTED, main
+from monai_salm.release.catalog import scan
+from monai_salm.release.earlier import CLASSES
+from monai_salm.release.labels import label_cases
+from monai_salm.release.manifest import read_manifest
+from monai_salm.release.protect import read_refusals
+from monai_salm.release.table import LabelRow
+
+SETTINGS = ["surrogate_steps=6", "perturbation_steps=2", "spatial_size=[16,16]", "batch_size=4"]
+BUNDLE = str(Path(__file__).resolve().parents[1] / "bundles" / "salm_2d_classification")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestTrainer:
+    def test_the_surrogate_stays_as_it_was_and_further_cases_get_what_it_gives_them(self, tmp_path):
+        first = trainer(tmp_path / "1", cases(8), model_file=tmp_path / "1/model.pt")
+        first.run()
+        further = cases(12)[8:]
+        expected = first.perturb(further, calls=3)
+        later = trainer(tmp_path / "2", further, surrogate_file=tmp_path / "1/model.pt", model_file=tmp_path / "2/m.pt")
+        later.run()
+        assert later.bank.finished and set(later.bank) == set(expected)
+        assert all(later.bank[name].abs().sum() > 0 for name in expected)
+        before, after = (torch.load(path) for path in (tmp_path / "1/model.pt", tmp_path / "2/m.pt"))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert later.passes_per_image["surrogate_training"] == 0
+        again = trainer(tmp_path / "3", further, surrogate_file=tmp_path / "2/m.pt")
+        again.run()
+        assert all(torch.equal(later.bank[name], again.bank[name]) for name in expected)
+
+    def test_it_lowers_the_loss_of_cases_that_it_never_saw(self, tmp_path):
+        first = trainer(tmp_path / "1", cases(8), surrogate_steps=40, model_file=tmp_path / "1/model.pt")
+        first.run()
+        later = trainer(tmp_path / "2", cases(16)[8:], surrogate_file=tmp_path / "1/model.pt", steps=4)
+        later.run()
+        assert later.scores[-1] < later.scores[0]
+
+    def test_another_surrogate_is_another_fit(self, tmp_path):
+        for name, seed in (("1", 1), ("2", 2)):
+            trainer(tmp_path / name, cases(8), rounds=1, seed=seed, model_file=tmp_path / name / "model.pt").run()
+        trainer(tmp_path / "3", cases(2), surrogate_file=tmp_path / "1/model.pt").run()
+        with pytest.raises(ValueError, match="the configuration changed"):
+            trainer(tmp_path / "3", cases(2), surrogate_file=tmp_path / "2/model.pt")
+
+    def test_weights_of_another_network_and_none_are_told(self, tmp_path):
+        with pytest.raises(ValueError, match="no weights"):
+            trainer(tmp_path, surrogate_file=tmp_path / "model.pt")
+        torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="not of this network"):
+            trainer(tmp_path, surrogate_file=tmp_path / "model.pt")
+
+
+class TestClasses:
+    @pytest.fixture
+    def catalog(self, tmp_path):
+        for name in ("s0", "s1"):
+            write_series(tmp_path / name, name, 2)
+        return scan(tmp_path, 3)
+
+    def test_positions_are_those_of_the_earlier_release_also_where_a_class_is_missing(self, catalog):
+        rows = [LabelRow(2, "s0", "c", None), LabelRow(3, "s1", "b", None)]
+        assert [case.label for case in label_cases(catalog, rows).cases] == [1, 0]
+        cohort = label_cases(catalog, rows, classes=("a", "b", "c"))
+        assert [case.label for case in cohort.cases] == [2, 1]
+        assert cohort.classes == ("a", "b", "c")
+        one = [LabelRow(2, "s0", "c", None), LabelRow(3, "s1", "c", None)]
+        assert [case.label for case in label_cases(catalog, one, classes=("a", "b", "c")).cases] == [2, 2]
+
+    def test_a_class_that_the_earlier_release_has_not_is_an_error(self, catalog):
+        rows = [LabelRow(2, "s0", "a", None), LabelRow(3, "s1", "z", None)]
+        with pytest.raises(ValueError, match="classes that the earlier release does not have"):
+            label_cases(catalog, rows, classes=("a", "b"))
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory) -> tuple[Path, Path]:
+    """An export of eight slices of two patients, and its release."""
+    root = tmp_path_factory.mktemp("earlier")
+    export = root / "in"
+    for patient in range(2):
+        write_series(export / f"s{patient}", f"s{patient}", 4, patient=f"P{patient}")
+    write_labels(export, [f"s{patient},{'ab'[patient]}" for patient in range(2)])
+    assert (
+        protect(export, root / "out", "--bundle", BUNDLE, "--no-verify", "--epsilon", "ct-lung", settings=SETTINGS)
+        == DONE
+    )
+    return export, root / "out"
+
+
+def protect(export: Path, out: Path, *words: str, settings: list[str] | None = None) -> int:
+    sets = [word for setting in settings or () for word in ("--set", setting)]
+    return main(["protect", str(export), str(out), *words, *sets])
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+class TestCommand:
+    @pytest.fixture
+    def export(self, tmp_path):
+        """Further slices, all of one class."""
+        write_series(tmp_path / "new/s7", "s7", 3, patient="P7")
+        write_labels(tmp_path / "new", ["s7,b"])
+        return tmp_path / "new"
+
+    def test_further_cases_are_protected_without_touching_the_earlier_release(self, earlier, export, tmp_path):
+        before = tree(earlier[1])
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == DONE
+        assert tree(earlier[1]) == before
+        rows = [row for row in read_manifest(tmp_path / "out") if row.levels]
+        assert len(rows) == 3 and all(row.levels == 8 and row.changed for row in rows), "the budget is ct-lung's"
+        model, old = (torch.load(out / "models/model.pt") for out in (tmp_path / "out", earlier[1]))
+        assert all(torch.equal(old[name], model[name]) for name in old)
+        assert json.loads((tmp_path / "out" / CLASSES).read_text()) == ["a", "b"]
+        assert not (tmp_path / "out/private/release.key").exists(), "the key is the earlier one"
+
+    def test_a_rerun_is_the_same_and_later_ones_may_follow_the_later(self, earlier, export, tmp_path):
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == DONE
+        before = tree(tmp_path / "out/protected")
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == DONE
+        assert tree(tmp_path / "out/protected") == before
+        write_series(tmp_path / "third/s8", "s8", 2, patient="P8")
+        write_labels(tmp_path / "third", ["s8,a"])
+        assert protect(tmp_path / "third", tmp_path / "out3", "--like", str(tmp_path / "out")) == DONE
+
+    def test_a_case_of_the_earlier_release_is_refused(self, earlier, export, tmp_path):
+        shutil.copytree(earlier[0] / "s0", export / "s0")
+        write_labels(export, ["s7,b", "s0,a"])
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == NOT_PROTECTED
+        assert [each.reason for each in read_refusals(tmp_path / "out")] == ["already_released"] * 4
+        assert len(PerturbationBank(tmp_path / "out/private/bank.sqlite")) == 3
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["--epsilon", "2 HU"], "epsilon is that of the earlier release"),
+            (["--mask-ratio", "0.1"], "mask_ratio is that of the earlier release"),
+            (["--set", "rounds=3"], "rounds is that of the earlier release"),
+            (["--dry-run"], "leave --like out"),
+        ],
+    )
+    def test_what_was_fitted_cannot_be_changed(self, earlier, export, tmp_path, capsys, words, reason):
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1]), *words) == BAD_INPUT
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "out/protected").exists()
+
+    def test_other_classes_are_an_error(self, earlier, export, tmp_path, capsys):
+        write_labels(export, ["s7,z"])
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == BAD_INPUT
+        assert "classes that the earlier release does not have" in capsys.readouterr().err
+
+    def test_a_release_that_is_not_finished_or_lacks_its_private_side_is_told(self, earlier, export, tmp_path, capsys):
+        copy = tmp_path / "copy"
+        shutil.copytree(earlier[1], copy)
+        (copy / "models/model.pt").unlink()
+        assert protect(export, tmp_path / "out", "--like", str(copy)) == BAD_INPUT
+        assert "finished release" in capsys.readouterr().err
+        shutil.rmtree(copy / "private")
+        assert protect(export, tmp_path / "out", "--like", str(copy)) == BAD_INPUT
