@@ -153,7 +153,6 @@ class TestCommand:
             (["--epsilon", "2 HU"], "epsilon is that of the earlier release"),
             (["--mask-ratio", "0.1"], "mask_ratio is that of the earlier release"),
             (["--set", "rounds=3"], "rounds is that of the earlier release"),
-            (["--dry-run"], "leave --like out"),
         ],
     )
     def test_what_was_fitted_cannot_be_changed(self, earlier, export, tmp_path, capsys, words, reason):

@@ -67,24 +67,10 @@ def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
 def protect(options: argparse.Namespace) -> int:
     """Fit, write and verify a protected copy, or parts of that."""
     from monai_salm import workflows
-    from monai_salm.perturbations.budget import Budget
-    from monai_salm.perturbations.masks import SparsityMask
-    from monai_salm.release.commit import check_output
     from monai_salm.release.labels import find_labels
     from monai_salm.release.voxels import VoxelLabels
 
-    # What a typing error could spoil is checked now, and not after hours of fitting.
-    if options.bundle:
-        workflows.bundle_path(options.bundle)
-    if options.epsilon is not None:
-        Budget.parse(options.epsilon).check_window(options.window)
-    if options.mask_ratio is not None:
-        SparsityMask(ratio=options.mask_ratio)
-    if not options.export.exists():
-        raise ValueError(f"export {options.export} does not exist; check the path")
-    check_output(options.export, options.out)
-    if options.shard and not (options.out / workflows.BANK).is_file():
-        raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
+    _check_words(options)
     voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
     bundle = options.bundle or workflows.bundle_for(_dim(options, voxelwise), voxelwise)
     overrides = dict(options.set) | workflows.protect_overrides(
@@ -116,6 +102,26 @@ def protect(options: argparse.Namespace) -> int:
         raise
     workflows.save_run(options.out, bundle, overrides)
     return code if options.fit_only else _outcome(options.out, code, verified=verified)
+
+
+def _check_words(options: argparse.Namespace) -> None:
+    """What a typing error could spoil is checked at once, and not after hours of fitting."""
+    from monai_salm import workflows
+    from monai_salm.perturbations.budget import Budget
+    from monai_salm.perturbations.masks import SparsityMask
+    from monai_salm.release.commit import check_output
+
+    if options.bundle:
+        workflows.bundle_path(options.bundle)
+    if options.epsilon is not None:
+        Budget.parse(options.epsilon).check_window(options.window)
+    if options.mask_ratio is not None:
+        SparsityMask(ratio=options.mask_ratio)
+    if not options.export.exists():
+        raise ValueError(f"export {options.export} does not exist; check the path")
+    check_output(options.export, options.out)
+    if options.shard and not (options.out / workflows.BANK).is_file():
+        raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
 
 
 def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
