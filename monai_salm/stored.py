@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the process that reads files needs no torch, and starts fas
 
     from monai_salm.perturbations.budget import Budget, Lattice
 
+_SLAB_VOXELS = 1 << 20
 FLOAT_STEPS = 4096
 """Float files have no smallest step of their own; their window is cut into as many steps as 12-bit images have."""
 
@@ -182,6 +183,20 @@ class StoredCodec:
         span = slice(corner[axis], corner[axis] + size[axis])
         slices = SliceScaling(axis, self.slices.slopes[span], self.slices.intercepts[span])
         return replace(self, slices=slices)
+
+    def slabs(self, shape: Sequence[int]) -> Iterator[tuple[slice, StoredCodec]]:
+        """An image (C, *spatial) in parts along its first spatial axis, with the codec of each.
+
+        What is computed of a large volume takes many times its memory, unless it is computed part by part.
+        """
+        thick = max(1, shape[1] * _SLAB_VOXELS // max(math.prod(shape), 1))
+        for start in range(0, shape[1], thick):
+            corner, size = (start, *(0 for _ in shape[2:])), (thick, *shape[2:])
+            yield slice(start, start + thick), self.part(corner, size)
+
+    def any_movable(self, stored: np.ndarray) -> bool:
+        """Whether any voxel of a (C, *spatial) image may be changed."""
+        return any(part.movable(stored[:, span]).any() for span, part in self.slabs(stored.shape))
 
     def movable(self, stored: Tensor | np.ndarray) -> Any:
         """True where a voxel may be changed: inside the window, the stored range, finite and not padding."""

@@ -74,3 +74,15 @@ def test_fit_and_bare_loop_do_the_same_passes(load, shape):
     found = module.measure(work, 1, {**QUICK, "batch_size": 2})
     assert found["passes_per_image"] == {"surrogate_training": 4 / 5, "perturbation": 3.0, "total": 3.8}
     assert found["ratio"]["median"] > 0 and json.dumps(found)
+
+
+def test_the_file_path_is_measured_beside_a_bare_one(load, tmp_path):
+    module = load("files")
+    found = module.codecs(3, 32, 1)
+    assert set(found) == {"native", "rle", "jpeg_ls", "jpeg_2000"}
+    assert all(row["slices"] == 3 and row["ratio_cpu"] > 0 and row["bare_cpu_s"] > 0 for row in found.values())
+    assert found["native"]["file_mb"] > found["jpeg_ls"]["file_mb"]
+    assert module.memory(4, 64)["protect_peak_mb"] >= 0
+    assert module.scan_rate(5)["files"] == 5
+    module.write_series(tmp_path / "in" / "a", 3, 32)
+    assert module.one_shard(tmp_path, "1/1", 32) > 0

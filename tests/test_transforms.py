@@ -582,7 +582,7 @@ def test_held_out_cases_and_parts_of_archives_are_not_saved(tmp_path: Path) -> N
     (tmp_path / "in").mkdir()
     catalog = scan(write_npz(tmp_path / "in" / "a.npz"), 2)
     save = SaveStored(tmp_path / "out", catalog, budget=BUDGET, spatial_dims=2)
-    for split, what in (("test", "held out"), ("train", "part of an archive")):
+    for split, what in (("test", "held out"), ("train", "part of a file with others")):
         case = next(case for case in catalog.cases if case.split == split)
         with pytest.raises(ValueError, match=what):
             save(LoadStored(spatial_dims=2)(case))

@@ -113,7 +113,8 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     if spatial_dims not in (2, 3) or (spatial_dims == 2 and len(case.files) != 1):
         raise ValueError(f"spatial_dims is {spatial_dims} for {len(case.files)} files; 2 takes one file, 3 a series")
     key = _key(case, spatial_dims, window)
-    headers, planes, files = [], [], []
+    headers, files = [], []
+    planes: list[Any] = []
     for path in case.files:
         dataset = parse(read_bytes(path))
         check_supported(dataset, spatial_dims, allow_protected=True)
@@ -125,7 +126,7 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     order = order_volume(headers) if spatial_dims == 3 else [0]
     scalings = tuple(map(rescale_of, headers))
     headers = [headers[index] for index in order]
-    stored = np.stack([planes[index] for index in order])
+    stored = _stack(planes, order)
     orientation = orientation_of(headers[0], headers[-1]) if spatial_dims == 3 else None
     if orientation is not None:
         stored = to_canonical(stored, orientation)[None]
@@ -136,6 +137,14 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     if len(_LAYOUTS) > _MAX_LAYOUTS:
         _LAYOUTS.popitem(last=False)
     return image, _LAYOUTS[key]
+
+
+def _stack(planes: list[Any], order: Sequence[int]) -> NDArray[Any]:
+    """The planes in that order; they leave the list one by one, so that a large series is in memory once."""
+    stored = np.empty((len(order), *planes[0].shape), planes[0].dtype)
+    for position, index in enumerate(order):
+        stored[position], planes[index] = planes[index], None
+    return stored
 
 
 def _codec(

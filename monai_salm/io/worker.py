@@ -44,7 +44,12 @@ MEMORY_BYTES = min(16 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PA
 OPEN_FILES = 64
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from monai_salm.io import worker; worker.serve()"
-_QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 17),  # of glibc: what one file needed goes back to the system before the next
+}
 _NO_NEW_PRIVS = 38
 _CRASHED = RefusedError("codec_crash", "the process that read the file died of it; export the image uncompressed")
 _SLOW = RefusedError("too_slow", "reading the file took longer than an image of its size can take; export it again")
@@ -132,7 +137,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **_QUIET},
+                env={**os.environ, **_ENVIRONMENT},
             )
         self._socket = ours
         self._lock = threading.Lock()

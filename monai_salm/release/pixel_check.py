@@ -51,7 +51,7 @@ def sound_cases(
 def _check_case(case: Case, spatial_dims: int, window: Window, class_voxels: dict[str, tuple[int, ...]]) -> None:
     try:
         image = formats.read(case, spatial_dims, window)
-        movable = bool(image.codec.movable(image.stored).any())
+        movable = image.codec.any_movable(image.stored)
         if case.mask:
             masks.check_image(image.stored, case.mask)
             labels = masks.read_mask(case, spatial_dims)

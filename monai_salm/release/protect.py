@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from monai_salm import __version__
-from monai_salm.io import dicom, formats, masks
+from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import commit as door
@@ -57,7 +57,6 @@ __all__ = [
     "read_refusals",
 ]
 
-_SLAB_VOXELS = 1 << 20
 _WAIT_S = 600.0
 """How long a shard waits while another one opens or closes the output folder."""
 
@@ -253,7 +252,7 @@ class _Writer:
                 state=PROTECTED if levels else LABEL,
                 epsilon=str(self._budget) if levels else "",
                 source=source.name if source == self._root else source.relative_to(self._root).as_posix(),
-                source_uid=dicom.identify(source)[1],
+                source_uid=worker.call(dicom.identify, source)[1],
             )
             for file, (source, (owner, levels, *_, voxels)) in zip(written, facts.items(), strict=True)
         ]
@@ -334,7 +333,9 @@ class _Writer:
         """
         try:
             levels = codec.levels(self._budget)
-            inside = all(self._inside(*part) for part in _slabs(stored, codec, delta))
+            inside = all(
+                self._inside(stored[:, span], part, delta[:, span]) for span, part in codec.slabs(stored.shape)
+            )
         except ValueError as error:
             raise RefusedError("budget", str(error)) from error
         if not inside:
@@ -366,15 +367,3 @@ class _Writer:
     def _is_there(self, row: ManifestRow) -> bool:
         path = self._out / door.PROTECTED / row.file
         return path.is_file() and not path.is_symlink() and door.sha256_of(path) == row.sha256
-
-
-def _slabs(
-    stored: np.ndarray, codec: StoredCodec, delta: np.ndarray
-) -> Iterator[tuple[np.ndarray, StoredCodec, np.ndarray]]:
-    """An image in parts along its first axis: the bounds of a whole volume take many times its memory."""
-    length, shape = stored.shape[1], stored.shape[1:]
-    thick = max(1, length * _SLAB_VOXELS // max(stored.size, 1))
-    for start in range(0, length, thick):
-        span = slice(start, start + thick)
-        part = codec.part((start, *(0 for _ in shape[1:])), (thick, *shape[1:]))
-        yield stored[:, span], part, delta[:, span]
