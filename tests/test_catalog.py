@@ -190,3 +190,9 @@ def test_real_data_is_catalogued(capsys):
     assert len(awkward.cases) > 5 and len(awkward.refusals) > 5
     assert not {"unreadable_pixels"} & reasons(awkward).keys()
     assert len(scan(DATA / "pneumoniamnist.npz", 2).cases) == 5856
+
+
+def test_an_export_may_be_one_dicom_file(tmp_path):
+    (path,) = write_series(tmp_path / "A", "A", 1)
+    (case,) = scan(path, 2).cases
+    assert case.files == (path,) and case.names[0] == path.name

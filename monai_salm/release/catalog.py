@@ -121,12 +121,12 @@ def scan(
         findings.cases, findings.class_voxels, refused_pixels = sound_cases(findings.cases, spatial_dims, window)
         for names, error, sample_id in refused_pixels:
             findings.refuse(names, error, sample_id)
+    companions = tuple(findings.resolve_companions())
     if not findings.cases:
         raise ValueError(
             f"export {root} holds no {spatial_dims}D image that can be protected. {_summary(findings.refusals)}"
         )
     cases = sorted(findings.cases, key=lambda case: findings.name(case.files[0]))
-    companions = tuple(findings.resolve_companions())
     refusals = tuple(findings.refusals)
     return Catalog(root, tuple(cases), refusals, findings.refused_names, classes, findings.class_voxels, companions)
 
@@ -322,7 +322,7 @@ class _Findings:
 
     def _dicom_names(self, paths: Sequence[Path]) -> list[str]:
         """Paths of the files, and their folder where that names them without doubt."""
-        folders = sorted({path.parent for path in paths} - {self.root})
+        folders = sorted({path.parent for path in paths} - {self.root, self.root.parent})  # the export may be one file
         if self.spatial_dims == 3 and any(len(self._series_in[folder]) > 1 for folder in folders):
             folders = []
         return [self.name(path) for path in (*paths, *folders)]
