@@ -86,6 +86,7 @@ def protect_overrides(
     window: Sequence[float] | None = None,
     spatial_dims: int | None = None,
     require_deidentified: bool | None = None,
+    rename: bool | None = None,
     shard: str | None = None,
 ) -> dict[str, Any]:
     """Config ids and values for what a user says in words; what is None keeps the bundle's default."""
@@ -99,6 +100,7 @@ def protect_overrides(
         "window": list(window) if window else None,
         "spatial_dims": spatial_dims,
         "require_deidentified": require_deidentified,
+        "rename": rename,
         "shard": shard,
     }
     return {name: value for name, value in said.items() if value is not None}

@@ -41,6 +41,7 @@ at_fit: null
 at_verify: null
 verdict: protected
 shard: null
+rename: false
 cohort:
   _target_: monai_salm.release.labels.load_cohort
   dataset_dir: "@dataset_dir"
@@ -56,6 +57,7 @@ written:
   output_dir: "@output_dir"
   spatial_dims: 3
   shard: "@shard"
+  rename: "@rename"
 fit: ["$@at_fit", "$@cohort"]
 protect: ["$@written"]
 verify:

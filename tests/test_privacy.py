@@ -84,7 +84,8 @@ def ran(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     torn = export / f"torn {CANARY}.nii"
     torn.write_bytes(torn.read_bytes()[:600])
     (export / f"link {CANARY}").symlink_to(export / f"{CANARY} letter.txt")
-    write_labels(export, [f"{CANARY}^JANE{index}/{DATE},{'ab'[index % 2]}" for index in range(4)])
+    rows = [f"{CANARY}^JANE{index}/{DATE},{'ab'[index % 2]}" for index in range(4)]
+    write_labels(export, [*rows, f"{CANARY}_{DATE}.nii.gz,a"])
     stub = workflows.copy_bundle("salm_3d_classification", folder / "stub")
     (stub / "configs" / "train.yaml").write_text(STUB)
     out = folder / "out"
@@ -94,8 +95,8 @@ def ran(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         "slices": ["inspect", export, "--dim", 2, "--all"],
         "gate": ["inspect", export, "--dim", 3, "--require-deidentified"],
         "plan": ["protect", export, out, "--bundle", stub, "--set", "spatial_dims=3", "--dry-run"],
-        "protect": ["protect", export, out, "--bundle", stub, "--no-verify"],
-        "again": ["protect", export, out, "--bundle", stub, "--no-verify"],
+        "protect": ["protect", export, out, "--bundle", stub, "--no-verify", "--rename"],
+        "again": ["protect", export, out, "--bundle", stub, "--no-verify", "--rename"],
         "other": ["protect", export, out, "--bundle", stub, "--no-verify", "--epsilon", "1 stored"],
         "verify": ["verify", out, "--files-only"],
         "fault": ["protect", export, out, "--bundle", stub, "--set", "at_fit=${}[str(list(@cohort.cases))]"],
@@ -133,9 +134,10 @@ def test_every_command_did_its_work(ran):
     folder, said = ran
     for name, code in CODES.items():
         assert f"code {code}\n" in said[name], f"{name}: {said[name]}"
-    assert "4 cases of 4 patients" in said["inspect"] or "4 dicom" in said["inspect"]
+    assert "5 cases of 2 patients: 4 dicom, 1 nifti" in said["inspect"]
     assert "not_deidentified" in said["gate"] and "case-" in said["all"]
     assert len(list((folder / "out" / "protected").rglob("*.dcm"))) == 12
+    assert len(list((folder / "out" / "protected" / "images").glob("*.nii.gz"))) == 1
 
 
 def test_nothing_is_printed_that_names_a_patient(ran):

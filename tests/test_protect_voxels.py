@@ -101,6 +101,20 @@ def test_the_released_dataset_json_lists_what_is_released(tmp_path):
     assert not (tmp_path / "out" / "protected" / "labelsTr" / "v01.nii.gz").exists()
 
 
+def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
+    cohort, out = decathlon(tmp_path / "in", 4, "ttvx"), tmp_path / "out"
+    rows = protect(cohort, bank_of(cohort), out, rename=True)
+    assert not [row.file for row in rows if "v0" in row.file or "Tr" in row.file]
+    assert [row.file.split("/")[0] for row in rows[:2]] == ["images", "labels"]
+    for name in ("labels.csv", "dataset.json"):
+        assert "v0" not in (out / "protected" / name).read_text()
+    check_twins(cohort, out, 3)
+    again = load_cohort((out / "protected").rename(tmp_path / "shared"), spatial_dims=3)
+    assert sorted(again.class_voxels.values()) == sorted(
+        cohort.class_voxels[case.sample_id] for case in cohort.released
+    )
+
+
 def test_the_protected_folder_is_an_export_in_its_turn(tmp_path):
     cohort = decathlon(tmp_path / "in", 3)
     protect(cohort, bank_of(cohort), tmp_path / "out")

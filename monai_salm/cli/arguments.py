@@ -54,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
     protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=_VISIBILITY_HELP)
     _add_set(protect)
+    rename = "new names for files that would keep those of the export: NIfTI, PNG, TIFF, archives"
+    protect.add_argument("--rename", action="store_true", help=rename)
     protect.add_argument("--dry-run", action="store_true", help="only tell what would be done; nothing is written")
     stages = protect.add_mutually_exclusive_group()
     stages.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")

@@ -83,6 +83,7 @@ def protect(options: argparse.Namespace) -> int:
         window=options.window,
         spatial_dims=options.dim if voxelwise else None,
         require_deidentified=options.require_deidentified or None,
+        rename=options.rename or None,
     )
     if options.like:
         bundle, overrides = workflows.like_overrides(options.like, overrides)

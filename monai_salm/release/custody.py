@@ -169,10 +169,11 @@ def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
     written: dict[str, list[ManifestRow]] = {}
     for row in rows:
         written.setdefault(row.sample_id, []).append(row)
+    names = {row.source: row.file for row in rows}
     cases: list[Case] = [case for case in cohort.released if owner_id(case) in written]
     tables = {
         LABELS_FILE: labels_table(cases, written, cohort),
-        DATASET_FILE: dataset_json(cases, cohort.root) if cohort.voxelwise and cases else "",
+        DATASET_FILE: dataset_json(cases, cohort.root, names) if cohort.voxelwise and cases else "",
     }
     found = {name: text.encode() for name, text in tables.items() if text}
     return found | (bids.derivative(cohort.root, cases) if cases and bids.is_tree(cohort.root) else {})

@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag, private_dictionary_VR
 from pydicom.dataset import Dataset
@@ -24,6 +24,7 @@ __all__ = [
     "KEPT_UID_KEYWORDS",
     "UidMap",
     "is_mapped_uid_tag",
+    "keyed_name",
     "load_or_create_key",
     "mask_id",
     "owner_id",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 KEY_BYTES = 32
+_ENDINGS = (".nii.gz", ".nii", ".npz", ".png", ".tif", ".tiff")
 STANDARD_ROOT = "1.2.840.10008."
 """UIDs that the DICOM standard itself defines; they name no instance."""
 
@@ -190,6 +192,13 @@ def pseudonym(text: str) -> str:
         'case-c47f5b18b8a430e6'
     """
     return f"case-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def keyed_name(key: bytes, name: PurePosixPath, folder: str) -> PurePosixPath:
+    """A name for a released file that tells nothing of its name in the export, save how it ends (``.nii.gz``)."""
+    digest = hmac.new(key, f"name:{name}".encode(), hashlib.sha256).hexdigest()[:32]
+    ending = next((ending for ending in _ENDINGS if name.name.lower().endswith(ending)), "")
+    return PurePosixPath(folder, digest + ending)
 
 
 def owner_id(case: Case) -> str:

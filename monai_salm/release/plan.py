@@ -114,7 +114,7 @@ def make_plan(
     known = all(rate.files for rate in rates.values()) and bool(rates)
     for (form, state), (count, size) in states.items():
         rate = rates.get(form)
-        if state == "label":
+        if state in ("label", "companion"):
             copy_bytes += size
         elif state == "protected" and rate is not None and known:
             copy_bytes += size * rate.written / rate.size
@@ -186,6 +186,8 @@ def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, 
     for unit in units:
         found[unit[0].format, "protected"] |= set(formats.files_of(unit))
         found[unit[0].format, "label"] |= {case.mask.file for case in unit if case.mask}
+    for companion in cohort.companions:
+        found["dicom", "companion"].add(companion.file)
     released = {path for paths in found.values() for path in paths}
     for case in cohort.cases:
         if case.split == "test":

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,12 @@ from monai_salm import __version__
 from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
+from monai_salm.release import bids, lock
 from monai_salm.release import commit as door
-from monai_salm.release import lock
 from monai_salm.release.catalog import Refusal
 from monai_salm.release.custody import KEY, REFUSALS, Journal, close, read_refusals, start_time, write
 from monai_salm.release.earlier import CLASSES
-from monai_salm.release.identity import UidMap, load_or_create_key, mask_id, owner_id
+from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, ManifestRow, read_manifest, sweep
 from monai_salm.release.progress import track
@@ -72,6 +72,7 @@ def protect_cohort(
     key_file: Path | str | None = None,
     gate: Gate | None = None,
     shard: Shard | str | None = None,
+    rename: bool = False,
 ) -> list[ManifestRow]:
     """Write the protected file of every released case, verified before it becomes visible.
 
@@ -86,6 +87,7 @@ def protect_cohort(
         gate: measures how visible each case would be, and may refuse it; default: nothing is measured.
         shard: ``"I/N"`` writes one part of N, beside other processes that write the others into the same folder; which
             part a unit is in follows from the key. The files are the same for every N. Default: everything.
+        rename: give keyed names to files that would keep those of the export, see ``identity.keyed_name``.
 
     Returns:
         One row per released file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
@@ -104,9 +106,11 @@ def protect_cohort(
     shard = Shard.parse(shard or Shard())
     door.check_output(cohort.root, output_dir)
     door.open_output(output_dir)
+    if rename and bids.is_tree(cohort.root):
+        raise ValueError("the names of a BIDS tree say what its files are; protect it without 'rename'")
     with lock.holding(output_dir, shard.lock):
         with lock.holding(output_dir, wait_s=_WAIT_S):
-            writer = _Writer(bank, budget, cohort.root, output_dir, spatial_dims, window, key_file, gate, shard)
+            writer = _Writer(bank, budget, cohort.root, output_dir, spatial_dims, window, key_file, gate, shard, rename)
             write(output_dir, {CLASSES: json.dumps(cohort.classes) + "\n"}, shard.part)
         rows: list[ManifestRow] = []
         refusals = list(cohort.refusals) if shard.index == 1 else []
@@ -199,12 +203,14 @@ class _Writer:
         key_file: Path | str | None,
         gate: Gate | None,
         shard: Shard,
+        rename: bool,
     ) -> None:
         self._bank = bank
         self._budget = budget
         self._root = root.absolute()
         self._out = output_dir
         self._shard = shard
+        self._rename = rename
         self._spatial_dims = spatial_dims
         self._window = window
         self._gate = gate
@@ -298,14 +304,20 @@ class _Writer:
 
         options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
         for file in formats.protect(unit, deltas.__getitem__, uids=self.uids, **options):
-            yield door.Staged(door.PROTECTED / file.name, file.content, partial(verify, source=file.source))
+            name = self._named(file.name, file.source, "images")
+            yield door.Staged(name, file.content, partial(verify, source=file.source))
         if not all(changed.values()):  # still before anything is visible
             raise RefusedError("verification_failed", "the written files equal their sources: nothing was protected")
         mask = unit[0].mask
         if mask is not None:
             name, content = masks.protect(mask, self.uids)
             check = partial(masks.verify, unit, staged, spatial_dims=self._spatial_dims)
-            yield door.Staged(door.PROTECTED / name, content, check)
+            yield door.Staged(self._named(name, mask.file, "labels"), content, check)
+
+    def _named(self, name: PurePosixPath, source: Path, folder: str) -> PurePosixPath:
+        """Where a file goes; DICOM files have new names anyhow."""
+        keeps = not self._rename or dicom.looks_like_dicom(source)
+        return door.PROTECTED / (name if keeps else keyed_name(self._key, name, folder))
 
     def _delta(self, case: Case, stored: np.ndarray, step: float) -> np.ndarray:
         load = getattr(self._bank, "load", None)  # a PerturbationBank also checks that it was fitted on this image
@@ -356,6 +368,8 @@ class _Writer:
         settings = [str(self._budget), self._window, self._spatial_dims, __version__]
         if self._gate is not None and self._gate.refuses:
             settings.append("refuse what is too visible")
+        if self._rename:
+            settings.append("rename")
         digest = hmac.new(self._key, json.dumps(settings).encode(), hashlib.sha256)
         for file in (*formats.files_of(unit), *([unit[0].mask.file] if unit[0].mask else [])):
             digest.update(door.sha256_of(file).encode())

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from monai_salm.io.base import Case
 from monai_salm.release.identity import mask_id, owner_id
@@ -41,12 +42,13 @@ def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str
     return text.getvalue() if labelled else ""
 
 
-def dataset_json(cases: Sequence[Case], root: Path) -> str:
+def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) -> str:
     """``dataset.json`` of the export, with the pairs that were written and no others; empty if there is none.
 
     Args:
         cases: what was written.
         root: the export.
+        files: name of each file in the copy, by its name in the export.
     """
     path = root / DATASET_FILE
     if not path.is_file():
@@ -56,8 +58,15 @@ def dataset_json(cases: Sequence[Case], root: Path) -> str:
     for key in LISTS:
         if key in content:
             entries = content[key] if key != "test" and isinstance(content[key], list) else []
-            content[key] = [entry for entry in entries if isinstance(entry, dict) and plain(entry["image"]) in names]
+            kept = [entry for entry in entries if isinstance(entry, dict) and plain(entry["image"]) in names]
+            content[key] = [_renamed(entry, files) for entry in kept]
     for key, count in (("numTraining", len(content.get("training", ()))), ("numTest", 0)):
         if key in content:
             content[key] = count
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _renamed(entry: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """A pair under its new names; as it was written where they are the same."""
+    new = {key: files.get(plain(entry[key])) for key in ("image", "label") if isinstance(entry.get(key), str)}
+    return entry | {key: f"./{name}" for key, name in new.items() if name and name != plain(entry[key])}
