@@ -188,6 +188,8 @@ def test_what_is_hidden_behind_the_name_of_a_companion_is_refused(tree, tmp_path
 
 def test_names_of_images():
     assert bids.protected_name("sub-1/sub-1_desc-brain_T1w.nii") == "sub-1/sub-1_desc-brainprotected_T1w.nii"
+    with pytest.raises(RefusedError, match="already_protected"):
+        bids.protected_name("sub-1/sub-1_desc-protected_T1w.nii")
     for name in ("sub-1/anat/T1w.nii.gz", "sub-1/sub-1_T1w.json", "sub-1/sub-1-T1w.nii"):
         with pytest.raises(RefusedError, match="not_bids"):
             bids.protected_name(name)

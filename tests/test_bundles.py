@@ -190,7 +190,16 @@ def test_training_and_inference_agree(name):
     )
     meta = json.loads(Path(config_file(name, "metadata.json")).read_text())
     size = "tile_size" if name == VOXELS else "spatial_size"  # of what the surrogate sees
-    shared = ("network_def", "epsilon", size, "spatial_dims", "window", "num_classes", "cohort")
+    shared = (
+        "network_def",
+        "epsilon",
+        size,
+        "spatial_dims",
+        "window",
+        "num_classes",
+        "cohort",
+        *(["in_channels"] if name == FLAT else []),
+    )
     for key in (*shared, "protect_cohort", "labels", "output_dir", "key_file", "seed", "device"):
         assert train[key] == inference[key], f"{name}: {key} differs"
     parsed = ConfigParser(train).get_parsed_content(size)

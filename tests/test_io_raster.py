@@ -262,7 +262,7 @@ def test_a_dicom_file_with_a_tiff_preamble_is_dicom():
 
 def test_a_single_image_is_no_volume(tmp_path):
     with pytest.raises(RefusedError, match="not_3d"):
-        raster.check_supported(write(tmp_path / "x.png", GRAY), 3)
+        raster.count_colors(write(tmp_path / "x.png", GRAY), 3)
 
 
 def test_headers_that_promise_more_than_the_file_holds_are_refused_before_unpacking():

@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from exports import write_nifti
 from PIL import Image
 from test_protect import bank_of, protect
 
 from monai_salm.io import formats
+from monai_salm.release.folders import count_channels
 from monai_salm.release.labels import count_classes, load_cohort
 from monai_salm.release.protect import read_protected
+from monai_salm.release.visibility import read_visibility
 from monai_salm.transforms import LoadStored
+from monai_salm.verification.visibility import VisibilityGate
 
 
 def write_image(path: Path, seed: int = 0, **options: object) -> Path:
@@ -55,3 +66,79 @@ def test_png_and_tiff_folders_are_written_with_their_class_folders(export, tmp_p
 def test_a_single_image_is_loaded_with_its_codec(tmp_path):
     image = LoadStored(spatial_dims=2)(write_image(tmp_path / "x.tif"))
     assert image.shape == (1, 14, 11) and image.meta["stored_codec"]["dtype"] == "uint16"
+
+
+def write_rgb(folder: Path, count: int = 8, shape: tuple[int, int] = (18, 15)) -> Path:
+    """RGB images of noise in class folders."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / ("benign" if index % 2 else "malign") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(20, 230, (*shape, 3)).astype(np.uint8)).save(path)
+    return folder
+
+
+def test_rgb_images_keep_their_colors_but_for_the_perturbation(tmp_path):
+    cohort = load_cohort(write_rgb(tmp_path / "in"))
+    bank = bank_of(cohort, 2)
+    assert {delta.shape for delta in bank.values()} == {(3, 18, 15)}
+    protect(cohort, bank, tmp_path / "out", 2, gate=VisibilityGate())
+    for case in cohort.released:
+        before, after = (Image.open(tmp_path / root / case.names[0]) for root in ("in", "out/protected"))
+        assert after.mode == "RGB"
+        change = np.asarray(after).astype(int) - np.asarray(before)
+        np.testing.assert_array_equal(change.transpose(2, 0, 1), bank[case.sample_id])
+    measured = read_visibility(tmp_path / "out")
+    assert len(measured) == 8 and all(window.psnr is not None for case in measured for window in case.windows)
+
+
+def test_images_of_the_other_kind_are_refused_by_name(tmp_path):
+    write_rgb(tmp_path / "in")
+    write_image(tmp_path / "in" / "benign" / "gray.png")
+    assert count_channels(tmp_path / "in") == 3
+    assert [refusal.reason for refusal in load_cohort(tmp_path / "in").refusals] == ["other_channels"]
+    for index in range(9):
+        write_image(tmp_path / "in" / "malign" / f"gray{index}.png", index)
+        write_image(tmp_path / "in" / "benign" / f"gray{index}.png", index)
+    assert count_channels(tmp_path / "in") == 1
+    cohort = load_cohort(tmp_path / "in")
+    assert len(cohort.cases) == 19 and len(cohort.refusals) == 8
+
+
+def test_slices_count_as_grayscale(tmp_path):
+    write_rgb(tmp_path / "in", 2)
+    for index in range(3):
+        write_nifti(tmp_path / "in" / f"{index}.nii.gz", index, (6, 7))
+    assert count_channels(tmp_path / "in") == 1
+
+
+def test_an_rgb_folder_goes_through_the_whole_command(tmp_path):
+    """Fit, files, victims and report of three channels, with settings too small to mean anything."""
+    export = write_rgb(tmp_path / "in", 16)
+    few = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 2, "batch_size": 8, "seeds": 1, "epochs": 1}
+    sets = [f"--set={key}={value}" for key, value in (few | {"device": "cpu", "workers": 1}).items()]
+    command = [
+        sys.executable,
+        "-m",
+        "monai_salm.cli",
+        "protect",
+        export,
+        tmp_path / "out",
+        "--set=spatial_size=[16,16]",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, *sets], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["cohort"]["released"] == 16 and report["fidelity"]["n_cases"] == 16
+    assert 0 < report["fidelity"]["ssim"]["mean"] < 1
+    changes = []
+    for path in sorted(export.rglob("*.png")):
+        after = np.asarray(Image.open(tmp_path / "out" / "protected" / path.relative_to(export))).astype(int)
+        changes.append(after - np.asarray(Image.open(path)))
+    assert all(0 < np.abs(change).max() <= 8 for change in changes)
+    assert all((change[..., color] != 0).any() for change in changes for color in range(3))
+    assert np.mean([change != 0 for change in changes]) <= 0.41, "the mask ratio counts all colors"
+    shown = re.findall(r'src="data:image/png;base64,([^"]+)"', (tmp_path / "out" / "report.html").read_text())
+    pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in shown]
+    assert {picture.mode for picture in pictures} >= {"RGB", "P"}

@@ -247,7 +247,7 @@ def test_label_borders_are_drawn_on_the_clean_panel_only(tmp_path: Path) -> None
 def test_outline_survives_the_reduction_of_a_large_image() -> None:
     label = np.zeros((600, 600), np.uint8)
     label[100:500, 100:500] = 1
-    uri = figures.gray_panel(np.full((600, 600), 0.5), 128, label)
+    uri = figures.image_panel(np.full((600, 600), 0.5), 128, label)
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
     assert image.shape == (128, 128, 3)
     assert (image[64] != 128).any(-1).sum() == 2

@@ -189,7 +189,7 @@ class ResizedImages(Samples):
         if delta is not None:
             return image, self.view(self.cases.unit_delta(at, delta)[None])[0], label
         if self.coded:
-            return image, self.strength(at, generator) * self.codes()[int(label)], label
+            return image, self.strength(at, generator) * self.codes()[int(label)].expand_as(image), label
         return image, torch.zeros_like(image), label
 
 

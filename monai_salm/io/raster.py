@@ -31,26 +31,16 @@ def sniff(head: bytes) -> str | None:
     return next((name for name, module in _MODULES.items() if module.sniff(head)), None)
 
 
-def colors(path: Path) -> int:
-    """1 for a grayscale file, 3 for RGB, told without unpacking the pixels.
-
-    Raises:
-        RefusedError: When it cannot be protected.
-    """
-    module, content = _open(path)
-    return module.colors(content)
-
-
-def check_supported(path: Path, spatial_dims: int) -> None:
-    """Judge a file by all but its packed pixels.
+def count_colors(path: Path, spatial_dims: int) -> int:
+    """1 for a grayscale file, 3 for RGB; the file is judged by all but its packed pixels.
 
     Raises:
         RefusedError: When it cannot be protected.
     """
     if spatial_dims != 2:
         raise RefusedError("not_3d", "the file holds a single image; use spatial_dims=2 (the 2D bundle)")
-    if colors(path) > 1:
-        raise RefusedError("color_image", "the image has colors; only grayscale images can be protected")
+    module, content = _open(path)
+    return module.colors(content)
 
 
 def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
@@ -64,7 +54,7 @@ def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     Raises:
         RefusedError: When the file is broken, constant, or of a kind that is not supported.
     """
-    check_supported(case.files[0], spatial_dims)
+    count_colors(case.files[0], spatial_dims)
     return _image(_decode(case.files[0]), window)
 
 
@@ -91,7 +81,7 @@ def protect(
         RefusedError: When the file cannot be read.
         ValueError: When the perturbation does not fit the image.
     """
-    check_supported(case.files[0], spatial_dims)
+    count_colors(case.files[0], spatial_dims)
     module, content = _open(case.files[0])
     pixels = module.decode(content)
     image = _image(pixels, window)

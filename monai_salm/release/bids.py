@@ -64,6 +64,8 @@ def protected_name(name: str) -> str:
         raise _NOT_BIDS
     entities = [each for each in parts["entities"].split("_") if each]
     described = [each for each in entities if each.startswith("desc-")]
+    if described and described[0].endswith("protected"):
+        raise RefusedError("already_protected", "the name says that the file is a protected copy; protect the original")
     others = [each for each in entities if each not in described]
     new = "_".join([*others, f"{''.join(described) or 'desc-'}protected", parts["suffix"]])
     return (path.parent / (new + parts["ending"])).as_posix()

@@ -24,6 +24,7 @@ from monai_salm.io import dicom, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
+from monai_salm.release.folders import OTHER_CHANNELS, other_channels
 from monai_salm.release.gates import ReleasedFiles, check_deidentified
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
@@ -112,6 +113,9 @@ def scan(
     for path in track(files, "reading headers"):
         findings.add(path)
     findings.close_series()
+    for case in other_channels(findings.root, findings.cases, findings.colors):
+        findings.cases.remove(case)
+        findings.refuse(case.names, OTHER_CHANNELS, case.sample_id)
     if voxels:
         refused = [name for names in findings.refused_names.values() for name in names]
         findings.cases, refusals = pair(voxels, classes, findings.cases, findings.masks, refused, spatial_dims)
@@ -144,6 +148,7 @@ class _Findings:
         self.refused_names: dict[str, tuple[str, ...]] = {}
         self.class_voxels: dict[str, tuple[int, ...]] = {}
         self.masks = Found()
+        self.colors: dict[Path, int] = {}
         self.released = ReleasedFiles(root, ())
         self._require_deidentified = require_deidentified
         self.bids = bids.is_tree(root)
@@ -208,7 +213,7 @@ class _Findings:
         if form == "nifti":
             count = worker.call(nifti.count_volumes, path, self.spatial_dims)
         else:
-            worker.call(raster.check_supported, path, self.spatial_dims)
+            self.colors[path] = worker.call(raster.count_colors, path, self.spatial_dims)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
         # A row of a label table may name the whole subject of a BIDS tree.

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class folders of PNG and TIFF images: ``benign/a.png``, or ``train/benign/a.png`` where folders name the splits."""
+"""Folders of PNG and TIFF images: classes by folder, and whether an export is one of grayscale or of RGB images.
+
+Class folders are ``benign/a.png``, or ``train/benign/a.png`` where folders name the splits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from monai_salm.io import raster
+from monai_salm.io import nifti, raster, worker
+from monai_salm.io.base import Case, RefusedError
 from monai_salm.release.table import SPLITS, LabelRow
 
 SOURCE = "the class folders"
+OTHER_CHANNELS = RefusedError(
+    "other_channels", "a network takes either grayscale or RGB images, and most of this export are of the other kind"
+)
 
 
 def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
@@ -18,9 +27,7 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         dataset_dir: the export.
     """
     rows: list[LabelRow] = []
-    for path in sorted(dataset_dir.rglob("*")) if dataset_dir.is_dir() else ():
-        if path.is_symlink() or not path.is_file() or not _is_image(path):
-            continue
+    for path in filter(_is_image, _files(dataset_dir)):
         *folders, _ = path.relative_to(dataset_dir).parts
         split = folders.pop(0) if len(folders) > 1 and folders[0] in SPLITS else None
         if not folders:
@@ -28,6 +35,41 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         name = path.relative_to(dataset_dir).as_posix()
         rows.append(LabelRow(len(rows) + 1, name, folders[0], split, source=SOURCE))
     return rows if len({row.label for row in rows}) > 1 else None
+
+
+def count_channels(dataset_dir: Path | str) -> int:
+    """3 where most of the images of an export are RGB, else 1.
+
+    It sizes a network before the scan, which refuses the images of the other kind.
+    """
+    rgb = others = 0
+    for path in _files(Path(dataset_dir)):
+        head = nifti.read_head(path)
+        if raster.sniff(head):
+            with suppress(RefusedError, OSError):  # told by the scan
+                found = worker.call(raster.count_colors, path, 2)
+                rgb, others = rgb + (found == 3), others + (found == 1)
+        else:
+            others += head[128:132] == b"DICM" or nifti.sniff(head)
+    return 3 if rgb > others else 1
+
+
+def other_channels(root: Path, cases: Sequence[Case], colors: Mapping[Path, int]) -> list[Case]:
+    """Cases that a network for most images of an export cannot take.
+
+    Args:
+        root: the export.
+        cases: of the export.
+        colors: 1 or 3 for each PNG and TIFF image.
+    """
+    wanted = count_channels(root) if 3 in colors.values() else 1
+    return [case for case in cases if colors.get(case.files[0], 1) != wanted]
+
+
+def _files(dataset_dir: Path) -> Iterator[Path]:
+    for path in sorted(dataset_dir.rglob("*")) if dataset_dir.is_dir() else ():
+        if path.is_file() and not path.is_symlink():
+            yield path
 
 
 def _is_image(path: Path) -> bool:

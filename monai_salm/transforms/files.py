@@ -229,7 +229,7 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
         return Case(pseudonym(name), "nifti", (path,), (name,), pseudonym(name))
     form = raster.sniff(nifti.read_head(path)) if path.is_file() else None
     if form:
-        worker.call(raster.check_supported, path, spatial_dims)
+        worker.call(raster.count_colors, path, spatial_dims)
         return Case(pseudonym(name), form, (path,), (name,), pseudonym(name))
     files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if dicom.looks_like_dicom(entry))
     if not files or not dicom.looks_like_dicom(files[0]):

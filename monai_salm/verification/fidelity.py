@@ -27,7 +27,7 @@ _SSIM_WINDOW = 11
 
 
 def ssim_of(clean: torch.Tensor, protected: torch.Tensor) -> float:
-    """SSIM of two (1, *spatial) images in unit intensity (Wang et al. 2004, Gaussian window, MONAI's ``SSIMMetric``).
+    """SSIM of two (C, *spatial) images in unit intensity (Wang et al. 2004, Gaussian window, MONAI's ``SSIMMetric``).
 
     The window has 11 voxels per axis (sigma 1.5), or the largest odd number that fits where the image is smaller.
     """

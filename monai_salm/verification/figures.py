@@ -22,7 +22,7 @@ __all__ = [
     "curve_plots",
     "delta_gradient",
     "delta_panel",
-    "gray_panel",
+    "image_panel",
     "mask_panel",
     "training_quantity",
 ]
@@ -194,13 +194,13 @@ def _png(image: Image.Image, side: int, resample: Image.Resampling) -> str:
     return _uri(stream.getvalue(), "png")
 
 
-def gray_panel(image: np.ndarray, side: int, label: np.ndarray | None = None) -> str:
-    """PNG of an (H, W) image in unit intensity [0, 1]; what lies outside is clipped.
+def image_panel(image: np.ndarray, side: int, label: np.ndarray | None = None) -> str:
+    """PNG of an (H, W) or (H, W, 3) image in unit intensity [0, 1]; what lies outside is clipped.
 
     Args:
         image: The image.
         side: Most pixels of its longer side.
-        label: (H, W) class indices; the inner border of every class but 0 is drawn in color.
+        label: (H, W) class indices of a grayscale image; the inner border of every class but 0 is drawn in color.
     """
     levels = np.round(255 * np.clip(np.nan_to_num(np.asarray(image, dtype=float)), 0, 1)).astype(np.uint8)
     if label is None:

@@ -167,7 +167,10 @@ class Material:
         right hand on the left side."""
         change = written.stored.astype(np.float64) - clean.stored.astype(np.float64)
         after = clean.codec.to_unit(torch.from_numpy(written.stored)).numpy()
-        images = [_unit(clean).numpy(), after, np.nan_to_num(change), (change != 0) & np.isfinite(change)]
+        moved = (change != 0) & np.isfinite(change)
+        # One picture of what changed in any color.
+        change, moved = _strongest(np.nan_to_num(change)), moved.any(0, keepdims=True)
+        images = [_unit(clean).numpy(), after, change, moved]
         images += [] if mask is None else [mask]
         if self._settings.spatial_dims == 3:
             at = clean.stored.shape[-1] // 2
@@ -176,16 +179,35 @@ class Material:
             images = [
                 image[..., at].transpose(0, 2, 1)[:, ::-1, ::-1] for image in images
             ]  # x to the right, y to the front
-        *planes, label = [image[0] for image in images] + ([None] if mask is None else [])
+        unit, after, change, moved, *label = map(_plane, images)
         limit = clean.codec.levels(self._settings.budget) * clean.codec.step
         title = (
             case.sample_id if mask is not None else f"{self._settings.cohort.classes[case.label]} ({case.sample_id})"
         )
-        return Example(title, *planes, stored_unit="stored units", max_delta=limit, label=label)
+        return Example(
+            title,
+            unit,
+            after,
+            change,
+            moved,
+            stored_unit="stored units",
+            max_delta=limit,
+            label=label[0] if label else None,
+        )
 
 
 def _unit(image: StoredImage) -> Tensor:
     return image.codec.to_unit(torch.from_numpy(image.stored))
+
+
+def _plane(image: np.ndarray) -> np.ndarray:
+    """(H, W) of one channel, (H, W, 3) of three."""
+    return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+
+
+def _strongest(change: np.ndarray) -> np.ndarray:
+    """(1, *spatial) change of largest size among the channels."""
+    return np.take_along_axis(change, np.abs(change).argmax(0)[None], axis=0)
 
 
 def _spread_over_classes(cases: Sequence[Case]) -> set[str]:

@@ -38,16 +38,16 @@ class Example:
 
     Args:
         title: Caption, without personal data.
-        clean: Shape (H, W), unit intensity [0, 1].
-        protected: Shape (H, W), unit intensity [0, 1].
-        delta: Shape (H, W), protected minus clean in stored units.
+        clean: Shape (H, W), or (H, W, 3) of RGB, unit intensity [0, 1].
+        protected: Of the same shape, unit intensity [0, 1].
+        delta: Shape (H, W), protected minus clean in stored units; of RGB, in the color that changed most.
         mask: Shape (H, W), true where a voxel was changed.
         stored_unit: Name of a stored unit, for the color bar.
         max_delta: End of the color bar, in stored units; usually the budget.
         label: Shape (H, W), class indices, to draw their borders; None without voxel labels.
 
     Raises:
-        ValueError: When the arrays are not two-dimensional or not of one shape.
+        ValueError: When the arrays are not images, or not of one shape.
     """
 
     title: str
@@ -62,7 +62,8 @@ class Example:
     def __post_init__(self) -> None:
         names = ("clean", "protected", "delta", "mask", *(() if self.label is None else ("label",)))
         shapes = {name: np.shape(getattr(self, name)) for name in names}
-        if len(set(shapes.values())) > 1 or len(shapes["clean"]) != 2:
+        flat = {shapes[name][:2] for name in names} | {shapes[name] for name in names[2:]}
+        if len(flat) > 1 or shapes["clean"] != shapes["protected"] or shapes["clean"][2:] not in ((), (3,)):
             raise ValueError(f"Example {self.title!r} needs arrays of one shape (H, W), got {shapes}.")
 
 
@@ -184,16 +185,16 @@ def _environment() -> Environment:
 
 def _panels(example: Example, side: int) -> dict[str, Any]:
     """What the template shows of an example, its images at most ``side`` pixels long."""
-    height, width = np.shape(example.clean)
+    height, width = np.shape(example.delta)
     change = f"changed voxels of {example.title}"
     outlined = "" if example.label is None else ", borders of the labels in color"
     images = [
         (
             f"Clean{outlined}",
-            figures.gray_panel(example.clean, side, example.label),
+            figures.image_panel(example.clean, side, example.label),
             f"Clean image of {example.title}{outlined}",
         ),
-        ("Protected", figures.gray_panel(example.protected, side), f"Protected image of {example.title}"),
+        ("Protected", figures.image_panel(example.protected, side), f"Protected image of {example.title}"),
         (
             "Difference",
             figures.delta_panel(example.delta, example.max_delta, side),

@@ -105,15 +105,14 @@ def measure_visibility(image: StoredImage, delta: np.ndarray) -> tuple[WindowVis
 
 def _planes(image: StoredImage, delta: NDArray[np.integer]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The parts of original and perturbation that are compared."""
-    stored, change = image.stored[0], delta[0]
-    if stored.ndim == 3:
+    planes = list(zip(image.stored, delta, strict=True))  # of RGB, each color as a picture of its own
+    if image.stored.ndim == 4:
+        ((stored, change),) = planes
         axis = int(np.argmax(image.spacing)) if image.spacing else 2
         stored, change = np.moveaxis(stored, axis, 0), np.moveaxis(change, axis, 0)
         energy = np.square(change.astype(np.float64)).sum((1, 2))
         chosen = sorted(np.argsort(-energy, kind="stable")[:PLANES])
         planes = [(stored[at], change[at]) for at in chosen]
-    else:
-        planes = [(stored, change)]
     return [(before[part], change[part]) for before, change in planes for part in [_strongest(change)]]
 
 
