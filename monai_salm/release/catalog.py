@@ -113,9 +113,7 @@ def scan(
     for path in track(files, "reading headers"):
         findings.add(path)
     findings.close_series()
-    for case in other_channels(findings.root, findings.cases, findings.colors):
-        findings.cases.remove(case)
-        findings.refuse(case.names, OTHER_CHANNELS, case.sample_id)
+    findings.leave_out_other_channels()
     if voxels:
         refused = [name for names in findings.refused_names.values() for name in names]
         findings.cases, refusals = pair(voxels, classes, findings.cases, findings.masks, refused, spatial_dims)
@@ -223,6 +221,12 @@ class _Findings:
             at = None if count == 1 else index
             own = (pseudonym(names[0]), form, (path,), (*names, *filter(None, others)), pseudonym(group), at)
             self.cases.append(Case(*own, target=target))
+
+    def leave_out_other_channels(self) -> None:
+        """Refuse the images that a network for most of the others cannot take."""
+        for case in other_channels(self.root, self.cases, self.colors):
+            self.cases.remove(case)
+            self.refuse(case.names, OTHER_CHANNELS, case.sample_id)
 
     def _add_other(self, path: Path, head: bytes) -> None:
         if not self.bids:
