@@ -167,6 +167,13 @@ def test_a_release_that_another_key_signed_is_found(out, tmp_path):
         check(out, trusted)
 
 
+@pytest.mark.parametrize(("name", "shards"), [("../secret.jsonl", 1), ("/etc/passwd", 1), ("manifest.jsonl", 10**9)])
+def test_a_forged_list_of_chains_leads_nowhere(out, name, shards):
+    for file, content in signature.sign(bytes(32), {name: signature.Chain(GENESIS, 0)}, shards).items():
+        (out / file).write_bytes(content)
+    assert "unsigned" in kinds(out)
+
+
 def test_openssl_agrees(out):
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")

@@ -140,7 +140,8 @@ def close(
     texts |= _manifests(shard, [*rows, *table_rows] if shard == whole else rows)
     if complete and shard != whole:
         texts |= _manifests(whole, table_rows)
-    chains = {name: _chain(text) for name, text in texts.items() if name.endswith(".jsonl")}
+    ours = [name for name in texts if name.endswith(".jsonl") and not name.startswith(f"{door.PROTECTED}/")]
+    chains = {name: _chain(text) for name, text in texts.items() if name in ours}
     for other in others:
         for name in (other.manifest, other.journal, other.refusals):
             chains[name] = _chain((output_dir / name).read_text())

@@ -104,10 +104,10 @@ def protect_cohort(
     budget.check_window(window)
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
     shard = Shard.parse(shard or Shard())
-    door.check_output(cohort.root, output_dir)
-    door.open_output(output_dir)
     if rename and bids.is_tree(cohort.root):
         raise ValueError("the names of a BIDS tree say what its files are; protect it without 'rename'")
+    door.check_output(cohort.root, output_dir)
+    door.open_output(output_dir)
     with lock.holding(output_dir, shard.lock):
         with lock.holding(output_dir, wait_s=_WAIT_S):
             writer = _Writer(bank, budget, cohort.root, output_dir, spatial_dims, window, key_file, gate, shard, rename)

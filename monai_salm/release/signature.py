@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from monai_salm.release.manifest import SCHEMA, IntegrityError
+from monai_salm.release.shards import MAX_SHARDS
 
 ROOT = "release.json"
 SIGNATURE = "release.sig"
 PUBLIC_KEY = "release.pub"
 SIGNED = (ROOT, SIGNATURE, PUBLIC_KEY)
+_CHAIN = re.compile(r"(private/)?[a-z][a-z0-9-]*\.jsonl")
+"""Names of chains: a forged list must not lead the check out of the folder."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,10 @@ def read_signed(output_dir: Path, public_key: Path | None = None) -> tuple[dict[
         chains = {
             str(name): Chain(str(chain["head"]), int(chain["lines"])) for name, chain in content["chains"].items()
         }
-        return chains, int(content["shards"]), hashlib.sha256(_raw(key)).hexdigest()
+        shards = int(content["shards"])
+        if not 1 <= shards <= MAX_SHARDS or not all(map(_CHAIN.fullmatch, chains)):
+            raise ValueError("somebody else's")
+        return chains, shards, hashlib.sha256(_raw(key)).hexdigest()
     except InvalidSignature:
         raise IntegrityError(f"the signature does not hold: {ROOT} or {SIGNATURE} was edited") from None
     except (ValueError, KeyError, TypeError, AttributeError):
