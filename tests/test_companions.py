@@ -21,11 +21,13 @@ from test_protect import bank_of, protect, tree
 
 from monai_salm.io import dicom
 from monai_salm.release.catalog import scan
-from monai_salm.release.companions import REFERENCES
+from monai_salm.release.companions import REFERENCES, reference_summary
 from monai_salm.release.identity import UidMap, load_or_create_key
 from monai_salm.release.integrity import check
 from monai_salm.release.labels import Cohort, load_cohort
+from monai_salm.release.listing import counts_line
 from monai_salm.release.manifest import COMPANION
+from monai_salm.release.plan import make_plan
 from monai_salm.release.protect import KEY, read_refusals
 from monai_salm.release.shards import Shard
 
@@ -189,6 +191,10 @@ def test_companion_of_refused_images_is_refused_and_lost_references_are_counted(
     listed = [json.loads(line) for line in (out / REFERENCES).read_text().splitlines()]
     assert sorted((each["references"], each["not_released"]) for each in listed)[-1] == (5, 3)
     assert sum(each["not_released"] for each in listed) == 3
+    assert reference_summary(out).endswith(
+        "1 of them refer to 3 that are not in the copy, see private/references.jsonl"
+    )
+    assert not reference_summary(tmp_path)
 
 
 def test_companion_of_a_case_that_fails_at_the_last_moment_is_refused_too(tmp_path: Path) -> None:
@@ -305,3 +311,14 @@ def test_big_endian_segmentation_keeps_its_pixels(tmp_path: Path) -> None:
     dicom.verify_companion(source, tmp_path / "written.dcm")
     twin = pydicom.dcmread(get_testdata_file("liver_1frame.dcm", download=False))
     assert np.array_equal(dcmread(tmp_path / "written.dcm").pixel_array, twin.pixel_array)
+
+
+def test_plan_and_listing_count_companions(tmp_path: Path) -> None:
+    root = write_export(tmp_path / "in", refuse="B")
+    catalog, cohort = scan(root, 3), load_cohort(root, spatial_dims=3)
+    assert counts_line(catalog, cohort).endswith("; 6 companions go along with them")
+    options = {"spatial_dims": 3, "window": "auto", "budget": "2 stored", "mask_ratio": 0.4}
+    plan = make_plan(cohort, tmp_path / "out", **options)
+    sizes = [companion.file.stat().st_size for companion in cohort.companions]
+    assert plan.files["dicom", "companion"] == (6, sum(sizes)) and plan.files["dicom", "protected"][0] == 12
+    assert plan.copy_bytes and plan.copy_bytes > sum(sizes)

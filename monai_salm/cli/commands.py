@@ -204,12 +204,13 @@ def _outcome(out: Path, code: int, *, verified: bool = False) -> int:
     import json
 
     from monai_salm.release.commit import PROTECTED
+    from monai_salm.release.companions import reference_summary
     from monai_salm.release.protect import REFUSALS, read_refusals
     from monai_salm.release.visibility import summary
 
     if code not in (DONE, NOT_PROTECTED):
         return code
-    print(f"protected files: {out / PROTECTED}", *filter(None, [summary(out)]), sep="\n")
+    print(f"protected files: {out / PROTECTED}", *filter(None, [reference_summary(out), summary(out)]), sep="\n")
     refusals = read_refusals(out)
     if refusals:
         print(f"refused and not in the copy: {_tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")

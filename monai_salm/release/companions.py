@@ -17,7 +17,7 @@ from monai_salm.io import dicom, worker
 from monai_salm.io.base import FileCheck, RefusedError
 from monai_salm.release import commit as door
 from monai_salm.release.identity import UidMap, pseudonym
-from monai_salm.release.manifest import COMPANION, ManifestRow
+from monai_salm.release.manifest import COMPANION, ManifestRow, read_chain
 
 REFERENCES = f"{door.PRIVATE}/references.jsonl"
 """Each companion of a release: how many instances it refers to, and how many of them are not released."""
@@ -141,6 +141,18 @@ def closure(companions: Sequence[Companion], released: Collection[str]) -> list[
     return [
         {"sample_id": each.sample_id, "references": each.total, "not_released": each.lost(released)} for each in chosen
     ]
+
+
+def reference_summary(output_dir: Path) -> str:
+    """A line on the companions of a release and what they refer to that is not in it; empty where there are none."""
+    counts, _ = read_chain(output_dir / REFERENCES)
+    if not counts:
+        return ""
+    lost = [int(each["not_released"]) for each in counts if each["not_released"]]
+    dangling = f", {sum(lost)} of them (in {len(lost)} files) are not in the copy: {REFERENCES}" if lost else ""
+    return (
+        f"companions: {len(counts)} files with {sum(int(each['references']) for each in counts)} references{dangling}"
+    )
 
 
 def _write(output_dir: Path, companion: Companion, uids: UidMap, part: str) -> ManifestRow:

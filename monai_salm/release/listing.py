@@ -26,6 +26,8 @@ def counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
     line = f"{len(cases)} cases of {patients} patients: {', '.join(f'{count} {form}' for form, count in formats)}"
     if cohort and all(case.split != "test" for case in cases):
         line += f"; no test split, verification holds {len(cohort.held_out)} back"
+    if catalog.companions:
+        line += f"; {len(catalog.companions)} companions go along with them"
     return line
 
 

@@ -19,6 +19,7 @@ import torch
 from monai_salm.io import formats
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
+from monai_salm.release.companions import belonging
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
@@ -186,8 +187,8 @@ def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, 
     for unit in units:
         found[unit[0].format, "protected"] |= set(formats.files_of(unit))
         found[unit[0].format, "label"] |= {case.mask.file for case in unit if case.mask}
-    for companion in cohort.companions:
-        found["dicom", "companion"].add(companion.file)
+    companions = belonging(cohort.companions, {case.sample_id for unit in units for case in unit})
+    found["dicom", "companion"] = {companion.file for companion in companions}
     released = {path for paths in found.values() for path in paths}
     for case in cohort.cases:
         if case.split == "test":
