@@ -191,9 +191,7 @@ def test_companion_of_refused_images_is_refused_and_lost_references_are_counted(
     listed = [json.loads(line) for line in (out / REFERENCES).read_text().splitlines()]
     assert sorted((each["references"], each["not_released"]) for each in listed)[-1] == (5, 3)
     assert sum(each["not_released"] for each in listed) == 3
-    assert reference_summary(out).endswith(
-        "1 of them refer to 3 that are not in the copy, see private/references.jsonl"
-    )
+    assert reference_summary(out).endswith(", 3 of them (in 1 files) are not in the copy: private/references.jsonl")
     assert not reference_summary(tmp_path)
 
 

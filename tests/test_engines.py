@@ -19,7 +19,7 @@ from monai_salm.perturbations.markers import LabelMarker
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
-from monai_salm.stored import StoredCodec
+from monai_salm.stored import SliceScaling, StoredCodec
 from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
 from monai_salm.transforms.meta import codec_to_meta
 
@@ -382,3 +382,52 @@ class TestPatches:
             assert torch.allclose(delta[delta != 0].abs(), amplitude) and 1 <= float(amplitude) * 255 / 8 <= 4.001
             amplitudes.add(float(amplitude))
         assert len(amplitudes) > 10
+
+
+def sliced_cases(count: int = 6) -> list[dict]:
+    """Volumes of three slices with slopes of their own, the brightest slice with the finest steps."""
+    generator = torch.Generator().manual_seed(0)
+    slices = SliceScaling(2, (0.05, 0.1, 0.5), (0.0, 0.0, 10.0))
+    codec = codec_to_meta(StoredCodec("int16", (0.0, 200.0), 0.05, slices=slices))
+    items = []
+    for at in range(count):
+        physical = 60 + 20 * torch.rand((1, 8, 9, 3), generator=generator)
+        stored = (physical / torch.tensor([0.05, 0.1, 0.5])).round().to(torch.int16)
+        meta = {"sample_id": f"case-{at}", "stored_codec": codec, "intensity": "stored"}
+        items.append({"image": MetaTensor(stored, meta=meta), "label": at % 2})
+    return items
+
+
+def test_fit_of_volumes_whose_slices_are_scaled_differently_uses_each_slices_own_bound(tmp_path):
+    dataset = sliced_cases()
+    torch.manual_seed(0)
+    surrogate = Surrogate(SmallCNN(3, 1, 2, (4, 8)), (8, 8, 3))
+    fit = PerturbationTrainer(
+        device="cpu",
+        max_epochs=1,
+        dataset=dataset,
+        objective=Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(3)),
+        optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
+        perturbation=SALM(mask=SparsityMask(ratio=0.5), steps=2, step_size=1.0, look=1),
+        budget="2 physical",
+        bank_file=tmp_path / "bank.sqlite",
+        surrogate_steps=2,
+        batch_size=4,
+    )
+    fit.run()
+    for item in dataset:
+        delta = torch.as_tensor(fit.bank[item["image"].meta["sample_id"]]).abs()
+        assert delta.amax((0, 1, 2)).tolist() == [40, 20, 4]  # floor(2 / slope)
+
+
+def test_patches_of_such_volumes_are_read_by_the_slices_that_they_lie_in():
+    dataset = sliced_cases()
+    for item in dataset:
+        item["label"] = (torch.arange(8 * 9 * 3).reshape(1, 8, 9, 3) % 3 == 0).to(torch.uint8)
+    patches = Patches(Cases(dataset, Budget.parse("2 physical"), torch.device("cpu")), (4, 4, 2), coded=True, seed=0)
+    steps = {"case-0": torch.full((1, 8, 9, 3), 4, dtype=torch.int16)}
+    for seed in range(4):
+        image, delta, _ = patches([0], steps, torch.Generator().manual_seed(seed))
+        assert 0.29 < float(image.min()) and float(image.max()) < 0.46  # 60..80, and 10 more in one slice, of 200
+        change = {round(float(each) * 200, 3) for each in delta.unique()}
+        assert change in ({0.2, 0.4}, {0.4, 2.0})  # four steps of two neighboring slopes
