@@ -216,6 +216,14 @@ REFUSED = {
     "critical_chunk": (make_png(LEVELS[..., None], before=chunk(b"CgBI", bytes(4))), "unsupported_chunk"),
     "preview": (make_png(LEVELS[..., None], before=preview()), "embedded_preview"),
     "xmp": (make_png(LEVELS[..., None], before=chunk(b"iTXt", b"<xmpGImg:image>")), "embedded_preview"),
+    "packed_xmp": (
+        make_png(LEVELS[..., None], before=chunk(b"iTXt", b"XML\0\1\0\0\0" + zlib.compress(b"<xmpGImg:image>"))),
+        "embedded_preview",
+    ),
+    "long_text": (
+        make_png(LEVELS[..., None], before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)))),
+        "embedded_preview",
+    ),
     "trailing": (GRAY + b"PK", "trailing_data"),
     "truncated": (GRAY[:-20], "truncated_file"),
     "checksum": (damaged(GRAY), "broken_file"),

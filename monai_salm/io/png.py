@@ -22,6 +22,8 @@ _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
 """Color type -> colors, samples per pixel (the rest is alpha)."""
 _KNOWN = frozenset("cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD sPLT pHYs tIME tEXt zTXt iTXt eXIf".split())
 """Chunks that stay true when pixels move by a few levels."""
+MAX_TEXT_BYTES = 2**20
+"""Longest text, unpacked; a longer one is taken for a picture."""
 _FILTERS = 5
 _DEFLATE_RATIO = 1032
 
@@ -168,13 +170,24 @@ def _check_chunk(kind: bytes, data: bytes) -> None:
         raise RefusedError("animation", "the file holds several frames; save each as a file of its own")
     if name == "eXIf":
         tiff.check_exif(data)
-    if tiff.PREVIEW_MARK in data and name == "iTXt":
+    if name in ("iTXt", "zTXt") and _may_hold_preview(name, data):
         raise RefusedError("embedded_preview", "the text of the file holds a preview; save the image without metadata")
     # The fourth letter is large where a chunk depends on the pixels (specification, section 5.4).
     if name not in _KNOWN and not (name.isalpha() and name[0].islower() and name[3].islower()):
         raise RefusedError(
             "unsupported_chunk", f"a chunk may depend on the pixels ({len(data)} bytes); save it without"
         )
+
+
+def _may_hold_preview(name: str, data: bytes) -> bool:
+    """Whether a text chunk holds XMP data with a picture, or more text than is looked through."""
+    _, _, rest = data.partition(b"\0")
+    packed = rest[1:] if name == "zTXt" else rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""
+    try:
+        text = zlib.decompressobj().decompress(packed, MAX_TEXT_BYTES) if packed else data
+    except zlib.error as error:
+        raise RefusedError("broken_file", "a text of the PNG file cannot be unpacked; save it without") from error
+    return tiff.PREVIEW_MARK in text or len(text) >= MAX_TEXT_BYTES
 
 
 def _unpack(layout: _Layout) -> tuple[np.ndarray, np.ndarray]:

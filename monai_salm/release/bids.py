@@ -182,8 +182,10 @@ def _without_persons(sidecar: bytes) -> bytes:
 
 def _of_subjects(table: bytes, subjects: Iterable[str]) -> bytes:
     """``participants.tsv`` with the rows of some subjects."""
-    header, *rows = table.splitlines(keepends=True)
-    return b"".join([header, *(row for row in rows if row.split(b"\t")[0].strip().decode("utf-8") in subjects)])
+    lines = table.splitlines(keepends=True)
+    return b"".join(
+        [*lines[:1], *(row for row in lines[1:] if row.split(b"\t")[0].strip().decode("utf-8") in subjects)]
+    )
 
 
 def _derived(raw: dict[str, Any]) -> dict[str, Any]:
