@@ -358,5 +358,8 @@ def test_class_folders_tell_labels_and_splits(tmp_path):
         ("train/benign/a.png", "benign", "train"),
         ("train/malign/b/c.tif", "malign", "train"),
     ]
-    write(tmp_path / "stray.png", GRAY)
+    stray = write(tmp_path / "stray.png", GRAY)
     assert class_folders(tmp_path) is None
+    stray.unlink()
+    (tmp_path / "test" / "slice").write_bytes(bytes(128) + b"DICM")
+    assert class_folders(tmp_path) is None, "previews beside DICOM files are no data set of their own"

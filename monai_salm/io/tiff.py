@@ -88,10 +88,6 @@ class _Layout:
     strips: tuple[tuple[int, int, int], ...]
     """Offset, packed bytes and unpacked bytes of each."""
 
-    @property
-    def row_bytes(self) -> int:
-        return self.shape[1] * self.shape[2] * self.dtype.itemsize
-
 
 def sniff(head: bytes) -> bool:
     """True if a file that starts with ``head`` is TIFF, supported or not."""

@@ -21,13 +21,17 @@ OTHER_CHANNELS = RefusedError(
 
 
 def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
-    """Labels by folder, one row per image; None unless every PNG and TIFF file is in one of two or more class folders.
+    """Labels by folder, one row per image; None unless all images are PNG and TIFF, in two or more class folders.
 
     Args:
         dataset_dir: the export.
     """
     rows: list[LabelRow] = []
-    for path in filter(_is_image, _files(dataset_dir)):
+    for path, head in _heads(dataset_dir):
+        if _is_other(head):
+            return None
+        if not raster.sniff(head):
+            continue
         *folders, _ = path.relative_to(dataset_dir).parts
         split = folders.pop(0) if len(folders) > 1 and folders[0] in SPLITS else None
         if not folders:
@@ -43,14 +47,13 @@ def count_channels(dataset_dir: Path | str) -> int:
     It sizes a network before the scan, which refuses the images of the other kind.
     """
     rgb = others = 0
-    for path in _files(Path(dataset_dir)):
-        head = nifti.read_head(path)
+    for path, head in _heads(Path(dataset_dir)):
         if raster.sniff(head):
             with suppress(RefusedError, OSError):  # told by the scan
                 found = worker.call(raster.count_colors, path, 2)
                 rgb, others = rgb + (found == 3), others + (found == 1)
         else:
-            others += head[128:132] == b"DICM" or nifti.sniff(head)
+            others += _is_other(head)
     return 3 if rgb > others else 1
 
 
@@ -66,15 +69,12 @@ def other_channels(root: Path, cases: Sequence[Case], colors: Mapping[Path, int]
     return [case for case in cases if colors.get(case.files[0], 1) != wanted]
 
 
-def _files(dataset_dir: Path) -> Iterator[Path]:
+def _heads(dataset_dir: Path) -> Iterator[tuple[Path, bytes]]:
+    """Every regular file of a folder and how it starts."""
     for path in sorted(dataset_dir.rglob("*")) if dataset_dir.is_dir() else ():
         if path.is_file() and not path.is_symlink():
-            yield path
+            yield path, nifti.read_head(path)
 
 
-def _is_image(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return raster.sniff(stream.read(132)) is not None
-    except OSError:
-        return False  # told by the scan
+def _is_other(head: bytes) -> bool:
+    return head[128:132] == b"DICM" or nifti.sniff(head)
