@@ -184,6 +184,12 @@ class StoredCodec:
         slices = SliceScaling(axis, self.slices.slopes[span], self.slices.intercepts[span])
         return replace(self, slices=slices)
 
+    def of_slice(self, index: int) -> StoredCodec:
+        """The codec of one slice, along the axis of ``slices``; of an image whose slices are scaled alike its own."""
+        if self.slices is None:
+            return self
+        return replace(self, slope=self.slices.slopes[index], intercept=self.slices.intercepts[index], slices=None)
+
     def slabs(self, shape: Sequence[int]) -> Iterator[tuple[slice, StoredCodec]]:
         """An image (C, *spatial) in parts along its first spatial axis, with the codec of each.
 

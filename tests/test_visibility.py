@@ -20,7 +20,7 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.protect import protect_cohort, read_refusals
 from monai_salm.release.visibility import VISIBILITY, WindowVisibility, read_visibility, summary
-from monai_salm.stored import StoredCodec
+from monai_salm.stored import SliceScaling, StoredCodec
 from monai_salm.verification.visibility import CROP, VisibilityGate, measure_visibility
 
 CASE = Case("case-1", "dicom", (), ("a",), "group-1")
@@ -188,3 +188,16 @@ class TestRelease:
         assert summary(tmp_path / "out") == ""
         with pytest.raises(ValueError, match="choose a new output folder"):
             self.protect(cohort, bank, tmp_path / "out", "refuse")
+
+
+def test_every_slice_is_shown_by_its_own_slope():
+    plain = smooth((40, 44, 3))
+    factors = np.array([1.0, 2.0, 4.0])
+    slices = SliceScaling(2, tuple((1 / factors).tolist()), (0.0, 0.0, 0.0))
+    scaled = StoredImage(
+        (plain.stored * factors).astype(np.int16), StoredCodec("int16", (0.0, 1500.0), 0.25, slices=slices)
+    )
+    delta = np.random.default_rng(1).choice([-3, 0, 3], plain.stored.shape)
+    (one,) = measure_visibility(plain, delta)
+    (other,) = measure_visibility(scaled, (delta * factors).astype(int))
+    assert other.psnr == pytest.approx(one.psnr) and other.ssim == pytest.approx(one.ssim)

@@ -93,27 +93,29 @@ def measure_visibility(image: StoredImage, delta: np.ndarray) -> tuple[WindowVis
     """
     codec = image.codec
     listed = sorted(image.windows or (codec.window,), key=lambda ends: ends[1] - ends[0])[:WINDOWS]
-    pairs = _planes(image, np.asarray(delta))
-    clean = [_physical(before, codec) for before, _ in pairs]
-    protected = [_physical(codec.add(before, change), codec) for before, change in pairs]
-    compressed = [_compressed(before, codec) for before, _ in pairs]
+    planes = _planes(image, np.asarray(delta))
+    clean = [_physical(before, own) for before, _, own in planes]
+    protected = [_physical(own.add(before, change), own) for before, change, own in planes]
+    compressed = [_compressed(before, own) for before, _, own in planes]
     return tuple(
         WindowVisibility(*window, *_likeness(clean, protected, window), *_likeness(clean, compressed, window))
         for window in listed
     )
 
 
-def _planes(image: StoredImage, delta: NDArray[np.integer]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The parts of original and perturbation that are compared."""
-    planes = list(zip(image.stored, delta, strict=True))  # of RGB, each color as a picture of its own
+def _planes(image: StoredImage, delta: NDArray[np.integer]) -> list[tuple[np.ndarray, np.ndarray, StoredCodec]]:
+    """The parts of original and perturbation that are compared, each with its codec."""
+    codec = image.codec
+    planes = [(*pair, codec) for pair in zip(image.stored, delta, strict=True)]  # each color is a picture of its own
     if image.stored.ndim == 4:
-        ((stored, change),) = planes
+        ((stored, change, _),) = planes
         axis = int(np.argmax(image.spacing)) if image.spacing else 2
+        axis = codec.slices.axis if codec.slices else axis
         stored, change = np.moveaxis(stored, axis, 0), np.moveaxis(change, axis, 0)
         energy = np.square(change.astype(np.float64)).sum((1, 2))
         chosen = sorted(np.argsort(-energy, kind="stable")[:PLANES])
-        planes = [(stored[at], change[at]) for at in chosen]
-    return [(before[part], change[part]) for before, change in planes for part in [_strongest(change)]]
+        planes = [(stored[at], change[at], codec.of_slice(int(at))) for at in chosen]
+    return [(before[part], change[part], own) for before, change, own in planes for part in [_strongest(change)]]
 
 
 def _strongest(change: np.ndarray) -> tuple[slice, slice]:
