@@ -27,7 +27,7 @@ from pydicom.data import get_testdata_file
 
 from monai_salm import cli
 from monai_salm.io import dicom, formats, nifti, worker
-from monai_salm.io.dicom_parse import MAX_DEPTH
+from monai_salm.io.dicom_parse import LARGE_PRIVATE_BYTES, MAX_DEPTH
 from monai_salm.release.catalog import scan
 from monai_salm.release.manifest import PROTECTED
 from monai_salm.release.protect import protect_cohort, read_refusals
@@ -143,6 +143,15 @@ def test_sequences_may_be_as_deep_as_the_limit(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(nested(MAX_DEPTH))
     assert dicom.read_header(path).Rows == 128
+
+
+def test_a_scan_keeps_the_headers_without_small_private_elements(tmp_path):
+    path = tmp_path / "a"
+    large = struct.pack("<HH", 0x7FDF, 0x1001) + b"OB\0\0" + struct.pack("<I", LARGE_PRIVATE_BYTES) + bytes(1 << 12)
+    path.write_bytes(before_pixels(bundled("CT_small.dcm"), large))
+    outline, header = dicom.read_outline(path), dicom.read_header(path)
+    assert [tag for tag in outline.keys() if tag.is_private] == [0x7FDF1001]
+    assert [tag for tag in outline.keys() if not tag.is_private] == [tag for tag in header.keys() if not tag.is_private]
 
 
 def test_no_more_of_a_file_than_its_beginning_tells_what_it_is(tmp_path):

@@ -28,6 +28,7 @@ __all__ = [
     "looks_like_dicom",
     "parse",
     "read_header",
+    "read_outline",
     "refusing",
     "silence_parsers",
     "too_deep",
@@ -41,6 +42,8 @@ MAX_FRAMES_BYTES = 1 << 30
 MAX_EXPANSION = 1000
 """Largest believable ratio of decoded to encoded pixel data."""
 MAX_HEADER_BYTES = 64 << 20
+LARGE_PRIVATE_BYTES = 4096
+"""From this size on a private element may be a copy of the pixels."""
 MAX_DEPTH = 32
 """Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
 _LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
@@ -144,6 +147,15 @@ def read_header(path: str | os.PathLike[str]) -> Dataset:
         header.file_meta.get("MediaStorageSOPClassUID")
         _check_depth(header)
         return header
+
+
+def read_outline(path: str | os.PathLike[str]) -> Dataset:
+    """As :py:func:`read_header`, without small private elements: half of a header, and a scan keeps many headers."""
+    header = read_header(path)
+    for tag in list(header.keys()):
+        if tag.is_private and len(header.get_item(tag).value or ()) < LARGE_PRIVATE_BYTES:
+            del header[tag]
+    return header
 
 
 def _check_depth(dataset: Dataset, depth: int = 0) -> None:

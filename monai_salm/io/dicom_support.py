@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
-from monai_salm.io.dicom_parse import check_syntax, refusing
+from monai_salm.io.dicom_parse import LARGE_PRIVATE_BYTES, check_syntax, refusing
 from monai_salm.io.dicom_volume import rescale_of
 
 __all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_identity", "check_supported"]
@@ -155,5 +155,5 @@ def _check_private(header: Dataset) -> None:
     size = pixels * int(header.BitsAllocated) // 8
     for tag in header.keys():
         value = header.get_item(tag).value if tag.is_private else None
-        if isinstance(value, bytes) and size <= len(value) <= size + 1 and size >= 4096:
+        if isinstance(value, bytes) and size <= len(value) <= size + 1 and size >= LARGE_PRIVATE_BYTES:
             raise RefusedError("private_pixel_copy", "a private element is as long as the pixels; remove it first")
