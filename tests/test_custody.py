@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from monai_salm.release.labels import find_labels, load_cohort
 from monai_salm.release.lock import LockedError
 from monai_salm.release.plan import make_plan
 from monai_salm.release.protect import prepare_output, read_manifest
+from monai_salm.release.shards import Shard
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +193,57 @@ def _expect_busy(cohort, folder: Path) -> None:
         prepare_output(folder / "in", folder / "out")
     with pytest.raises(LockedError):
         protect(cohort, bank_of(cohort), folder / "out")
+
+
+def test_a_part_is_written_by_one_process_and_other_parts_beside_it(tmp_path):
+    cohort, out = nifti_cohort(tmp_path / "in"), tmp_path / "out"
+    door.open_output(out)
+    with lock.holding(out, Shard(1, 2).lock):
+        for part, code in (("1/2", 1), ("2/2", 0)):
+            assert in_child(lambda part=part: protect(cohort, bank_of(cohort), out, shard=part) and None) == code
+    found = check(out).problems
+    assert [(problem.kind, problem.name) for problem in found] == [("missing_shard", "manifest-1-of-2.jsonl")]
+
+
+def test_parts_that_are_written_at_the_same_time_make_one_release(tmp_path):
+    cohort, out = nifti_cohort(tmp_path / "in", 6), tmp_path / "out"
+    prepare_output(tmp_path / "in", out)
+    lock.give_back(out)
+    pids = []
+    for index in (1, 2, 3):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                protect(cohort, bank_of(cohort), out, shard=Shard(index, 3))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+    assert not check(out).problems and check(out).files == {"protected": 6, "table": 1}
+
+
+# ----------------------------------------------------------------------- hostile
+
+
+def test_a_hostile_uid_names_no_file(tmp_path):
+    for name in ("A", "B"):
+        paths = write_series(tmp_path / "in" / name, name, 3)
+    series, instance = "../../../../tmp/evil", "../../evil/../x"
+
+    def change(dataset) -> None:
+        dataset.SeriesInstanceUID = series
+        dataset.SOPInstanceUID = f"{instance}{dataset.InstanceNumber}"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+
+    for path in paths:
+        edit_dicom(path, change)
+    write_labels(tmp_path / "in", ["A,a", "B,b"])
+    cohort = load_cohort(tmp_path / "in", spatial_dims=3)
+    protect(cohort, bank_of(cohort), tmp_path / "out")
+    names = [path.relative_to(tmp_path / "out" / "protected").as_posix() for path in tmp_path.rglob("*.dcm")]
+    assert len(names) == 6 and all(re.fullmatch(r"([0-9.]{1,64}/){2}[0-9.]{1,64}\.dcm", name) for name in names)
+    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name] and not check(tmp_path / "out").problems
 
 
 # ------------------------------------------------------------------- permissions

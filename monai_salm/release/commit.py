@@ -25,7 +25,7 @@ RUN = f"{PRIVATE}/run.json"
 LOCK = f"{PRIVATE}/lock"
 STAGING = ".staging"
 DEMO_EXPORT = "export"
-_MARKERS = (MANIFEST, RUN, LOCK)
+_MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
 TRACKING = ("config_*.json", "mlruns*")
 """What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
@@ -88,7 +88,8 @@ def check_output(source: Path, output_dir: Path) -> None:
         raise ValueError(f"output folder {output_dir} is a file; choose a folder")
     if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
         return
-    ours = [new / PRIVATE] if not any((new / PRIVATE).glob("*")) else []  # of a run that was killed at once
+    locks = all(path.name.startswith(PurePosixPath(LOCK).name) for path in (new / PRIVATE).glob("*"))
+    ours = [new / PRIVATE, new / STAGING] if locks else []  # of a run that was killed at once
     foreign = [e for e in new.iterdir() if not (old.is_relative_to(e) or any(map(e.match, TRACKING)) or e in ours)]
     if foreign:
         raise ValueError(
