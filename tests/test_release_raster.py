@@ -12,13 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from exports import write_nifti
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_protect import bank_of, protect
 
 from monai_salm.io import formats
+from monai_salm.release.catalog import scan
 from monai_salm.release.folders import count_channels
 from monai_salm.release.labels import count_classes, load_cohort
 from monai_salm.release.protect import read_protected
@@ -103,6 +106,29 @@ def test_images_of_the_other_kind_are_refused_by_name(tmp_path):
     assert count_channels(tmp_path / "in") == 1
     cohort = load_cohort(tmp_path / "in")
     assert len(cohort.cases) == 19 and len(cohort.refusals) == 8
+
+
+def test_files_with_free_text_are_no_deidentified_files(tmp_path):
+    info = PngInfo()
+    info.add_text("Comment", "Jane")
+    write_image(tmp_path / "a.png", pnginfo=info)
+    write_image(tmp_path / "b.tif", description="Jane")
+    write_image(tmp_path / "c.png")
+    write_image(tmp_path / "d.tif")
+    write_nifti(tmp_path / "e.nii", shape=(6, 7))
+    for name, field in (("f.nii.gz", "descrip"), ("g.nii", "db_name")):
+        image = nib.load(write_nifti(tmp_path / name, shape=(6, 7)))
+        voxels = np.array(image.dataobj)
+        image.header[field] = b"Jane"
+        nib.save(nib.Nifti1Image(voxels, None, image.header), tmp_path / name)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane"))
+    image.header["db_name"] = b""
+    nib.save(nib.Nifti1Image(voxels, None, image.header), tmp_path / "h.nii")
+    catalog = scan(tmp_path, 2, require_deidentified=True)
+    assert {case.names[0] for case in catalog.cases} == {"c.png", "d.tif", "e.nii"}
+    assert {refusal.reason for refusal in catalog.refusals} == {"not_deidentified"}
+    assert not any("Jane" in refusal.detail for refusal in catalog.refusals)
+    assert len(scan(tmp_path, 2).cases) == 8
 
 
 def test_slices_count_as_grayscale(tmp_path):

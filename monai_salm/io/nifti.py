@@ -32,6 +32,7 @@ from monai_salm.io.nifti_layout import (
     open_plain,
     read_head,
     sniff,
+    texts,
 )
 from monai_salm.stored import StoredCodec, auto_window
 
@@ -39,6 +40,7 @@ __all__ = [
     "MAX_TRAILING_BYTES",
     "SUPPORTED_TYPES",
     "Grid",
+    "check_no_text",
     "constant",
     "count_volumes",
     "protect",
@@ -62,6 +64,17 @@ def count_volumes(path: Path, spatial_dims: int) -> int:
         RefusedError: When it cannot be protected.
     """
     return layout_of(path, read_head(path), spatial_dims).volumes
+
+
+def check_no_text(path: Path) -> None:
+    """Raise when the header holds what may name a person: text, or extensions.
+
+    Raises:
+        RefusedError: ``not_deidentified``.
+    """
+    found = texts(read_head(path))
+    if found:
+        raise RefusedError("not_deidentified", f"the header holds {', '.join(found)}, which may name persons; clear it")
 
 
 def volume_names(file: PurePosixPath, index: int) -> tuple[str, str]:

@@ -23,7 +23,17 @@ from nibabel.spatialimages import HeaderDataError
 
 from monai_salm.io.base import RefusedError
 
-__all__ = ["LABEL_TYPES", "SUPPORTED_TYPES", "Layout", "is_gzip", "layout_of", "open_plain", "read_head", "sniff"]
+__all__ = [
+    "LABEL_TYPES",
+    "SUPPORTED_TYPES",
+    "Layout",
+    "is_gzip",
+    "layout_of",
+    "open_plain",
+    "read_head",
+    "sniff",
+    "texts",
+]
 
 SUPPORTED_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
@@ -100,7 +110,7 @@ def _is_analyze(head: bytes) -> bool:
     return len(head) == 348 and 348 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
 
 
-def read_head(path: Path, count: int = 540) -> bytes:
+def read_head(path: Path, count: int = 544) -> bytes:
     """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken.
 
     Reads no more than the first 64 KiB of the file, whatever is in there.
@@ -111,6 +121,20 @@ def read_head(path: Path, count: int = 540) -> bytes:
         return zlib.decompressobj(wbits=31).decompress(head, count) if head[:2] == _GZIP else head
     except (OSError, zlib.error):
         return b""
+
+
+def texts(head: bytes) -> list[str]:
+    """Names of the fields of a header that hold free text, and ``extensions`` where there are some.
+
+    Raises:
+        RefusedError: When there is no complete header.
+    """
+    header = _header(head)
+    size = len(header.binaryblock)
+    fields = [name for name in ("descrip", "aux_file", "db_name", "intent_name") if name in header.keys()]
+    found = [name for name in fields if bytes(header[name].item()).strip(b"\0 ")]
+    extended = head[size : size + 1] not in (b"", b"\0") or int(header["vox_offset"]) > size + 4
+    return found + (["extensions"] if extended else [])
 
 
 def layout_of(path: Path, head: bytes, spatial_dims: int | None, types: Sequence[str] = SUPPORTED_TYPES) -> Layout:

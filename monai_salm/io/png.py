@@ -22,6 +22,7 @@ _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
 """Color type -> colors, samples per pixel (the rest is alpha)."""
 _KNOWN = frozenset("cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD sPLT pHYs tIME tEXt zTXt iTXt eXIf".split())
 """Chunks that stay true when pixels move by a few levels."""
+_TEXTS = frozenset(("tEXt", "zTXt", "iTXt", "eXIf", "tIME"))
 MAX_TEXT_BYTES = 2**20
 """Longest text, unpacked; a longer one is taken for a picture."""
 _FILTERS = 5
@@ -62,6 +63,11 @@ def colors(content: bytes) -> int:
         RefusedError: When the file cannot be protected.
     """
     return _layout(content).colors
+
+
+def texts(content: bytes) -> list[str]:
+    """Kinds of the chunks with text, dates or Exif data."""
+    return sorted({name for kind, _, _ in _chunks(content) if (name := kind.decode("latin-1")) in _TEXTS})
 
 
 def decode(content: bytes) -> Pixels:

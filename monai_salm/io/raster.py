@@ -43,6 +43,18 @@ def count_colors(path: Path, spatial_dims: int) -> int:
     return module.colors(content)
 
 
+def check_no_text(path: Path) -> None:
+    """Raise when the file holds what may name a person: text, dates, Exif or other metadata.
+
+    Raises:
+        RefusedError: ``not_deidentified``, and when the file cannot be protected.
+    """
+    module, content = _open(path)
+    found = module.texts(content)
+    if found:
+        raise RefusedError("not_deidentified", f"the file holds {', '.join(found)}, which may name persons; remove it")
+
+
 def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     """Stored samples (1, H, W), or (3, H, W) of RGB.
 

@@ -36,6 +36,8 @@ _OTHER_IMAGES = {
     34377: "Photoshop's preview",
     37724: "Photoshop's layers",
 }
+_TEXTS = (269, 270, 285, 306, 315, 316, 700, 33432, 33723, 34665, 34853)
+"""Names, descriptions, dates, XMP, copyright, IPTC, Exif and GPS."""
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILES, _EXTRA, _FORMAT, _XMP = 322, 338, 339, 700
@@ -101,6 +103,11 @@ def colors(content: bytes) -> int:
         RefusedError: When the file cannot be protected.
     """
     return _layout(content).colors
+
+
+def texts(content: bytes) -> list[str]:
+    """Tags with text, dates or Exif data."""
+    return [f"tag {tag}" for tag in _TEXTS if tag in _directory(content).fields]
 
 
 def decode(content: bytes) -> Pixels:

@@ -93,7 +93,8 @@ def scan(
         check_pixels: decode every case once and refuse what is broken or constant; otherwise only headers are read.
         voxels: what tells the voxel labels, from :py:func:`monai_salm.release.voxels.find_voxel_labels`. Cases then
             have masks (checked with the pixels), label files are no cases, and what has no label is refused.
-        require_deidentified: refuse DICOM files that do not say that they are de-identified. Other formats cannot say.
+        require_deidentified: refuse DICOM files that do not say that they are de-identified, and NIfTI, PNG and TIFF
+            files with free text, dates or the like. Archives cannot say.
 
     Raises:
         ValueError: When the folder is missing, empty, or holds nothing that can be protected; or when what tells the
@@ -212,6 +213,8 @@ class _Findings:
             count = worker.call(nifti.count_volumes, path, self.spatial_dims)
         else:
             self.colors[path] = worker.call(raster.count_colors, path, self.spatial_dims)
+        if self._require_deidentified:
+            worker.call((nifti if form == "nifti" else raster).check_no_text, path)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
         # A row of a label table may name the whole subject of a BIDS tree.
