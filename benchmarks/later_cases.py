@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a cohort still protected when half of it was protected later, by the surrogate of the first half?
+
+    python benchmarks/later_cases.py --output benchmarks/results/later_cases.json
+
+The embedded 2D classification cohort under the shipped configuration. The training patients are halved; victims train
+on all of them and are tested on the clean test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import CacheDataset
+from monai.utils import set_determinism
+from setting import configured, machine, versions
+
+from monai_salm.cohorts.demo import write_demo_export
+from monai_salm.io import formats
+from monai_salm.io.base import Case
+from monai_salm.release.labels import load_cohort
+from monai_salm.transforms import LoadStoredd
+from monai_salm.verification.arms import Deltas, generator_of, perturbed
+from monai_salm.verification.results import write_atomically
+from monai_salm.verification.strength import closed_gap, summarize
+from monai_salm.verification.training import train_network
+from monai_salm.verification.victims import METRIC, Classification
+
+BUNDLE = "salm_2d_classification"
+ARMS = ("clean", "one_fit", "later", "later_unprotected", "blind")
+NOTE = (
+    "one_fit: all training cases in one fit. later: one half of the patients fitted, the other half perturbed by that "
+    "surrogate. later_unprotected: the same, but the other half is released clean. blind: noise with the true labels.",
+    "Seed s of a victim decides its start, order and augmentation in every arm, and is trained on fit s modulo fits.",
+    "Fits and victims see no case of the splits val and test; nothing was chosen by this benchmark.",
+)
+
+
+def halves(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """The cases of every other patient, and the rest; patients in the order of their pseudonyms, which is none."""
+    patients = sorted({case.group for case in cases})
+    first = set(patients[::2])
+    return [case for case in cases if case.group in first], [case for case in cases if case.group not in first]
+
+
+class Benchmark:
+    """One run.
+
+    Args:
+        work: folder of the cohort and the fits; what is finished there is used again.
+        seeds: trainings of every victim in every arm.
+        fits: fits with different seeds.
+        patients: of the cohort; None: as many as the demo has.
+        epochs: of a victim; None: as in the shipped study.
+    """
+
+    def __init__(
+        self, work: Path, *, seeds: int = 3, fits: int = 3, patients: int | None = None, epochs: int | None = None
+    ) -> None:
+        self.work, self.seeds, self.fits = work, seeds, min(fits, seeds)
+        write_demo_export(work / "export", 2, n_patients=patients, progress=False)
+        self.cohort = load_cohort(work / "export", spatial_dims=2)
+        self.overrides = {"device": "cpu", "num_classes": len(self.cohort.classes)}
+        config = configured(BUNDLE, self.overrides)
+        shipped = ("epochs", "batch_size", "learning_rate", "weight_decay")
+        self.recipe = {name: config.get_parsed_content(f"study::{name}") for name in shipped}
+        if epochs is not None:
+            self.recipe["epochs"] = epochs
+        self.victims = {name: config.get_parsed_content(f"study::victims::{name}") for name in config["study::victims"]}
+        size = config.get_parsed_content("spatial_size")
+        self.task = Classification(self.cohort.classes, config.get_parsed_content("view"), tuple(size))
+        self.budget = str(config["epsilon"])
+        self._load = LoadStoredd("image", spatial_dims=2)
+
+    def run(self) -> dict[str, Any]:
+        """Fit, train and describe."""
+        started = time.monotonic()
+        rows, seconds = [], []
+        test = self._seen(self.cohort.held_out, {}, None)
+        for number in range(self.fits):
+            arms, spent = self._arms(number)
+            seconds.append(spent)
+            for seed in range(number, self.seeds, self.fits):
+                for arm, data in arms.items():
+                    for victim, make in self.victims.items():
+                        options = {**self.recipe, "seed": seed, "curve_points": 1}
+                        row = train_network(self.task, make, data, test, **options).row
+                        rows.append({"arm": arm, "victim": victim, "seed": seed, **row})
+                        print(
+                            arm, victim, seed, round(row[METRIC], 3), f"{time.monotonic() - started:.0f} s", flush=True
+                        )
+        return self._results(rows, seconds, time.monotonic() - started)
+
+    def _arms(self, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
+        old, new = halves(self.cohort.train)
+        whole = self._perturbed(f"whole-{seed}", self.cohort.train, seed)
+        first = self._perturbed(f"first-{seed}", old, seed)
+        second = self._perturbed(f"second-{seed}", new, seed, self.work / f"first-{seed}" / "models" / "model.pt")
+        deltas: dict[str, Deltas] = {
+            "clean": {},
+            "one_fit": {case.sample_id: whole.bank[case.sample_id] for case in self.cohort.train},
+            "later": {
+                case.sample_id: (first.bank if case in old else second.bank)[case.sample_id] for case in (*old, *new)
+            },
+            "later_unprotected": {case.sample_id: first.bank[case.sample_id] for case in old},
+        }
+        arms = {name: self._seen(self.cohort.train, found, None) for name, found in deltas.items()}
+        arms["blind"] = self._seen(self.cohort.train, {}, seed)
+        return arms, {"one_fit": whole.seconds, "first_half": first.seconds, "second_half": second.seconds}
+
+    def _perturbed(self, name: str, cases: Sequence[Case], seed: int, surrogate: Path | None = None) -> Any:
+        values = {
+            **self.overrides,
+            "seed": seed,
+            "output_dir": str(self.work / name),
+            "train::dataset": self._read(cases),
+        }
+        if surrogate is not None:
+            values["train::trainer::surrogate_file"] = str(surrogate)
+        set_determinism(seed=seed)
+        trainer = configured(BUNDLE, values).get_parsed_content("train::trainer")
+        trainer.run()
+        return trainer
+
+    def _read(self, cases: Sequence[Case]) -> CacheDataset:
+        items = [{"image": case, "label": case.label} for case in cases]
+        return CacheDataset(items, self._load, copy_cache=False, progress=False)
+
+    def _seen(self, cases: Sequence[Case], deltas: Deltas, noise: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a victim sees of the cases, as far as they have perturbations; or noise of that seed."""
+        images = []
+        for case in cases:
+            image = formats.read(case, 2)
+            unit = (
+                perturbed(image, deltas[case.sample_id])
+                if case.sample_id in deltas
+                else image.codec.to_unit(torch.from_numpy(image.stored))
+            )
+            shown = self.task.view(unit)
+            images.append(
+                shown
+                if noise is None
+                else torch.rand(shown.shape, generator=generator_of(noise, "blind", case.sample_id))
+            )
+        return torch.stack(images), torch.tensor([case.label for case in cases])
+
+    def _results(
+        self, rows: Sequence[dict[str, Any]], seconds: Sequence[dict[str, float]], spent: float
+    ) -> dict[str, Any]:
+        chance, described = self.task.chance, summarize(rows, METRIC)
+        old, new = halves(self.cohort.train)
+        protected = [arm for arm in ARMS if arm not in ("clean", "blind")]
+        shown = ("arm", "victim", "seed", METRIC, "auc", "seconds")
+        return {
+            "benchmark": "later_cases",
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "task": "embedded 2D cohort, brain MR slices with or without a simulated lesion",
+            "images": {"first_half": len(old), "second_half": len(new), "test": len(self.cohort.held_out)},
+            "seeds": {"victims": self.seeds, "fits": self.fits},
+            "budget": self.budget,
+            "chance": chance,
+            "arms": {
+                arm: {
+                    **described[arm],
+                    **({"closed_gap": closed_gap(rows, METRIC, arm, chance=chance)} if arm in protected else {}),
+                }
+                for arm in ARMS
+            },
+            "fit_seconds": seconds,
+            "victim_recipe": {**self.recipe, "augment": str(self.task.augment)},
+            "rows": {"columns": shown, "values": [[row[column] for column in shown] for row in rows]},
+            "seconds": spent,
+            "versions": versions(),
+            "machine": machine(),
+            "note": NOTE,
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--work", type=Path, help="folder to keep cohort and fits in (default: a temporary one)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every victim in every arm")
+    parser.add_argument("--fits", type=int, default=3, help="fits with different seeds")
+    parser.add_argument("--patients", type=int, help="of the cohort (default: those of the demo)")
+    parser.add_argument("--epochs", type=int, help="of a victim (default: those of the shipped study)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        choices = {"seeds": options.seeds, "fits": options.fits, "patients": options.patients, "epochs": options.epochs}
+        results = Benchmark(work, **choices).run()
+    write_atomically(json.dumps(results, indent=1, allow_nan=False) + "\n", options.output)
+    for arm, found in results["arms"].items():
+        print(arm, json.dumps(found["all"]))
+
+
+if __name__ == "__main__":
+    main()
