@@ -18,7 +18,7 @@ help:  ## list these targets
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11, or run: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,mlflow,test]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,mlflow,pacs,test]"
 	@touch $@
 
 # $(1): 2 or 3, $(2): classification or segmentation, $(3): output folder.

@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     rename = "new names for files that would keep those of the export: NIfTI, PNG, TIFF, archives"
     protect.add_argument("--rename", action="store_true", help=rename)
     protect.add_argument("--dry-run", action="store_true", help="only tell what would be done; nothing is written")
+    protect.add_argument("--push", type=_target, metavar="AET@host:port", help="then send it to a PACS, as 'push' does")
     stages = protect.add_mutually_exclusive_group()
     stages.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
     stages.add_argument("--fit-only", action="store_true", help="only make the perturbations; --shard writes later")
@@ -81,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--labels", type=Path, metavar="CSV", help="the label table, if it moved")
     _add_set(verify)
     verify.set_defaults(command=commands.verify)
+
+    push = verbs.add_parser("push", help="send a release to a PACS, and compare what it then gives back")
+    push.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote")
+    push.add_argument("target", type=_target, metavar="AET@host:port", help="the PACS")
+    push.add_argument(
+        "--aet", default="MONAI_SALM", metavar="TITLE", help="what to call ourselves (default: %(default)s)"
+    )
+    push.set_defaults(command=commands.push)
 
     bundle = verbs.add_parser("bundle", help="find the MONAI bundles that come with monai-salm")
     actions = bundle.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -112,6 +121,16 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _add_set(parser: argparse.ArgumentParser) -> None:
     help_ = "override any setting of the bundle's train.yaml; may be repeated"
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def _target(text: str) -> str:
+    from monai_salm.release.pacs import Target
+
+    try:
+        Target.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _shard(text: str) -> str:

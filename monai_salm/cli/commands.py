@@ -102,7 +102,14 @@ def protect(options: argparse.Namespace) -> int:
         workflows.save_run(options.out, bundle, overrides, replace=False)
         raise
     workflows.save_run(options.out, bundle, overrides)
-    return code if options.fit_only else _outcome(options.out, code, verified=verified)
+    if options.fit_only:
+        return code
+    code = _outcome(options.out, code, verified=verified)
+    if options.push and code == DONE:
+        return _push(options.out, options.push)
+    if options.push:
+        say("not sent, for the reasons above; 'monai-salm push' sends what is there")
+    return code
 
 
 def _check_words(options: argparse.Namespace) -> None:
@@ -159,6 +166,21 @@ def verify(options: argparse.Namespace) -> int:
         raise ValueError(f"the export is not at {export}; name its folder with --export")
     overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
     return _outcome(options.out, _stages(bundle, workflows.VERIFY, overrides), verified=True)
+
+
+def push(options: argparse.Namespace) -> int:
+    """Send a release to a PACS."""
+    return _push(options.out, options.target, options.aet)
+
+
+def _push(out: Path, target: str, *ae_title: str) -> int:
+    from monai_salm.release.pacs import push
+
+    sent = push(out, target, *ae_title)
+    print(f"sent {sent.files} files; of {sent.compared} the PACS gives back the pixels that were sent")
+    if sent.left:
+        print(f"not sent: {sent.left} files that are not DICOM")
+    return DONE
 
 
 def bundle_list(options: argparse.Namespace) -> int:

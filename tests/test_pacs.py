@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Out of a PACS, protected, into it again; and what a PACS may do wrong meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import orthanc
+import pydicom.data
+import pytest
+from exports import write_labels, write_nifti, write_series
+from orthanc import Orthanc, free_ports
+from pydicom import Dataset, dcmread
+from pydicom.data import get_testdata_file
+from pynetdicom import AE, AllStoragePresentationContexts, StoragePresentationContexts, evt
+from pynetdicom.sop_class import CTImageStorage, StudyRootQueryRetrieveInformationModelMove, Verification
+from test_protect import DATA, bank_of
+
+from monai_salm.cli import BAD_INPUT, DONE, INTEGRITY, main
+from monai_salm.release import pacs
+from monai_salm.release.labels import load_cohort
+from monai_salm.release.manifest import PROTECTED, IntegrityError, read_manifest
+from monai_salm.release.pacs import PushError, Target, push
+from monai_salm.release.protect import protect_cohort, read_refusals
+
+SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.5")
+
+
+def pixels(content: bytes | Path) -> str:
+    dataset = dcmread(io.BytesIO(content) if isinstance(content, bytes) else content)
+    return hashlib.sha256(dataset.PixelData).hexdigest()
+
+
+def originals() -> list[Path]:
+    """A mini export of CR, CT and MR, single files of other kinds, and slices of a real series where it is there."""
+    folder = Path(pydicom.data.__file__).parent / "test_files" / "dicomdirtests"
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "DICOMDIR"]
+    files = [path for path in files if path.read_bytes()[128:132] == b"DICM" and "PixelData" in dcmread(path)]
+    files += [Path(get_testdata_file(name, download=False)) for name in ("CT_small.dcm", "J2K_pixelrep_mismatch.dcm")]
+    files += sorted((DATA / "dicom_series").rglob("*.dcm"))[60:66] if DATA.name else []
+    return files
+
+
+def release(export: Path, out: Path) -> list[Path]:
+    """Protect every slice of an export without a fit; the protected files."""
+    cohort = load_cohort(export, spatial_dims=2)
+    rows = protect_cohort(cohort, bank_of(cohort, 2), budget="2 stored", output_dir=out, spatial_dims=2)
+    return [out / "protected" / row.file for row in rows if row.state == PROTECTED]
+
+
+def store(server: Orthanc, files: Sequence[Path]) -> None:
+    """As a scanner does."""
+    ae = AE("SCANNER")
+    for dataset in map(dcmread, files):
+        context = (dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID)
+        if context not in [(each.abstract_syntax, each.transfer_syntax[0]) for each in ae.requested_contexts]:
+            ae.add_requested_context(*context)
+    association = ae.associate("127.0.0.1", server.dicom, ae_title=orthanc.AE_TITLE)
+    try:
+        assert [association.send_c_store(path).Status for path in files] == [0] * len(files)
+    finally:
+        association.release()
+
+
+@contextmanager
+def receiving(port: int, folder: Path) -> Iterator[None]:
+    """A station that files are moved to; it writes them without extension."""
+    folder.mkdir(parents=True)
+
+    def keep(event: evt.Event) -> int:
+        (folder / f"IM{len(list(folder.iterdir())):04d}").write_bytes(event.encoded_dataset())
+        return 0x0000
+
+    ae = AE(orthanc.RECEIVER)
+    for context in AllStoragePresentationContexts:
+        ae.add_supported_context(context.abstract_syntax, SYNTAXES)
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
+    try:
+        yield
+    finally:
+        server.shutdown()
+
+
+def move(server: Orthanc, studies: Sequence[str]) -> None:
+    """Ask for whole studies to be moved to the station."""
+    ae = AE("STATION")
+    ae.add_requested_context(StudyRootQueryRetrieveInformationModelMove)
+    association = ae.associate("127.0.0.1", server.dicom, ae_title=orthanc.AE_TITLE)
+    try:
+        for study in studies:
+            query = Dataset()
+            query.QueryRetrieveLevel, query.StudyInstanceUID = "STUDY", study
+            answers = list(association.send_c_move(query, orthanc.RECEIVER, StudyRootQueryRetrieveInformationModelMove))
+            assert answers[-1][0].Status == 0
+    finally:
+        association.release()
+
+
+def label_all(export: Path) -> None:
+    """Two classes, by SOPInstanceUID."""
+    uids = sorted(dcmread(path).SOPInstanceUID for path in export.rglob("IM*") if path.is_file())
+    write_labels(export, [f"{uid},{'ab'[at % 2]}" for at, uid in enumerate(uids)])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Orthanc]:
+    with orthanc.running(tmp_path_factory.mktemp("orthanc")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def filled(server) -> dict[str, str]:
+    """The server with the originals; digest of the pixels of each instance."""
+    store(server, originals())
+    return {str(dcmread(path).SOPInstanceUID): pixels(path) for path in originals()}
+
+
+class TestOrthanc:
+    @pytest.fixture(params=["move", "zip"])
+    def export(self, request, server, filled, tmp_path) -> Path:
+        """All that the server holds of the originals, by C-MOVE or as the archive that its web page offers."""
+        studies = {str(dcmread(path).StudyInstanceUID) for path in originals()}
+        if request.param == "move":
+            with receiving(server.receiver, tmp_path / "export"):
+                move(server, sorted(studies))
+        else:
+            for study in self._ids(server, studies):
+                archive = zipfile.ZipFile(io.BytesIO(server.rest(f"/studies/{study}/media")))
+                archive.extractall(tmp_path / "export" / study[:8])
+        label_all(tmp_path / "export")
+        return tmp_path / "export"
+
+    def _ids(self, server: Orthanc, studies: set[str]) -> list[str]:
+
+        known = json.loads(server.rest("/studies?expand"))
+        return [entry["ID"] for entry in known if entry["MainDicomTags"]["StudyInstanceUID"] in studies]
+
+    def test_protected_copies_go_back_beside_the_originals_with_the_pixels_that_were_written(
+        self, server, filled, export, tmp_path
+    ):
+        written = release(export, tmp_path / "out")
+        refused = [each.reason for each in read_refusals(tmp_path / "out")]
+        assert set(refused) <= {"nothing_to_move", "empty_perturbation"}, "scouts have no voxel in their own window"
+        assert len(written) + len(refused) == len(filled) and len(refused) <= 3
+        before = set(server.instances())
+        sent = push(tmp_path / "out", server.target)
+        assert (sent.files, sent.compared) == (len(written), len(written)) and sent.left == 1, "labels.csv stays"
+        headers = {str(dcmread(path, stop_before_pixels=True).SOPInstanceUID): path for path in written}
+        assert set(server.instances()) == before | headers.keys() and before.isdisjoint(headers)
+        assert {uid: pixels(server.file(uid)) for uid in headers} == {
+            uid: pixels(path) for uid, path in headers.items()
+        }
+        assert {uid: pixels(server.file(uid)) for uid in filled} == filled, "the originals are as they were"
+        assert not set(filled.values()) & {pixels(path) for path in written}
+        again = push(tmp_path / "out", server.target)
+        assert again == sent, "what is there already is no error"
+
+    def test_success_is_not_believed_when_other_pixels_are_kept_under_the_uid(self, server, tmp_path):
+        write_series(tmp_path / "in/s0", "trap", 3)
+        write_series(tmp_path / "in/s1", "trap1", 3)
+        write_labels(tmp_path / "in", ["s0,a", "s1,b"])
+        written = release(tmp_path / "in", tmp_path / "out")
+        trap = dcmread(written[0])
+        trap.PixelData = bytes(len(trap.PixelData))
+        trap.save_as(tmp_path / "trap.dcm")
+        store(server, [tmp_path / "trap.dcm"])
+        with pytest.raises(IntegrityError, match="holds other pixels of 1 files"):
+            push(tmp_path / "out", server.target)
+
+
+class TestCommand:
+    @pytest.fixture
+    def out(self, tmp_path) -> Path:
+        for name in ("s0", "s1"):
+            write_series(tmp_path / "in" / name, name, 2, patient="CANARY")
+        write_labels(tmp_path / "in", ["s0,a", "s1,b"])
+        release(tmp_path / "in", tmp_path / "out")
+        return tmp_path / "out"
+
+    @contextmanager
+    def peer(self, contexts, handlers=()) -> Iterator[str]:
+        """Another kind of PACS."""
+        ae = AE("PEER")
+        for context in contexts:
+            ae.add_supported_context(*context)
+        (port,) = free_ports(1)
+        server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=list(handlers))
+        try:
+            yield f"PEER@127.0.0.1:{port}"
+        finally:
+            server.shutdown()
+
+    def test_push_says_what_was_sent(self, server, out, capsys):
+        assert main(["push", str(out), server.target]) == DONE
+        told = capsys.readouterr()
+        assert "sent 4 files; of 4 the PACS gives back the pixels" in told.out
+        assert "CANARY" not in told.out + told.err
+
+    def test_a_release_that_was_changed_is_not_sent(self, server, out, capsys):
+        before = set(server.instances())
+        path = out / "protected" / next(row.file for row in read_manifest(out) if row.state == PROTECTED)
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        assert main(["push", str(out), server.target]) == INTEGRITY
+        assert "nothing is sent" in capsys.readouterr().err
+        assert set(server.instances()) == before
+
+    def test_nobody_there_is_told(self, out, capsys):
+        assert main(["push", str(out), f"X@127.0.0.1:{free_ports(1)[0]}"]) == BAD_INPUT
+        told = capsys.readouterr()
+        assert "no_connection" in told.err and "CANARY" not in told.out + told.err
+
+    def test_a_syntax_that_is_not_taken_is_told_before_anything_is_sent(self, out):
+        stored = []
+        handlers = [(evt.EVT_C_STORE, lambda event: stored.append(event) or 0)]
+        with self.peer([(Verification,), (CTImageStorage, ["1.2.840.10008.1.2.5"])], handlers) as target:
+            with pytest.raises(PushError, match="not_accepted: the PACS takes none of our 1 kinds"):
+                push(out, target)
+        assert not stored
+
+    def test_a_file_that_is_not_stored_is_counted(self, out):
+        contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
+        codes = iter([0x0000, 0xA700, 0xA700, 0xB000])
+        with self.peer(contexts, [(evt.EVT_C_STORE, lambda event: next(codes))]) as target:
+            with pytest.raises(PushError, match=r"not_stored: 2 of 4 files were not stored \(2 with status a700\)"):
+                push(out, target)
+
+    def test_a_pacs_that_does_not_give_back_is_told(self, out):
+        contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
+        with self.peer(contexts, [(evt.EVT_C_STORE, lambda event: 0)]) as target:
+            with pytest.raises(PushError, match="no_read_back: the files were sent, but"):
+                push(out, target)
+
+    def test_a_connection_that_ends_is_told(self, out, monkeypatch):
+        monkeypatch.setattr(pacs, "SECONDS", 2.0)
+        contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
+
+        def end(event: evt.Event) -> int:
+            event.assoc.abort()
+            return 0
+
+        with self.peer(contexts, [(evt.EVT_C_STORE, end)]) as target:
+            with pytest.raises(PushError, match=r"not_stored: 4 of 4 .*no answer"):
+                push(out, target)
+
+    def test_a_release_without_dicom_is_told(self, tmp_path):
+        for index in range(2):
+            write_nifti(tmp_path / "in" / f"v{index}.nii", index, (6, 7, 1))
+        write_labels(tmp_path / "in", ["v0.nii,a", "v1.nii,b"])
+        release(tmp_path / "in", tmp_path / "out")
+        with pytest.raises(ValueError, match="no DICOM files"):
+            push(tmp_path / "out", "X@127.0.0.1:104")
+
+    @pytest.mark.parametrize("text", ["X", "X@host", "X@host:0", "X@host:65536", "@host:104", "A" * 17 + "@host:1"])
+    def test_a_bad_target_is_told_before_anything_else(self, text, tmp_path):
+        with pytest.raises(ValueError, match="AET@host:port"):
+            Target.parse(text)
+        with pytest.raises(SystemExit, match=str(BAD_INPUT)):
+            main(["protect", str(tmp_path), str(tmp_path / "out"), "--push", text])
+        assert not (tmp_path / "out").exists()
