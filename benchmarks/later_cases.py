@@ -59,6 +59,7 @@ class Benchmark:
     Args:
         work: folder of the cohort and the fits; what is finished there is used again.
         arms: what victims are trained on, ``clean`` among them.
+        victims: those of the shipped study; None: all.
         seeds: trainings of every victim in every arm.
         fits: fits with different seeds.
         patients: of the cohort; None: as many as the demo has.
@@ -70,6 +71,7 @@ class Benchmark:
         work: Path,
         *,
         arms: Sequence[str] = ARMS,
+        victims: Sequence[str] | None = None,
         seeds: int = 3,
         fits: int = 3,
         patients: int | None = None,
@@ -85,7 +87,8 @@ class Benchmark:
         self.recipe = {name: config.get_parsed_content(f"study::{name}") for name in shipped}
         if epochs is not None:
             self.recipe["epochs"] = epochs
-        self.victims = {name: config.get_parsed_content(f"study::victims::{name}") for name in config["study::victims"]}
+        chosen = victims or tuple(config["study::victims"])
+        self.victims = {name: config.get_parsed_content(f"study::victims::{name}") for name in chosen}
         size = config.get_parsed_content("spatial_size")
         self.task = Classification(self.cohort.classes, config.get_parsed_content("view"), tuple(size))
         self.budget = str(config["epsilon"])
@@ -178,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--work", type=Path, help="folder to keep cohort and fits in (default: a temporary one)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what victims are trained on")
+    parser.add_argument("--victims", nargs="+", help="of the shipped study (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every victim in every arm")
     parser.add_argument("--fits", type=int, default=3, help="fits with different seeds")
     parser.add_argument("--patients", type=int, help="of the cohort (default: those of the demo)")
@@ -186,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
-        choices = {name: getattr(options, name) for name in ("arms", "seeds", "fits", "patients", "epochs")}
+        choices = {name: getattr(options, name) for name in ("arms", "victims", "seeds", "fits", "patients", "epochs")}
         results = Benchmark(work, **choices).run(options.output)
     for arm, found in results["arms"].items():
         print(arm, json.dumps(found["all"]))
