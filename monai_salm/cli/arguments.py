@@ -114,7 +114,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensity window in physical units"
     )
-    gate = "refuse DICOM files that do not say PatientIdentityRemoved YES and BurnedInAnnotation NO"
+    gate = (
+        "refuse DICOM files that do not say PatientIdentityRemoved YES and BurnedInAnnotation NO, others with free text"
+    )
     parser.add_argument("--require-deidentified", action="store_true", help=gate)
 
 
