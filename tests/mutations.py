@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from dicom_files import write_enhanced
 from exports import write_nifti, write_npz
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -103,6 +104,7 @@ def _simple() -> Iterator[bytes]:
         Image.fromarray(pixels).save(folder / "g.tif")
         Image.fromarray(pixels).save(folder / "h.tif", compression="tiff_adobe_deflate")
         Image.fromarray(pixels).save(folder / "i.tif", compression="tiff_lzw")
+        write_enhanced(folder / "j.dcm")
         for path in sorted(folder.iterdir()):
             yield path.read_bytes() if path.stat().st_size > 200 else b""
 
@@ -266,7 +268,7 @@ def run(export: Path, out: Path, spatial_dims: int, rng: np.random.Generator) ->
 
 
 def cohort_of(catalog: Catalog) -> Cohort:
-    return Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root)
+    return Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root, companions=catalog.companions)
 
 
 def bank_of(cohort: Cohort, spatial_dims: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
