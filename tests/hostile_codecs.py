@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import sys
@@ -90,6 +91,12 @@ class _Command:
 def take_over() -> Any:
     """An answer that would run a program in the process that reads it."""
     return _Command()
+
+
+def give(what: str) -> Any:
+    """A class of ours or of a library, by ``module:name``."""
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def count(last: int, then: int = 0) -> Iterator[int]:

@@ -97,6 +97,14 @@ def test_an_answer_cannot_run_anything(monkeypatch):
     assert refused(hostile_codecs.take_over).reason == "codec_crash"
 
 
+@pytest.mark.parametrize(
+    "what", ["monai_salm.io.worker:_Child", "subprocess:Popen", "builtins:eval", "pydicom:dcmread"]
+)
+def test_an_answer_holds_nothing_but_records(what):
+    assert worker.call(hostile_codecs.give, "monai_salm.io.base:StoredImage").__name__ == "StoredImage"
+    assert refused(hostile_codecs.give, what).reason == "codec_crash"
+
+
 def test_arrays_come_back_whole_and_writable():
     given = {"a": np.arange(1 << 20, dtype=">u2").reshape(2, -1), "b": np.zeros(0), "c": np.arange(12.0)[::2]}
     (found,) = worker.call(hostile_codecs.fine, given)

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+from dataclasses import is_dataclass
 from typing import Any
 
 from monai_salm.io.dicom_parse import silence_parsers
@@ -18,10 +19,11 @@ __all__ = ["ClosedError", "receive", "send"]
 MAX_BUFFERS = 1 << 24
 _COUNT = struct.Struct("<Q")
 _NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
-_DATA = ("monai_salm.io.", "monai_salm.stored", "pathlib")
-"""Modules whose classes an answer may hold: records of ours, and paths."""
-_PYDICOM = ("dataset", "dataelem", "multival", "sequence", "tag", "uid", "valuerep")
-_BUILTINS = {"bytearray", "bytes", "complex", "float", "frozenset", "int", "list", "set", "str"}
+_NAMED = {
+    "builtins": {"bytearray", "bytes", "complex", "float", "frozenset", "int", "list", "set", "str"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+}
+_PYDICOM = {f"pydicom.{part}" for part in ("dataset", "dataelem", "multival", "sequence", "tag", "uid", "valuerep")}
 
 
 class ClosedError(Exception):
@@ -106,13 +108,15 @@ class _PlainData(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The class, if it is one of those; only modules that are loaded already are looked at."""
-        allowed = (
-            (module == "builtins" and name in _BUILTINS)
-            or (module.partition(".")[0] == "numpy" and name in _NUMPY)
-            or (module.startswith(_DATA) and "." not in name)
-            or (module in {f"pydicom.{part}" for part in _PYDICOM} and "." not in name)
-        )
-        found = getattr(sys.modules.get(module), name, None) if allowed else None
-        if found is None or not (isinstance(found, type) or module.startswith("numpy")):
+        found = getattr(sys.modules.get(module), name, None)
+        if module.partition(".")[0] == "numpy":
+            allowed = name in _NUMPY
+        elif module.partition(".")[0] in _NAMED:
+            allowed = name in _NAMED[module.partition(".")[0]]
+        elif module.startswith("monai_salm."):
+            allowed = isinstance(found, type) and is_dataclass(found)
+        else:
+            allowed = isinstance(found, type) and found.__module__ == module and module in _PYDICOM
+        if found is None or not allowed:
             raise pickle.UnpicklingError
         return found
