@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -334,7 +335,8 @@ def main() -> None:
     for part in options.only:
         kept[part] = PARTS[part](options)
         print(part, json.dumps(kept[part]), flush=True)
-    kept |= {"machine": machine(), "versions": versions()}
+    codec_versions = {name: version(name) for name in ("pydicom", "pyjpegls", "pylibjpeg-openjpeg", "pylibjpeg-rle")}
+    kept |= {"machine": machine(), "versions": versions() | codec_versions}
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(kept, indent=1) + "\n")
