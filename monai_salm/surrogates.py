@@ -166,6 +166,32 @@ class TextureReader(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return self.mean(self.vote(self.filters(image))) + self.bias
 
+    @torch.no_grad()
+    def look_for(self, textures: Tensor, generator: torch.Generator) -> None:
+        """Make random pieces of the textures the filters, each in both signs: learning then starts with what to find.
+
+        Args:
+            textures: (n, in_channels or 1, *spatial), no smaller than a filter; those that are zero are passed over.
+            generator: decides the pieces.
+
+        Raises:
+            ValueError: When there is no texture, or they are smaller than a filter.
+        """
+        textures = textures[textures.flatten(1).any(1)]
+        weight = self.filters[0].weight
+        if not len(textures) or any(map(int.__lt__, textures.shape[2:], weight.shape[2:])):
+            raise ValueError(
+                f"textures are {tuple(textures.shape)}, filters {tuple(weight.shape[2:])}; use patches that are no smaller "
+                "than kernel_size"
+            )
+        for index in range(0, len(weight), 2):
+            texture = textures[index // 2 % len(textures)]
+            for axis, (length, size) in enumerate(zip(texture.shape[1:], weight.shape[2:], strict=True), 1):
+                texture = texture.narrow(axis, int(torch.randint(length - size + 1, (), generator=generator)), size)
+            piece = texture - texture.mean()
+            weight[index : index + 2] = piece / piece.norm()
+            weight[index + 1 : index + 2] *= -1
+
 
 def small_resnet(spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> ResNet:
     """MONAI's ResNet with one basic block per stage (ResNet-10) and ``width`` channels in the first."""

@@ -20,7 +20,7 @@ from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
 from monai_salm.stored import SliceScaling, StoredCodec
-from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
+from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate, TextureReader
 from monai_salm.transforms.meta import codec_to_meta
 
 
@@ -173,8 +173,10 @@ def segmenter(dims: int, classes: int = 3) -> Surrogate:
     return Surrogate(PaddedNetwork(nn.Sequential(*layers), 2))
 
 
-def voxel_trainer(folder, dims: int = 2, dataset=None, steps=2, tile=8, halo=2, method=None, **options):
-    surrogate = segmenter(dims)
+def voxel_trainer(
+    folder, dims: int = 2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, **options
+):
+    surrogate = surrogate or segmenter(dims)
     loss = nn.CrossEntropyLoss(reduction="none")
     view = RandomView(dims)
     return PerturbationTrainer(
@@ -246,6 +248,17 @@ class TestVoxelLabels:
         voxel_trainer(tmp_path).run()
         with pytest.raises(ValueError, match="configuration"):
             voxel_trainer(tmp_path, **change)
+
+    def test_a_texture_reader_starts_with_pieces_of_the_codes(self, tmp_path):
+        surrogate = Surrogate(TextureReader(2, 1, 3, features=4, kernel_size=3))
+        begun = voxel_trainer(tmp_path, surrogate=surrogate)
+        codes = begun.samples.codes()[1:]
+        pieces = codes.unfold(2, 3, 1).unfold(3, 3, 1).flatten(0, 3).flatten(1)
+        pieces = pieces - pieces.mean(1, keepdim=True)
+        pieces = pieces / pieces.norm(dim=1, keepdim=True)
+        filters = surrogate.network.filters[0].weight.detach().flatten(1)
+        assert torch.allclose((pieces @ filters[0::2].T).amax(0), torch.ones(2), atol=1e-5)
+        assert torch.allclose(filters[0::2], -filters[1::2])
 
     def test_other_labels_are_another_fit(self, tmp_path):
         voxel_trainer(tmp_path).run()

@@ -118,6 +118,22 @@ class TestTextureReader:
         network = TextureReader(len(size), 1, 3).eval()
         assert network(torch.rand(2, 1, *size)).shape == (2, 3, *size)
 
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_it_looks_for_pieces_of_the_textures_in_both_signs(self, dims):
+        network = TextureReader(dims, 1, 3, features=8, kernel_size=3)
+        axis = torch.arange(9.0).reshape(-1, *[1] * (dims - 1)).expand(*[9] * dims)
+        network.look_for(torch.stack([0 * axis, axis, -axis])[:, None], torch.Generator().manual_seed(0))
+        weight = network.filters[0].weight.detach()
+        ramp = axis[tuple(slice(3) for _ in range(dims))] - 1
+        assert torch.allclose(weight[0::2], -weight[1::2])
+        assert torch.allclose(weight[0, 0], ramp / ramp.norm(), atol=1e-6)
+        assert torch.allclose(weight[2, 0], -ramp / ramp.norm(), atol=1e-6)
+
+    def test_textures_that_fill_no_filter_are_refused(self):
+        for textures in (torch.zeros(2, 1, 9, 9), torch.ones(2, 1, 9, 4)):
+            with pytest.raises(ValueError, match="no smaller than kernel_size"):
+                TextureReader(2, 1, 2, kernel_size=5).look_for(textures, torch.Generator())
+
     @pytest.mark.parametrize("kernel_size", [3, 5, 7])
     def test_it_sees_no_farther_than_it_says(self, kernel_size):
         network = TextureReader(2, 1, 2, features=64, kernel_size=kernel_size).eval()

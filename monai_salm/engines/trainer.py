@@ -30,6 +30,7 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.records import Record
 from monai_salm.release.progress import track
 from monai_salm.stored import lattice_of
+from monai_salm.surrogates import TextureReader
 
 SETTLED_OVER = 3
 """Rounds over which the loss is compared to tell whether it has settled."""
@@ -123,6 +124,7 @@ class PerturbationTrainer(Trainer):
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
+        self._prime()
         self._restore()
         self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._end_round)
@@ -285,6 +287,11 @@ class PerturbationTrainer(Trainer):
     def _records(self) -> Iterator[Record]:
         for fact in self.cases.facts:
             yield Record(fact.sample_id, self.deltas[fact.sample_id], fact.digest, fact.levels, fact.codec.step)
+
+    def _prime(self) -> None:
+        reader = self.objective.network.network
+        if self.transplant and self.surrogate_file is None and isinstance(reader, TextureReader):
+            reader.look_for(self.samples.codes(), self._generator("prime"))
 
     def _restore(self) -> None:
         kept = self.bank.state()
