@@ -173,9 +173,7 @@ def segmenter(dims: int, classes: int = 3) -> Surrogate:
     return Surrogate(PaddedNetwork(nn.Sequential(*layers), 2))
 
 
-def voxel_trainer(
-    folder, dims: int = 2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, **options
-):
+def voxel_trainer(folder, dims: int = 2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, **options):
     surrogate = surrogate or segmenter(dims)
     loss = nn.CrossEntropyLoss(reduction="none")
     view = RandomView(dims)
