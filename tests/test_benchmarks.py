@@ -86,3 +86,11 @@ def test_the_file_path_is_measured_beside_a_bare_one(load, tmp_path):
     assert module.scan_rate(5)["files"] == 5
     module.write_series(tmp_path / "in" / "a", 3, 32)
     assert module.one_shard(tmp_path, "1/1", 32) > 0
+
+
+def test_halves_of_a_cohort_share_no_patient_and_lose_no_case(load):
+    case = load("monai_salm.io.base").Case
+    cases = [case(f"case-{at}", "nifti", (), (), f"group-{at % 5}") for at in range(20)]
+    old, new = load("later_cases").halves(cases)
+    assert {one.group for one in old}.isdisjoint(one.group for one in new)
+    assert len(old) == 12 and sorted(old + new, key=cases.index) == cases

@@ -20,9 +20,10 @@ from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
 from pynetdicom import AE, AllStoragePresentationContexts, StoragePresentationContexts, evt
 from pynetdicom.sop_class import CTImageStorage, StudyRootQueryRetrieveInformationModelMove, Verification
+from test_later_cases import BUNDLE, SETTINGS
 from test_protect import DATA, bank_of
 
-from monai_salm.cli import BAD_INPUT, DONE, INTEGRITY, main
+from monai_salm.cli import BAD_INPUT, DONE, INTEGRITY, NOT_PROTECTED, main
 from monai_salm.release import pacs
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.manifest import PROTECTED, IntegrityError, read_manifest
@@ -201,6 +202,22 @@ class TestCommand:
         told = capsys.readouterr()
         assert "sent 4 files; of 4 the PACS gives back the pixels" in told.out
         assert "CANARY" not in told.out + told.err
+
+    @pytest.mark.filterwarnings("ignore:parsing config_file")
+    def test_protect_sends_what_it_wrote_but_nothing_where_a_file_was_refused(self, server, tmp_path, capsys):
+        for name in ("sent0", "sent1"):
+            write_series(tmp_path / "in" / name, name, 2)
+        write_labels(tmp_path / "in", ["sent0,a", "sent1,b"])
+        before = set(server.instances())
+        words = ["--bundle", BUNDLE, "--no-verify", "--push", server.target]
+        words += [word for setting in SETTINGS for word in ("--set", setting)]
+        assert main(["protect", str(tmp_path / "in"), str(tmp_path / "out"), *words]) == DONE
+        assert "sent 4 files" in capsys.readouterr().out
+        assert len(set(server.instances()) - before) == 4
+        (tmp_path / "in/sent1/broken.dcm").write_bytes(bytes(128) + b"DICM")
+        assert main(["protect", str(tmp_path / "in"), str(tmp_path / "out2"), *words]) == NOT_PROTECTED
+        assert "not sent" in capsys.readouterr().err
+        assert len(set(server.instances()) - before) == 4
 
     def test_a_release_that_was_changed_is_not_sent(self, server, out, capsys):
         before = set(server.instances())
