@@ -15,6 +15,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from monai_salm.io import formats
+from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import Catalog, scan
 
 DATA = Path(os.environ.get("MONAI_SALM_DATA", ""))
@@ -124,6 +125,18 @@ def test_an_image_outside_the_window_is_refused(tmp_path):
     write_nifti(tmp_path / "ok.nii")
     with pytest.raises(ValueError, match="nothing_to_move"):
         scan(tmp_path, 3, window=(5000.0, 6000.0))
+
+
+def test_an_image_too_coarse_for_the_budget_is_refused_and_the_others_stay(tmp_path):
+    import nibabel as nib
+
+    write_nifti(tmp_path / "fine.nii.gz")
+    steps = np.arange(210, dtype=np.int16).reshape(6, 7, 5) % 3  # a window of two stored steps
+    nib.save(nib.Nifti1Image(steps, np.eye(4)), tmp_path / "coarse.nii.gz")
+    catalog = scan(tmp_path, 3, budget=Budget.parse("8/255"))
+    assert [case.names for case in catalog.cases] == [("fine.nii.gz",)]
+    assert reasons(catalog) == {"budget": 1}
+    assert "below one stored step" in catalog.refusals[0].detail
 
 
 def test_an_archive_is_refused_as_a_whole(tmp_path):

@@ -140,9 +140,11 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     window = settings.get("window", "auto")
     grid = {"spatial_dims": settings["spatial_dims"], "window": window if window == "auto" else tuple(window)}
     gate = bool(settings.get("require_deidentified"))
-    cohort = load_cohort(options.export, options.labels, **grid, require_deidentified=gate, like=options.like)
-    noise = {"budget": settings.get("epsilon", "8/255"), "mask_ratio": settings.get("mask_ratio", 0.4)}
-    plan = make_plan(cohort, options.out, **grid, **noise)
+    budget, ratio = settings.get("epsilon", "8/255"), settings.get("mask_ratio", 0.4)
+    cohort = load_cohort(
+        options.export, options.labels, **grid, require_deidentified=gate, like=options.like, budget=budget
+    )
+    plan = make_plan(cohort, options.out, **grid, budget=budget, mask_ratio=ratio)
     print(*plan.lines(), sep="\n")
     return NOT_PROTECTED if plan.refused else DONE
 

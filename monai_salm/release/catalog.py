@@ -22,6 +22,7 @@ from pydicom.uid import MediaStorageDirectoryStorage
 
 from monai_salm.io import dicom, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.perturbations.budget import Budget
 from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
@@ -82,6 +83,7 @@ def scan(
     check_pixels: bool = True,
     voxels: VoxelLabels | None = None,
     require_deidentified: bool = False,
+    budget: Budget | None = None,
 ) -> Catalog:
     """List the cases of an export.
 
@@ -95,10 +97,11 @@ def scan(
             have masks (checked with the pixels), label files are no cases, and what has no label is refused.
         require_deidentified: refuse DICOM files that do not say that they are de-identified, and NIfTI, PNG and TIFF
             files with free text, dates or the like. Archives cannot say.
+        budget: refuse (with the pixels) an image in which it is less than one stored step.
 
     Raises:
-        ValueError: When the folder is missing, empty, or holds nothing that can be protected; or when what tells the
-            voxel labels does not fit it.
+        ValueError: When the folder is missing, empty, or holds nothing that can be protected; when what tells the
+            voxel labels does not fit it; or when the budget is for another modality.
     """
     root = Path(root)
     if spatial_dims not in (2, 3):
@@ -121,7 +124,9 @@ def scan(
         for names, sample_id, error in refusals:
             findings.refuse(names, error, sample_id)
     if check_pixels:
-        findings.cases, findings.class_voxels, refused_pixels = sound_cases(findings.cases, spatial_dims, window)
+        findings.cases, findings.class_voxels, refused_pixels = sound_cases(
+            findings.cases, spatial_dims, window, budget
+        )
         for names, error, sample_id in refused_pixels:
             findings.refuse(names, error, sample_id)
     companions = tuple(findings.resolve_companions())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
+from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import Catalog, Refusal, scan
 from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
@@ -102,6 +103,7 @@ def load_cohort(
     seed: int = 0,
     require_deidentified: bool = False,
     like: Path | str | None = None,
+    budget: Budget | str | float | None = None,
 ) -> Cohort:
     """Scan an export and label its cases.
 
@@ -113,6 +115,7 @@ def load_cohort(
         seed: decides which cases are held out where the table does not.
         require_deidentified: see :py:func:`monai_salm.release.catalog.scan`.
         like: an earlier release whose classes are to be used; its cases are refused (``already_released``).
+        budget: see :py:func:`monai_salm.release.catalog.scan`.
 
     Raises:
         ValueError: When the export holds nothing usable, the table does not fit it, or it names classes that the
@@ -122,7 +125,14 @@ def load_cohort(
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
     voxels = found if isinstance(found, VoxelLabels) else None
-    catalog = scan(dataset_dir, spatial_dims, window=window, voxels=voxels, require_deidentified=require_deidentified)
+    catalog = scan(
+        dataset_dir,
+        spatial_dims,
+        window=window,
+        voxels=voxels,
+        require_deidentified=require_deidentified,
+        budget=None if budget is None else Budget.parse(budget),
+    )
     if earlier is None:
         return label_cases(catalog, found, seed=seed)
     return label_cases(earlier.without_its_cases(catalog), found, seed=seed, classes=earlier.classes)

@@ -9,15 +9,17 @@ import numpy as np
 
 from monai_salm.io import formats, masks
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.perturbations.budget import Budget
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import SHARED_MASK
+from monai_salm.stored import StoredCodec
 
 Refused = tuple[Sequence[str], RefusedError, str]
 """Real names, reason, and ``sample_id`` (empty where there are several)."""
 
 
 def sound_cases(
-    cases: Sequence[Case], spatial_dims: int, window: Window
+    cases: Sequence[Case], spatial_dims: int, window: Window, budget: Budget | None = None
 ) -> tuple[list[Case], dict[str, tuple[int, ...]], list[Refused]]:
     """Decode every case; a unit with a case that cannot be protected is refused as a whole.
 
@@ -25,9 +27,13 @@ def sound_cases(
         cases: of the export.
         spatial_dims: 2 or 3.
         window: ``"auto"`` or (low, high) in physical units.
+        budget: refuse an image in which it is less than one stored step.
 
     Returns:
         The cases that are sound, the voxels of each class by sample id, and what is refused.
+
+    Raises:
+        ValueError: When the budget is for another modality than that of an image.
     """
     kept: list[Case] = []
     class_voxels: dict[str, tuple[int, ...]] = {}
@@ -36,7 +42,9 @@ def sound_cases(
         culprit = unit[0]
         try:
             for culprit in unit:
-                _check_case(culprit, spatial_dims, window, class_voxels)
+                codec = _check_case(culprit, spatial_dims, window, class_voxels)
+                if budget is not None:
+                    _check_budget(codec, budget)
             kept += unit
         except RefusedError as error:
             if unit[0].mask and len(unit) > 1:
@@ -48,7 +56,7 @@ def sound_cases(
     return kept, class_voxels, refused
 
 
-def _check_case(case: Case, spatial_dims: int, window: Window, class_voxels: dict[str, tuple[int, ...]]) -> None:
+def _check_case(case: Case, spatial_dims: int, window: Window, class_voxels: dict[str, tuple[int, ...]]) -> StoredCodec:
     try:
         image = formats.read(case, spatial_dims, window)
         movable = image.codec.any_movable(image.stored)
@@ -63,3 +71,12 @@ def _check_case(case: Case, spatial_dims: int, window: Window, class_voxels: dic
         raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
     if not movable:
         raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
+    return image.codec
+
+
+def _check_budget(codec: StoredCodec, budget: Budget) -> None:
+    budget.check_modality(codec.modality)  # an error of the whole run: the budget is the user's
+    try:
+        codec.levels(budget)
+    except ValueError as error:
+        raise RefusedError("budget", str(error)) from error
