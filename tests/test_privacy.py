@@ -9,6 +9,7 @@ DICOM files are looked for there too.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -116,7 +117,12 @@ def ran(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
     listed = json.dumps({name: [str(each) for each in arguments] for name, arguments in commands.items()})
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), listed], capture_output=True, text=True, cwd=folder, timeout=300
+        [sys.executable, "-c", textwrap.dedent(code), listed],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # the stub imports from the tests
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said: dict[str, str] = dict.fromkeys(commands, "")
