@@ -244,6 +244,13 @@ def test_label_borders_are_drawn_on_the_clean_panel_only(tmp_path: Path) -> None
         replace(plain, label=label[:5])
 
 
+def test_an_image_without_any_label_is_shown_as_it_is() -> None:
+    image = np.linspace(0, 1, 48).reshape(6, 8)
+    plain, labeled = (figures.image_panel(image, 64, label) for label in (None, np.zeros((6, 8), np.uint8)))
+    gray, colors = (np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))) for uri in (plain, labeled))
+    assert np.array_equal(np.repeat(gray[..., None], 3, axis=2), colors)
+
+
 def test_outline_survives_the_reduction_of_a_large_image() -> None:
     label = np.zeros((600, 600), np.uint8)
     label[100:500, 100:500] = 1

@@ -212,7 +212,8 @@ def image_panel(image: np.ndarray, side: int, label: np.ndarray | None = None) -
     classes = np.asarray(Image.fromarray(np.asarray(label, np.uint8)).resize(size[::-1], Image.Resampling.NEAREST))
     colors = np.repeat(shown[..., None], 3, axis=2)
     edges = _outline(classes)
-    colors[edges] = [_rgb(OUTLINES[(index - 1) % len(OUTLINES)]) for index in classes[edges]]
+    palette = np.array([_rgb(color) for color in OUTLINES], np.uint8)
+    colors[edges] = palette[(classes[edges].astype(int) - 1) % len(palette)]
     return _png(Image.fromarray(colors), side, Image.Resampling.BOX)
 
 
