@@ -32,7 +32,7 @@ from setting import machine, versions
 from monai_salm.io import worker
 from monai_salm.release.catalog import scan
 from monai_salm.release.labels import Cohort
-from monai_salm.release.protect import protect_cohort
+from monai_salm.release.protect import ManifestRow, protect_cohort
 
 CODECS: dict[str, tuple[str, dict[str, str]]] = {
     "native": (uid.ExplicitVRLittleEndian, {}),
@@ -67,6 +67,12 @@ def signs(shape: tuple[int, ...]) -> NDArray[np.int8]:
     moved = rng.integers(0, delta.size, int(RATIO * delta.size))
     delta[moved] = STEPS * (2 * rng.integers(0, 2, moved.size, dtype=np.int8) - 1)
     return delta.reshape(1, *shape)
+
+
+def write_copy(cohort: Cohort, shape: tuple[int, ...], out: Path, shard: str | None = None) -> list[ManifestRow]:
+    """Write images of one shape, as slices or as volumes."""
+    options = {"budget": BUDGET, "window": WINDOW, "output_dir": out, "spatial_dims": len(shape), "shard": shard}
+    return protect_cohort(cohort, Bank(shape), **options)
 
 
 def slices(count: int, size: int) -> Iterator[NDArray[np.int16]]:
@@ -140,7 +146,7 @@ def protect(export: Path, out: Path, dims: int, shape: tuple[int, ...], into: di
         catalog = scan(export, dims, window=WINDOW)
     cohort = Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root)
     with timed(into, "protect"):
-        rows = protect_cohort(cohort, Bank(shape), budget=BUDGET, window=WINDOW, output_dir=out, spatial_dims=dims)
+        rows = write_copy(cohort, shape, out)
     return sum(row.levels > 0 for row in rows)
 
 
@@ -223,14 +229,7 @@ def memory(count: int, size: int) -> dict[str, Any]:
         cohort = Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root)
         watch = Memory()
         with timed(times, "protect"):
-            protect_cohort(
-                cohort,
-                Bank((size, size, count)),
-                budget=BUDGET,
-                window=WINDOW,
-                output_dir=folder / "out",
-                spatial_dims=3,
-            )
+            write_copy(cohort, (size, size, count), folder / "out")
         peak = watch.stop()
     return times | {
         "slices": count,
@@ -294,15 +293,7 @@ def one_shard(work: Path, shard: str, size: int) -> float:
     cohort = Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root)
     count = len(cohort.cases[0].files)
     begin = time.perf_counter()
-    protect_cohort(
-        cohort,
-        Bank((size, size, count)),
-        budget=BUDGET,
-        window=WINDOW,
-        output_dir=work / "out",
-        spatial_dims=3,
-        shard=shard,
-    )
+    write_copy(cohort, (size, size, count), work / "out", shard)
     return time.perf_counter() - begin
 
 

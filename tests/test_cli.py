@@ -441,6 +441,14 @@ def test_a_dry_run_tells_and_writes_nothing(run, export, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_needs_to_know_the_budget(run, export, stub, tmp_path):
+    train = Path(stub) / "configs" / "train.yaml"
+    train.write_text(train.read_text().replace("epsilon: 2 stored", "epsilon: $str(2) + ' stored'"))
+    plan = ("protect", export, tmp_path / "out", "--bundle", stub, "--set", "spatial_dims=3", "--dry-run")
+    assert_refused(run(*plan), "give --epsilon")
+    assert run(*plan, "--epsilon", "2 stored")[0] == cli.DONE
+
+
 def test_the_gate_reaches_the_bundle(run, started, export, tmp_path):
     assert run("protect", export, tmp_path / "out", "--no-verify", "--require-deidentified")[0] == cli.DONE
     assert started[0][2]["require_deidentified"] is True

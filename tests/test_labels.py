@@ -13,6 +13,7 @@ from exports import write_labels, write_nifti, write_npz, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monai_salm.io import formats
 from monai_salm.io.base import Case
 from monai_salm.release.catalog import Catalog, Refusal
 from monai_salm.release.labels import Cohort, LabelRow, label_cases, load_cohort, read_labels
@@ -223,3 +224,10 @@ def test_an_export_without_labels_is_an_error(tmp_path):
 def test_patients_on_both_sides_of_a_given_split_are_warned_of(caplog):
     label_cases(catalog(4, per_patient=4), rows("abab", ["train", "train", "test", "test"]))
     assert "1 patients have cases both" in caplog.text
+
+
+def test_missing_labels_are_told_before_any_image_is_decoded(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "a.nii")
+    monkeypatch.setattr(formats, "read", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="has no labels.csv"):
+        load_cohort(tmp_path, spatial_dims=3)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +129,19 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 def _target(text: str) -> str:
     from monai_salm.release.pacs import Target
 
-    try:
-        Target.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return _understood(Target.parse, text)
 
 
 def _shard(text: str) -> str:
     from monai_salm.release.shards import Shard
 
+    return _understood(Shard.parse, text)
+
+
+def _understood(parse: Callable[[str], Any], text: str) -> str:
+    """The text, once ``parse`` takes it."""
     try:
-        Shard.parse(text)
+        parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text

@@ -137,14 +137,17 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     from monai_salm.release.labels import load_cohort
     from monai_salm.release.plan import make_plan
 
+    for name in ("epsilon", "mask_ratio"):
+        if name not in settings:
+            raise ValueError(f"the bundle computes {name}; give --{name.replace('_', '-')} for a plan")
     window = settings.get("window", "auto")
     grid = {"spatial_dims": settings["spatial_dims"], "window": window if window == "auto" else tuple(window)}
     gate = bool(settings.get("require_deidentified"))
-    budget, ratio = settings.get("epsilon", "8/255"), settings.get("mask_ratio", 0.4)
+    budget = settings["epsilon"]
     cohort = load_cohort(
         options.export, options.labels, **grid, require_deidentified=gate, like=options.like, budget=budget
     )
-    plan = make_plan(cohort, options.out, **grid, budget=budget, mask_ratio=ratio)
+    plan = make_plan(cohort, options.out, **grid, budget=budget, mask_ratio=settings["mask_ratio"])
     print(*plan.lines(), sep="\n")
     return NOT_PROTECTED if plan.refused else DONE
 

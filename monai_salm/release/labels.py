@@ -124,6 +124,8 @@ def load_cohort(
     earlier = EarlierRelease(like) if like else None
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
     window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
+    if found is None:  # unless archives bring labels: say so before every image is decoded
+        label_cases(scan(dataset_dir, spatial_dims, check_pixels=False), None, seed=seed)
     voxels = found if isinstance(found, VoxelLabels) else None
     catalog = scan(
         dataset_dir,
