@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that ``pneumoniamnist.py`` compares, how they are fitted, and the victims."""
+"""The methods that benchmarks compare, how each is fitted to a classification data set, and the victims."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,12 @@ from monai.utils import set_determinism
 from setting import configured
 from torch import nn
 
-from monai_salm.io.base import StoredImage
-from monai_salm.perturbations.budget import Budget
-from monai_salm.verification.arms import Deltas, generator_of, random_signs
+from monai_salm.records import image_digest
+from monai_salm.transforms.meta import codec_of, meta_of, stored_array
+from monai_salm.verification.arms import Deltas
 
-SIZE = (28, 28)
+NO_SURROGATE = {"rounds": 1, "surrogate_steps": 0, "transplant": False}
+"""Methods that ask no network."""
 EM_AS_PUBLISHED = {
     "mask_ratio": 1.0,
     "transplant": False,
@@ -38,21 +38,44 @@ perturbation see the same random views as in all other fits. A mask of "once" wo
 out of all later rounds."""
 
 
+SETTINGS = (
+    "epsilon",
+    "mask_ratio",
+    "rounds",
+    "surrogate_steps",
+    "perturbation_steps",
+    "batch_size",
+    "learning_rate",
+    "transplant",
+)
+"""Config ids that a result says the values of."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """How an arm comes about: a trainer of the configuration with other values, or a function of image and seed."""
+    """How perturbations come about: a trainer of the configuration, with other values; without them there are none."""
 
     overrides: Mapping[str, Any] | None = None
     trainer: str = "train::trainer"
 
     @property
     def ratio(self) -> float | None:
-        return None if self.overrides is None else self.overrides["mask_ratio"]
+        return None if self.overrides is None else self.overrides.get("mask_ratio")
+
+
+def _target(name: str, **options: Any) -> dict[str, Any]:
+    return {"_target_": f"monai_salm.perturbations.{name}", **options}
 
 
 METHODS: dict[str, Method] = {
     "clean": Method(),
-    "random_noise": Method(),
+    "random_noise": Method(
+        {
+            **NO_SURROGATE,
+            "mask_ratio": 1.0,
+            "perturbation": _target("salm.RandomSign", mask=_target("masks.SparsityMask", ratio="@mask_ratio")),
+        }
+    ),
     "random_mask_0.4": Method({"mask_ratio": 0.4}, "control::trainer"),
     "em": Method(EM_AS_PUBLISHED),
     "salm_1.0": Method({"mask_ratio": 1.0}),
@@ -62,6 +85,8 @@ METHODS: dict[str, Method] = {
     "blind": Method(),
 }
 """``random_noise``: random signs of the full budget in every voxel; ``blind``: uniform noise with the true labels."""
+FITTED = tuple(name for name, method in METHODS.items() if method.overrides is not None)
+"""Names that :py:func:`fit` takes."""
 
 
 @dataclass(frozen=True)
@@ -75,35 +100,55 @@ class Fitted:
 
 
 def fit(
-    method: Method, dataset: CacheDataset, classes: int, seed: int, work: Path, overrides: Mapping[str, Any]
+    name: str,
+    dataset: CacheDataset,
+    classes: int,
+    spatial_size: Sequence[int],
+    seed: int,
+    epsilon: str,
+    work: Path,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Perturbations of the training cases; a finished fit of the same configuration is read from the work folder."""
-    values = {"device": "cpu", "spatial_size": list(SIZE), "num_classes": classes, "seed": seed}
-    values |= {**(method.overrides or {}), **overrides}
-    name = hashlib.sha256(json.dumps([values, method.trainer], sort_keys=True).encode()).hexdigest()[:16]
-    parser = configured("salm_2d_classification", {**values, "output_dir": str(work / name), "train::dataset": dataset})
+    """Perturbations of a classification data set; a finished fit of the same configuration is read from ``work``.
+
+    Args:
+        name: of :py:data:`METHODS`.
+        dataset: items ``{"image": stored values from LoadStoredd, "label": class index}``.
+        classes: number of classes.
+        spatial_size: what the surrogate sees; two sizes take the 2D bundle, three the 3D bundle.
+        seed: of everything random in the fit.
+        epsilon: budget of every method but those that are published without one, which have theirs in ``METHODS``.
+        work: folder of the fits, one folder each.
+        overrides: more values by config id, such as ``{"device": "cuda"}``; they win.
+
+    Raises:
+        ValueError: When the method is none that makes perturbations.
+    """
+    method = METHODS.get(name, Method())
+    if method.overrides is None:
+        raise ValueError(f"{name!r} makes no perturbations; use one of {', '.join(FITTED)}")
+    values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed}
+    values |= {"epsilon": epsilon, **method.overrides, **(overrides or {})}
+    bundle = f"salm_{len(spatial_size)}d_classification"
+    decisive = json.dumps([bundle, values, method.trainer, _digest(dataset)], sort_keys=True)
+    folder = work / hashlib.sha256(decisive.encode()).hexdigest()[:16]
+    parser = configured(bundle, {**values, "output_dir": str(folder), "train::dataset": dataset})
     set_determinism(seed=seed)
     trainer = parser.get_parsed_content(method.trainer)
     trainer.run()
-    asked = (
-        "mask_ratio",
-        "rounds",
-        "surrogate_steps",
-        "perturbation_steps",
-        "batch_size",
-        "learning_rate",
-        "transplant",
-    )
-    settings = {key: parser.get_parsed_content(key) for key in asked}
+    settings = {key: parser.get_parsed_content(key) for key in SETTINGS}
     settings |= {"perturbation": repr(trainer.perturbation), "view": str(trainer.objective.view)}
     return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image, settings)
 
 
-def random_noise(images: Mapping[str, StoredImage], budget: Budget, seed: int) -> Fitted:
-    """Random signs of the full budget in every voxel."""
-    start = time.monotonic()
-    deltas = {name: random_signs(image, budget, generator_of(seed, "noise", name)) for name, image in images.items()}
-    return Fitted(deltas, time.monotonic() - start, {}, {"method": "random signs"})
+def _digest(dataset: CacheDataset) -> str:
+    """Digest of the cases: their ids, images and labels."""
+    digest = hashlib.sha256()
+    for item in dataset:
+        image = item["image"]
+        content = image_digest(stored_array(image, codec_of(image, None)))
+        digest.update(repr((meta_of(image, "sample_id"), int(item["label"]), content)).encode())
+    return digest.hexdigest()
 
 
 def victims(overrides: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:

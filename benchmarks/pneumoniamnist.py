@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import METHODS, SIZE, Fitted, fit, random_noise, victims
+from methods import FITTED, METHODS, Fitted, fit, victims
 from monai.data import CacheDataset
 from setting import configured, machine, versions
 
@@ -42,6 +42,19 @@ from monai_salm.verification.strength import closed_gap, summarize
 from monai_salm.verification.training import victim_digest
 from monai_salm.verification.victims import METRIC, Classification
 
+SIZE = (28, 28)
+COMPARED = (
+    "clean",
+    "random_noise",
+    "random_mask_0.4",
+    "em",
+    "salm_1.0",
+    "salm_0.4",
+    "salm_0.2",
+    "salm_0.1",
+    "blind",
+)
+"""What is compared unless ``--methods`` names others."""
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 NOTE = (
     "A balanced subset of the training images is used; victims and fits see no other images of the training split.",
@@ -129,6 +142,7 @@ class Benchmark:
         train_size: training images, over all classes.
         epochs: of a victim; None: as in the shipped study.
         workers: training processes; None: one per core.
+        methods: what to compare; names of ``methods.METHODS``.
         overrides: of the configuration, in all fits.
     """
 
@@ -144,14 +158,15 @@ class Benchmark:
         train_size: int = 1200,
         epochs: int | None = None,
         workers: int | None = None,
+        methods: Sequence[str] = COMPARED,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.data, self.output, self.work = data, output, work
         self.split, self.seeds, self.fits, self.train_size = split, seeds, min(fits, seeds), train_size
         self.workers = default_workers(torch.device("cpu")) if workers is None else workers
-        self.overrides = dict(overrides or {})
+        self.methods, self.overrides = tuple(methods), dict(overrides or {})
         config = configured("salm_2d_classification", self.overrides)
-        self.budget = Budget.parse(config["epsilon"])
+        self.epsilon = str(config["epsilon"])
         shipped = ("epochs", "batch_size", "learning_rate", "weight_decay")
         self.recipe = {name: config.get_parsed_content(f"study::{name}") for name in shipped}
         if epochs is not None:
@@ -181,15 +196,12 @@ class Benchmark:
         return results
 
     def _fit_all(self, dataset: CacheDataset, classes: int) -> dict[tuple[str, int], Fitted]:
-        images, _ = _images(dataset)
         fitted = {}
-        for name, method in METHODS.items():
-            for seed in range(self.fits):
-                if name == "random_noise":
-                    fitted[name, seed] = random_noise(images, self.budget, seed)
-                elif method.overrides is not None:
-                    fitted[name, seed] = fit(method, dataset, classes, seed, self.work, self.overrides)
-                    print(f"{name}, fit {seed}: {fitted[name, seed].seconds:.1f} s", flush=True)
+        for name in self.methods:
+            for seed in range(self.fits if name in FITTED else 0):
+                found = fit(name, dataset, classes, SIZE, seed, self.epsilon, self.work, self.overrides)
+                print(f"{name}, fit {seed}: {found.seconds:.1f} s", flush=True)
+                fitted[name, seed] = found
         return fitted
 
     def _arms(
@@ -201,7 +213,7 @@ class Benchmark:
     ) -> tuple[dict[tuple[str, int], Arm], dict[str, dict[str, Any]]]:
         """Arms by method and fit, and fidelity by method."""
         arms, fidelity, sample = {}, {}, ssim_sample(images, SSIM_CASES[2])
-        for name, method in METHODS.items():
+        for name in self.methods:
             kept = Fidelity()
             for seed in range(self.fits):
                 path, found = folder / f"{len(arms)}.f32", fitted.get((name, seed))
@@ -215,7 +227,7 @@ class Benchmark:
                     shown = partial(_noise, seed) if name == "blind" else _clean
                 arms[name, seed] = write_arm(path, images, labels, shown)
             if (name, 0) in fitted:
-                fidelity[name] = kept.result(method.ratio)
+                fidelity[name] = kept.result(METHODS[name].ratio)
         return arms, fidelity
 
     def _train(self, arms: Mapping[tuple[str, int], Arm], test: Arm, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -225,7 +237,7 @@ class Benchmark:
         for victim, make in victims({"num_classes": len(classes)}).items():
             kind = victim_digest(make, probe, len(classes))
             for seed in range(self.seeds):
-                for method in METHODS:
+                for method in self.methods:
                     arm = arms[method, seed % self.fits]
                     decisive = [arm.digest, test.digest, kind, seed, self.recipe, str(self.augment), versions()]
                     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -248,7 +260,7 @@ class Benchmark:
     ) -> dict[str, Any]:
         chance, described = 1 / len(cohort.classes), summarize(rows, METRIC)
         methods = {}
-        for name in METHODS:
+        for name in self.methods:
             own = [fitted[name, seed] for seed in range(self.fits) if (name, seed) in fitted]
             spent = [one.seconds for one in own]
             gaps = {metric: _gap(closed_gap(rows, metric, name, chance=chance)) for metric in (METRIC, "auc")}
@@ -269,7 +281,7 @@ class Benchmark:
             "data_sha256": hashlib.sha256(self.data.read_bytes()).hexdigest(),
             "images": {"train": _per_class(cohort, cohort.released), self.split: _per_class(cohort, cohort.held_out)},
             "seeds": {"victims": list(range(self.seeds)), "fits": list(range(self.fits)), "subset": 0},
-            "budget": str(self.budget),
+            "budget": str(Budget.parse(self.epsilon)),
             "chance": chance,
             "methods": methods,
             "victim_recipe": {**self.recipe, "augment": str(self.augment)},
@@ -349,6 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fits", type=int, default=3, help="fits of every method, with different seeds")
     parser.add_argument("--train-size", type=int, default=1200, help="training images, as many of each class")
     parser.add_argument("--epochs", type=int, help="of a victim; default: as in the shipped study")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=COMPARED, metavar="NAME", help="what to compare"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of a fit; more only on an idle machine")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run finished")
     asked = parser.parse_args(arguments)
@@ -357,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(asked.work, ignore_errors=True)
         asked.output.with_suffix(".rows.jsonl").unlink(missing_ok=True)
     asked.work.mkdir(parents=True, exist_ok=True)
-    options = {name: getattr(asked, name) for name in ("split", "seeds", "fits", "train_size", "epochs")}
+    options = {name: getattr(asked, name) for name in ("split", "seeds", "fits", "train_size", "epochs", "methods")}
     print(table(Benchmark(asked.data, asked.output, asked.work, **options).run()))
 
 

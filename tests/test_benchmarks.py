@@ -47,18 +47,52 @@ def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_p
     given = {"seeds": 1, "fits": 1, "train_size": 8, "epochs": 1, "workers": 1, "overrides": QUICK}
     results = module.Benchmark(archive, output, tmp_path, **given).run()
     assert results["images"] == {"train": {"0": 4, "1": 4}, "val": {"0": 3, "1": 3}}
-    assert set(results["methods"]) == set(module.METHODS) and len(results["rows"]["values"]) == 9 * 3
+    assert set(results["methods"]) == set(module.COMPARED) and len(results["rows"]["values"]) == 9 * 3
     assert results["methods"]["salm_0.1"]["passes_per_image"]["total"] == 2 + 3
     fractions = [results["methods"][f"salm_{ratio}"]["fidelity"]["mask_fraction"]["mean"] for ratio in (0.1, 0.2, 0.4)]
     assert all(0 < found <= asked + 0.01 for found, asked in zip(fractions, (0.1, 0.2, 0.4), strict=True))
     assert results["methods"]["random_noise"]["fidelity"]["mask_fraction"]["mean"] > 0.9
-    assert module.table(results).count("\n") == 1 + len(module.METHODS)
+    assert module.table(results).count("\n") == 1 + len(module.COMPARED)
     text = output.read_text()
     assert len(text) < 200_000 and str(tmp_path) not in text
 
     monkeypatch.setattr("monai_salm.verification.jobs.train_network", None)  # would fail if it were called
     again = module.Benchmark(archive, output, tmp_path, **given).run()
     assert again["rows"] == results["rows"]
+
+
+@pytest.fixture
+def few(load, archive):
+    """Eight training images, and how many classes they have."""
+    labels, transforms, data = load("monai_salm.release.labels"), load("monai_salm.transforms"), load("monai.data")
+    cohort = load("pneumoniamnist").balanced(labels.load_cohort(archive), 8, "val")
+    items = [{"image": case, "label": case.label} for case in cohort.released]
+    return data.CacheDataset(items, transforms.LoadStoredd("image", spatial_dims=2), progress=False), 2
+
+
+def test_every_method_can_be_fitted_by_name(load, few, tmp_path):
+    methods, (dataset, classes) = load("methods"), few
+    for name in methods.FITTED:
+        quick = {key: min(value, methods.METHODS[name].overrides.get(key, value)) for key, value in QUICK.items()}
+        found = methods.fit(name, dataset, classes, (14, 14), 3, "8/255", tmp_path, quick)
+        deltas = [found.deltas[item["image"].meta["sample_id"]].int() for item in dataset]
+        bound = 8
+        assert all(delta.any() and delta.abs().max() <= bound for delta in deltas), name
+        assert found.passes["total"] <= 2 + 3 * 8 and found.settings["epsilon"]
+    with pytest.raises(ValueError, match="makes no perturbations; use one of random_noise"):
+        methods.fit("clean", dataset, classes, (14, 14), 3, "8/255", tmp_path)
+
+
+def test_a_fit_is_read_again_and_never_taken_for_another(load, few, tmp_path, monkeypatch):
+    methods, (dataset, classes) = load("methods"), few
+    given = ("salm_0.4", dataset, classes, (14, 14))
+    first = methods.fit(*given, 3, "8/255", tmp_path, QUICK)
+    for changed in ((4, "8/255"), (3, "4/255")):
+        other = methods.fit(*given, *changed, tmp_path, QUICK)
+        assert any((first.deltas[key] != other.deltas[key]).any() for key in other.deltas)
+    monkeypatch.setattr("monai_salm.engines.trainer.PerturbationTrainer._fit", None)  # would fail if it were called
+    same = methods.fit(*given, 3, "8/255", tmp_path, QUICK)
+    assert same.seconds == first.seconds and all((first.deltas[key] == same.deltas[key]).all() for key in same.deltas)
 
 
 def test_published_error_minimizing_noise_is_not_crippled(load):

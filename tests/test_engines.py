@@ -128,6 +128,17 @@ def test_passes_are_those_of_the_configuration(tmp_path):
     assert fit.passes_per_image == {"surrogate_training": 4.5, "perturbation": 6.0, "total": 10.5}
 
 
+def test_without_surrogate_steps_the_network_stays_and_the_fit_is_another(tmp_path):
+    fit = trainer(tmp_path, rounds=2, surrogate_steps=0, model_file=tmp_path / "model.pt")
+    before = {key: value.clone() for key, value in fit.objective.network.state_dict().items()}
+    fit.run()
+    assert all(torch.equal(before[key], value) for key, value in fit.objective.network.state_dict().items())
+    assert fit.passes_per_image == {"surrogate_training": 0.0, "perturbation": 2 * 2.0, "total": 4.0}
+    assert all(fit.bank.current(name).any() for name in fit.deltas)
+    with pytest.raises(ValueError, match="configuration"):
+        trainer(tmp_path, rounds=2, surrogate_steps=1)
+
+
 def test_other_cases_get_perturbations_without_touching_the_bank(tmp_path):
     fit = trainer(tmp_path)
     fit.run()

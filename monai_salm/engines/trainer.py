@@ -59,7 +59,7 @@ class PerturbationTrainer(Trainer):
         perturbation: the method, such as :py:class:`monai_salm.perturbations.salm.SALM`.
         budget: largest change of a voxel, see :py:meth:`Budget.parse`.
         bank_file: where the perturbations go (SQLite); an unfinished fit there is continued.
-        surrogate_steps: optimizer steps in a round.
+        surrogate_steps: optimizer steps in a round; 0 for methods that ask no network, or one that knows enough.
         batch_size: images per step of either kind.
         patch_size: with voxel labels, voxels per axis of what the surrogate trains on; default: the objective's tile.
         transplant: train the surrogate on perturbations moved to other images, see above.
@@ -96,9 +96,10 @@ class PerturbationTrainer(Trainer):
         surrogate_file: str | os.PathLike[str] | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
-        if min(max_epochs, surrogate_steps, batch_size) < 1:
+        if min(max_epochs, batch_size) < 1 or surrogate_steps < 0:
             raise ValueError(
-                f"rounds {max_epochs}, surrogate_steps {surrogate_steps} and batch_size {batch_size} must be 1 or more"
+                f"rounds {max_epochs} and batch_size {batch_size} must be 1 or more, surrogate_steps {surrogate_steps} "
+                "0 or more"
             )
         self.objective, self.optimizer, self.perturbation = objective, optimizer, perturbation
         self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
@@ -106,6 +107,7 @@ class PerturbationTrainer(Trainer):
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self._compute_device = torch.device(device)
         self.surrogate_file = surrogate_file
+        self.trains = surrogate_steps > 0 and surrogate_file is None
         if surrogate_file is not None:
             _load_weights(self.objective.network, Path(surrogate_file))
         self.objective.to(self._compute_device)
@@ -114,7 +116,7 @@ class PerturbationTrainer(Trainer):
             device=self._compute_device,
             max_epochs=max_epochs,
             data_loader=_Steps(len(self.cases), batch_size, seed),
-            epoch_length=surrogate_steps if surrogate_file is None else 1,
+            epoch_length=surrogate_steps if self.trains else 1,  # a round needs a step: without training, an idle one
             decollate=False,
         )
         self.samples = self._samples()
@@ -181,6 +183,8 @@ class PerturbationTrainer(Trainer):
         }
         if self.cases.voxelwise:
             parts["samples"] = [self.samples.size, objective.extra_repr()]
+        if not self.trains:
+            parts["surrogate"] = "untrained"
         if self.surrogate_file is not None:
             parts["surrogate"] = hashlib.sha256(Path(self.surrogate_file).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -191,7 +195,7 @@ class PerturbationTrainer(Trainer):
 
     def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
         """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
-        if self.surrogate_file is not None:  # a round needs a step, and this one is idle
+        if not self.trains:
             next(self._bar, None)
             return []
         started, before = time.monotonic(), self.objective.passes
