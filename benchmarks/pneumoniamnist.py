@@ -114,8 +114,7 @@ def balanced(cohort: Cohort, count: int, split: str, seed: int = 0) -> Cohort:
             raise ValueError(f"class {name} has {len(members)} training cases, {each} are asked for; see --train-size")
         chosen |= {members[at].sample_id for at in generator.permutation(len(members))[:each]}
     train = [case for case in cohort.cases if case.sample_id in chosen]
-    # Released cases are those of another split than test: val stays out of the fit under any name.
-    tested = [replace(case, split="test") for case in cohort.cases if case.split == split]
+    tested = [case for case in cohort.cases if case.split == split]
     return replace(cohort, cases=(*train, *tested), held_out_ids=frozenset(case.sample_id for case in tested))
 
 
@@ -182,7 +181,7 @@ class Benchmark:
             CacheDataset(
                 [{"image": case, "label": case.label} for case in cases], load, copy_cache=False, progress=False
             )
-            for cases in (cohort.released, cohort.held_out)
+            for cases in (cohort.train, cohort.held_out)
         )
         fitted = self._fit_all(dataset, len(cohort.classes))
         images, labels = _images(dataset)
@@ -276,10 +275,10 @@ class Benchmark:
         return {
             "benchmark": "pneumoniamnist",
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "task": f"PneumoniaMNIST 28x28, {len(cohort.released)} training images, as many of each class",
+            "task": f"PneumoniaMNIST 28x28, {len(cohort.train)} training images, as many of each class",
             "split": self.split,
             "data_sha256": hashlib.sha256(self.data.read_bytes()).hexdigest(),
-            "images": {"train": _per_class(cohort, cohort.released), self.split: _per_class(cohort, cohort.held_out)},
+            "images": {"train": _per_class(cohort, cohort.train), self.split: _per_class(cohort, cohort.held_out)},
             "seeds": {"victims": list(range(self.seeds)), "fits": list(range(self.fits)), "subset": 0},
             "budget": str(Budget.parse(self.epsilon)),
             "chance": chance,

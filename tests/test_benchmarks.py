@@ -33,13 +33,18 @@ def archive(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_subset_is_balanced_and_of_the_training_split(load, archive):
-    found = load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 8, "val")
-    assert [case.label for case in found.released].count(0) == 4 and len(found.released) == 8
-    assert all(case.split == "train" for case in found.released)
-    assert len(found.held_out) == 6 and all("/val/" in case.names[0] for case in found.held_out)
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, archive, split):
+    found = load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 8, split)
+    assert [case.label for case in found.train].count(0) == 4 and len(found.train) == 8
+    assert all(case.split == "train" for case in found.train)
+    read = load("monai_salm.transforms").LoadStored(spatial_dims=2)
+    shown = np.concatenate([read(case).numpy() for case in found.held_out])
+    with np.load(archive) as arrays:
+        assert (shown == arrays[f"{split}_images"]).all()
+        assert [case.label for case in found.held_out] == arrays[f"{split}_labels"][:, 0].tolist()
     with pytest.raises(ValueError, match="--train-size"):
-        load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 100, "val")
+        load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 100, split)
 
 
 def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_path, monkeypatch):
@@ -66,7 +71,7 @@ def few(load, archive):
     """Eight training images, and how many classes they have."""
     labels, transforms, data = load("monai_salm.release.labels"), load("monai_salm.transforms"), load("monai.data")
     cohort = load("pneumoniamnist").balanced(labels.load_cohort(archive), 8, "val")
-    items = [{"image": case, "label": case.label} for case in cohort.released]
+    items = [{"image": case, "label": case.label} for case in cohort.train]
     return data.CacheDataset(items, transforms.LoadStoredd("image", spatial_dims=2), progress=False), 2
 
 
