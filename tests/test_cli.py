@@ -42,6 +42,7 @@ at_verify: null
 verdict: protected
 shard: null
 rename: false
+defenses: null
 cohort:
   _target_: monai_salm.release.labels.load_cohort
   dataset_dir: "@dataset_dir"
@@ -318,6 +319,16 @@ def test_protect_writes_and_verify_alone_works_from_what_it_kept(run, export, st
     monkeypatch.chdir("/")
     code, said, _ = run("verify", out)
     assert code == cli.DONE and "verdict: protected" in said and "report.html" in said
+
+
+def test_verify_hands_the_defenses_to_the_study(run, export, stub, tmp_path, monkeypatch):
+    out, given = tmp_path / "out", []
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    monkeypatch.setattr(workflows, "run_bundle", lambda name, ids, overrides: given.append(overrides.get("defenses")))
+    for arguments in ((), ("--defenses", "standard")):
+        run("verify", out, *arguments)
+    assert given == [None, "standard"]
+    assert run("verify", out, "--defenses", "some")[0] == cli.BAD_INPUT
 
 
 def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path):

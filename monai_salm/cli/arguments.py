@@ -17,6 +17,7 @@ _DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels 
 _SHARD_HELP = "only write part I of N with perturbations that are there; other processes write the others into OUT"
 _NAMES_HELP = "show the names of files in place of pseudonyms; they may be personal"
 _EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
+_DEFENSES_HELP = "train victims that fight the protection too; the report says what is left of it, the verdict stays"
 _VISIBILITY_HELP = "of each image beside its own JPEG 2000 copy at 5:1: report it, or refuse what is more visible"
 _LIKE_HELP = "an earlier release: protect further cases with its surrogate and key; nothing is fitted or verified"
 
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     public_key = "the owner's release.pub, from a source that you trust (default: the one in OUT)"
     verify.add_argument("--public-key", type=Path, metavar="FILE", help=public_key)
     verify.add_argument("--names", action="store_true", help=_NAMES_HELP)
+    verify.add_argument("--defenses", choices=("standard", "full"), help=_DEFENSES_HELP)
     verify.add_argument("--export", type=Path, help="the export, if it is no longer where protect found it")
     verify.add_argument("--labels", type=Path, metavar="CSV", help="the label table, if it moved")
     _add_set(verify)

@@ -162,7 +162,7 @@ def verify(options: argparse.Namespace) -> int:
         return INTEGRITY if found.problems else NOT_PROTECTED
     from monai_salm import workflows
 
-    asked = options.export or options.labels or options.set
+    asked = options.export or options.labels or options.set or options.defenses
     if options.files_only or not (asked or (options.out / workflows.RUN_CONFIG).is_file()):
         return DONE
     bundle, overrides = workflows.load_run(options.out)
@@ -170,6 +170,7 @@ def verify(options: argparse.Namespace) -> int:
     if not export.exists():
         raise ValueError(f"the export is not at {export}; name its folder with --export")
     overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
+    overrides |= {"defenses": options.defenses} if options.defenses else {}
     return _outcome(options.out, _stages(bundle, workflows.VERIFY, overrides), verified=True)
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from monai_salm.release import commit as door
 from monai_salm.release.progress import track
 from monai_salm.verification.arms import Arm, VolumeArm
-from monai_salm.verification.training import Task, train_network
+from monai_salm.verification.training import Recipe, Task, train_network
 
 __all__ = ["Job", "Ledger", "default_workers", "run_jobs"]
 
@@ -47,6 +47,8 @@ class Job:
         task: what is learned.
         options: other arguments of :py:func:`train_network`.
         keep: keep the trained weights.
+        recipe: makes what is done otherwise than in ordinary training, of the clean cases that a third party has.
+        spare: places of these among the test cases; the others are tested on.
     """
 
     key: str
@@ -56,6 +58,8 @@ class Job:
     task: Task
     options: Mapping[str, Any]
     keep: bool
+    recipe: Callable[..., Recipe] = Recipe
+    spare: tuple[int, ...] = ()
 
 
 class Ledger:
@@ -135,7 +139,11 @@ def run_jobs(jobs: Sequence[Job], ledger: Ledger, workers: int) -> None:
 
 
 def _finish(job: Job) -> tuple[str, dict[str, Any], bytes | None]:
-    result = train_network(job.task, job.make, job.train.load(), job.test.load(), **job.options)
+    task, test, clean = job.task, job.test.load(), None
+    if job.spare:
+        rest = sorted(set(range(task.count(test))) - set(job.spare))
+        clean, test = task.part(test, job.spare), task.part(test, rest)
+    result = train_network(task, job.make, job.train.load(), test, recipe=job.recipe(clean=clean), **job.options)
     if not job.keep:
         return job.key, result.row, None
     stream = io.BytesIO()

@@ -36,7 +36,7 @@ __all__ = [
     "write_json",
 ]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 _NUMBER = (int, float, type(None))
 _REQUIRED: dict[str, tuple[type, ...]] = {
     "schema_version": (str,),
@@ -84,6 +84,16 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
     "not_tested": (list,),
 }
 _ROW_REQUIRED: dict[str, tuple[type, ...]] = {"arm": (str,), "victim": (str,), "seed": (int,)}
+_DEFENSE_REQUIRED: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "what": (str,),
+    "conclusive": (bool,),
+    "clean": _NUMBER,
+    "protected": _NUMBER,
+    "restored": _NUMBER,
+    "closed_gap.mean": _NUMBER,
+    "arms": (list,),
+}
 _VERDICTS = ("protected", "not protected", "inconclusive")
 
 
@@ -97,6 +107,7 @@ def build_results(
     fidelity: Mapping[str, Any] | None,
     budget: Mapping[str, Any] | None,
     utility: Sequence[Mapping[str, Any]] = (),
+    defenses: Sequence[Mapping[str, Any]] = (),
     leakage: Mapping[str, Any] | None = None,
     passes_per_image: Mapping[str, float] | None = None,
     timing: Mapping[str, float] | None = None,
@@ -114,8 +125,8 @@ def build_results(
         task: One line that names the cohort and the task, for the heading.
         rows: Victim trainings; they become ``arms``.
         created: ISO 8601 time; now, in UTC, if not given.
-        metric, classes, chance, fidelity, budget, utility, leakage, passes_per_image, timing, cohort, config, versions,
-            machine, not_tested, rules: As in ``docs/report.md``.
+        metric, classes, chance, fidelity, budget, utility, defenses, leakage, passes_per_image, timing, cohort, config,
+            versions, machine, not_tested, rules: As in ``docs/report.md``.
 
     Returns:
         Plain JSON types only; NaN and infinity have become ``None``.
@@ -133,6 +144,7 @@ def build_results(
     optional = {
         "closed_gap_per_class": per_class.pop("protected"),
         "closed_gap_controls_per_class": {arm: gaps for arm, gaps in per_class.items() if gaps},
+        "defenses": defenses,
         "leakage": leakage,
         "warnings": leakage_warnings(leakage),
     }
@@ -212,6 +224,9 @@ def validate_results(results: Mapping[str, Any]) -> None:
         raise ValueError(f"report.json: schema_version is {found!r}, not like {SCHEMA_VERSION!r}; run verify again.")
     if results["verdict"] not in _VERDICTS:
         raise ValueError(f"report.json: verdict is {results['verdict']!r}, must be one of {', '.join(_VERDICTS)}.")
+    for index, part in enumerate(results.get("defenses", ())):
+        for key, types in _DEFENSE_REQUIRED.items():
+            _require(part, key, types, f"report.json: defenses[{index}]")
     seen = set()
     for index, row in enumerate(results["arms"]):
         for key, types in {**_ROW_REQUIRED, results["metric"]: _NUMBER}.items():

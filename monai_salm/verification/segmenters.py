@@ -11,7 +11,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,6 +128,15 @@ class Segmentation(Task):
 
     def count(self, data: Sequence[Volume]) -> int:
         return len(data)
+
+    def part(self, data: Sequence[Volume], cases: Sequence[int]) -> list[Volume]:
+        return [data[at] for at in cases]
+
+    def joined(self, data: Sequence[Volume], more: Sequence[Volume]) -> list[Volume]:
+        return [*data, *more]
+
+    def mapped(self, data: Sequence[Volume], change: Callable[[Tensor], Tensor]) -> list[Volume]:
+        return [replace(volume, image=change(volume.image)) for volume in data]
 
     def batches(self, data: Sequence[Volume], seed: int, device: torch.device) -> Batches:
         transforms = deepcopy(self.transforms)

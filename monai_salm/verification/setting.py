@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import Any
 
@@ -12,18 +13,39 @@ import torch
 
 from monai_salm import __version__
 
-__all__ = ["NOT_TESTED", "machine", "versions"]
+__all__ = ["machine", "not_tested", "versions"]
 
-NOT_TESTED = (
-    "Defenses: JPEG compression, resampling, blurring and other filters that a third party may apply before training.",
-    "Adversarial training and other training methods that are made to withstand perturbations.",
-    "Networks that were pre-trained on other data, large networks, and long training schedules.",
-    "Training on a mixture of protected and clean images, and images of the same patients from elsewhere.",
-    "Detection or removal of the perturbation by someone who knows the method, or who has some of the clean images.",
-    "Readers: no physician has compared the images; SSIM and PSNR do not stand for diagnostic quality.",
-    "Other tasks on the same images, other cohorts and other scanners.",
-)
-"""What no study tests, whatever its victims learn."""
+_NOT_TESTED: dict[str, frozenset[str]] = {
+    "Defenses: JPEG compression, resampling, blurring and other filters that may be used before training.": frozenset(
+        {"jpeg_30", "respaced_1.25", "blur_1"}
+    ),
+    "Adversarial training and other training methods that are made to withstand perturbations.": frozenset(
+        {"adversarial"}
+    ),
+    "Networks that were pre-trained on other data, large networks, and long training schedules.": frozenset(),
+    "Training on a mixture of protected and clean images, and images of the same patients from elsewhere.": frozenset(
+        {"clean_20"}
+    ),
+    "Detection or removal of the perturbation by someone who knows the method, or who has some of the clean images.": (
+        frozenset()
+    ),
+    "Readers: no physician has compared the images; SSIM and PSNR do not stand for diagnostic quality.": frozenset(),
+    "Other tasks on the same images, other cohorts and other scanners.": frozenset(),
+}
+"""What no ordinary study tests, whatever its victims learn, and the defenses that test it."""
+
+
+def not_tested(defenses: Collection[str] = ()) -> list[str]:
+    """What a study with these defenses says nothing about, whatever its victims learn.
+
+    Args:
+        defenses: names, see :py:mod:`monai_salm.verification.defenses`.
+    """
+    left = [text for text, tests in _NOT_TESTED.items() if not tests or not tests <= set(defenses)]
+    return [
+        *(["Defenses other than the listed ones, other strengths of these, and several at once."] * bool(defenses)),
+        *left,
+    ]
 
 
 def versions() -> dict[str, str]:

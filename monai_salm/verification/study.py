@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
 from monai_salm.surrogates import RandomView
 from monai_salm.verification.arms import Arm, Deltas, VolumeArm
+from monai_salm.verification.defenses import defenses_of
 from monai_salm.verification.fidelity import SSIM_CASES
 from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
 from monai_salm.verification.material import Material, Settings, own_arms
 from monai_salm.verification.report import verdict_table, write_report
+from monai_salm.verification.resistance import Training, clean_part, defended, expected_seconds, resistance
 from monai_salm.verification.results import VerdictRules, build_results, write_json
 from monai_salm.verification.segmenters import Segmentation, Transforms
-from monai_salm.verification.setting import NOT_TESTED, machine, versions
+from monai_salm.verification.setting import machine, not_tested, versions
 from monai_salm.verification.training import Task, victim_digest
+from monai_salm.verification.utility import utility_rows
 from monai_salm.verification.verdict import PROTECTED
 from monai_salm.verification.victims import Classification
 
@@ -76,6 +80,8 @@ class VictimStudy:
         mask_ratio: the fraction that the configuration asked for.
         passes_per_image, timing, config: parts of the report, or functions that return them.
         eval_split: ``"test"``, or ``"val"`` to make choices without a look at the test cases.
+        defenses: ``"standard"``, ``"full"``, or names of defenses that victims are trained with too, on the clean and
+            the protected arm, see :py:mod:`monai_salm.verification.defenses`; they do not change the verdict.
         rules: arguments of :py:class:`monai_salm.verification.verdict.VerdictRules` that differ from the task's own.
         task: heading of the report.
         ssim_cases: most cases to measure SSIM on; default 200 images or 40 volumes.
@@ -113,6 +119,7 @@ class VictimStudy:
         timing: Callable[[], Mapping[str, float]] | Mapping[str, float] | None = None,
         config: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
         eval_split: str = "test",
+        defenses: str | Sequence[str] | None = None,
         rules: Mapping[str, Any] | None = None,
         task: str | None = None,
         ssim_cases: int | None = None,
@@ -132,6 +139,7 @@ class VictimStudy:
         self.held_out_deltas, self.mask_ratio = held_out_deltas, mask_ratio
         self.passes_per_image, self.timing, self.config = passes_per_image, timing, config
         self.eval_split, self.task, self.seed = eval_split, task, seed
+        self.defenses = defenses_of(defenses, self.cohort.voxelwise) if defenses else ()
         self.rules = VerdictRules(**{**self.learning.rules, **(rules or {})})
         self.ssim_cases = SSIM_CASES[spatial_dims] if ssim_cases is None else ssim_cases
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -162,10 +170,10 @@ class VictimStudy:
             jobs = self._jobs(material.arms, material.test)
             ledger = Ledger(self.output_dir)
             run_jobs(list(jobs.values()), ledger, self.workers)
-            utility = self._utility(jobs, ledger, material)
-        rows = [
-            {"arm": arm, "victim": victim, "seed": seed, **ledger[job.key]} for (arm, victim, seed), job in jobs.items()
-        ]
+            networks = {key[1:]: partial(ledger.network, job) for key, job in jobs.items() if job.keep}
+            utility = utility_rows(networks, material, self.learning, int(self.recipe["batch_size"]), self.device)
+            resisted = self._resistance(jobs, ledger, held_out, material)
+        rows = _rows(jobs, ledger)
         self.results = build_results(
             task=(self.task or self._default_task()) + self.learning.note,
             metric=self.learning.metric,
@@ -175,6 +183,7 @@ class VictimStudy:
             fidelity=material.fidelity.result(self.mask_ratio),
             budget=material.budget(),
             utility=utility,
+            defenses=resistance(rows, resisted, self.defenses, self.learning.metric, self.learning.chance, self.rules),
             leakage=material.leakage.result(),
             passes_per_image=_value(self.passes_per_image),
             timing={**_value(self.timing), "verify": time.monotonic() - start},
@@ -311,7 +320,7 @@ class VictimStudy:
             shutil.rmtree(folder, ignore_errors=True)
             door.clear_staging(self.output_dir)
 
-    def _jobs(self, arms: Mapping[str, Arm | VolumeArm], test: Arm | VolumeArm) -> dict[tuple[str, str, int], Job]:
+    def _jobs(self, arms: Mapping[str, Arm | VolumeArm], test: Arm | VolumeArm) -> dict[Training, Job]:
         """Trainings by arm, victim and seed, in the report's order, with what tells each from all others."""
         probe = self.learning.probe(test.load())
         common = [test.digest, self.recipe, self.learning.describe(), self.device.type, versions()]
@@ -326,27 +335,19 @@ class VictimStudy:
                     jobs[name, victim, seed] = Job(key, make, arm, test, self.learning, options, name == "clean")
         return jobs
 
-    def _utility(
-        self, jobs: Mapping[tuple[str, str, int], Job], ledger: Ledger, material: Material
-    ) -> list[dict[str, Any]]:
-        """Clean-trained networks on clean and on protected copies of the held-out cases."""
-        if material.test_protected is None:
-            return []
-        rows, metric, batch_size = [], self.learning.metric, int(self.recipe["batch_size"])
-        for (arm, victim, seed), job in jobs.items():
-            if arm == "clean":
-                network = ledger.network(job).to(self.device)
-                clean, protected = (
-                    self.learning.evaluate(network, tested.load(), batch_size, full=False)
-                    for tested in (material.test, material.test_protected)
-                )
-                row = {"victim": victim, "seed": seed, **_compared(clean[metric], protected[metric])}
-                parts = clean.get(f"{metric}_per_class")
-                if parts:
-                    others = protected[f"{metric}_per_class"]
-                    row["per_class"] = {name: _compared(parts[name], others[name]) for name in parts}
-                rows.append(row)
-        return rows
+    def _resistance(
+        self, jobs: Mapping[Training, Job], ledger: Ledger, held_out: Sequence[Case], material: Material
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Trainings with each defense, by its name; says first how long they will take."""
+        if not self.defenses:
+            return {}
+        spare = clean_part(held_out, material.present, self.learning.learned)
+        todo = defended(jobs, self.defenses, spare)
+        costs = {defense.name: defense.cost for defense in self.defenses}
+        count, seconds = expected_seconds(todo, jobs, ledger, costs, self.workers)
+        print(f"{len(todo)} defenses: {count} trainings to do, about {seconds / 60:.0f} min", flush=True)
+        run_jobs([job for mine in todo.values() for job in mine.values()], ledger, self.workers)
+        return {name: _rows(mine, ledger) for name, mine in todo.items()}
 
     # ---------------------------------------------------------------- report
 
@@ -372,7 +373,7 @@ class VictimStudy:
         }
 
     def _not_tested(self, utility: Sequence[Any]) -> list[str]:
-        known = [*NOT_TESTED, *self.learning.not_tested]
+        known = [*not_tested([defense.name for defense in self.defenses]), *self.learning.not_tested]
         if not utility:
             known.append("What protection does to a model trained on clean images: no held-out case was protected.")
         if "random_mask" not in self.controls:
@@ -386,6 +387,7 @@ def _value(given: Any) -> dict[str, Any]:
     return dict((given() if callable(given) else given) or {})
 
 
-def _compared(clean: float | None, protected: float | None) -> dict[str, float | None]:
-    known = clean is not None and protected is not None
-    return {"clean": clean, "protected": protected, "difference": protected - clean if known else None}
+def _rows(jobs: Mapping[Training, Job], ledger: Ledger) -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "victim": victim, "seed": seed, **ledger[job.key]} for (arm, victim, seed), job in jobs.items()
+    ]

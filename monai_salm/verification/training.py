@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
 
-__all__ = ["Batches", "Task", "VictimResult", "seeded", "train_network", "victim_digest"]
+__all__ = ["Batches", "Recipe", "Task", "VictimResult", "seeded", "train_network", "victim_digest"]
 
 Batches = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(indices of cases, generator of what is random) -> inputs and truth of one batch, on the training's device."""
@@ -96,6 +96,18 @@ class Task(ABC):
         """Cases of an arm that was loaded."""
 
     @abstractmethod
+    def part(self, data: Any, cases: Sequence[int]) -> Any:
+        """Some cases of an arm that was loaded, by their places; a place may occur twice."""
+
+    @abstractmethod
+    def joined(self, data: Any, more: Any) -> Any:
+        """The cases of two arms that were loaded."""
+
+    @abstractmethod
+    def mapped(self, data: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """An arm that was loaded with each image changed; ``change`` takes and gives (C, *spatial) unit intensities."""
+
+    @abstractmethod
     def batches(self, data: Any, seed: int, device: torch.device) -> Batches:
         """What a training draws its batches with; one seed gives the same views of the same cases in every arm."""
 
@@ -113,6 +125,37 @@ class Task(ABC):
             batch_size: most inputs of one pass.
             full: measure what costs much too.
         """
+
+
+class Recipe:
+    """How a training goes. This is the ordinary one; what a third party does otherwise overrides a part of it.
+
+    One recipe is for one training. It asks ``generator`` for all that is random, and as much for any images, so that
+    trainings of one seed can be compared in pairs.
+
+    Args:
+        clean: clean cases that the third party has, in the form that an arm is loaded in; None: it has none.
+    """
+
+    def __init__(self, clean: Any = None) -> None:
+        self.clean = clean
+
+    def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
+        """What is trained on, and what the network is given later, as an arm is loaded."""
+        return train, test
+
+    def network(self, make: Callable[[], nn.Module], learn: Callable[[Any], nn.Module]) -> nn.Module:
+        """The network to start from; ``learn`` gives one after ordinary training on what it is given."""
+        return make()
+
+    def losses(
+        self, task: Task, network: nn.Module, images: Tensor, truth: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """As of :py:meth:`Task.losses`, of one batch."""
+        return task.losses(network(images), truth)
+
+    def end_epoch(self, task: Task, network: nn.Module, last: bool) -> None:
+        """What is done after each epoch, before the network is tested."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +184,7 @@ def train_network(
     weight_decay: float = 1e-2,
     device: torch.device | str = "cpu",
     curve_points: int | None = None,
+    recipe: Recipe | None = None,
 ) -> VictimResult:
     """Train one network with AdamW and a one-cycle learning rate, and test it once training is over.
 
@@ -160,6 +204,7 @@ def train_network(
         weight_decay: of AdamW.
         device: where to train.
         curve_points: at most about this many epochs are tested for the curve; default: the task's number.
+        recipe: what is done otherwise; default: nothing.
 
     Raises:
         ValueError: When there is nothing to train or to test on.
@@ -167,12 +212,19 @@ def train_network(
     count = task.count(train)
     if not count or not task.count(test):
         raise ValueError(f"{count} training and {task.count(test)} test cases; a victim needs at least one of each")
-    device, start = torch.device(device), time.monotonic()
+    device, start, recipe = torch.device(device), time.monotonic(), recipe or Recipe()
+    options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    def learn(data: Any) -> nn.Module:
+        return train_network(task, make, data, data, seed=seed, device=device, curve_points=1, **options).network
+
+    train, test = recipe.data(task, train, test)
+    count = task.count(train)
     n_batches, points = -(-count // batch_size), task.curve_points if curve_points is None else curve_points
     curve: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, device):
-        network = make().to(device)
+        network = recipe.network(make, learn).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=epochs * n_batches, cycle_momentum=False
@@ -183,13 +235,14 @@ def train_network(
             sums: dict[str, Tensor] = {}
             for chosen in torch.randperm(count, generator=generator).tensor_split(n_batches):
                 images, truth = batches(chosen, generator)
-                losses = task.losses(network(images), truth)
+                losses = recipe.losses(task, network, images, truth, generator)
                 optimizer.zero_grad(set_to_none=True)
                 losses["train_loss"].backward()
                 optimizer.step()
                 schedule.step()
                 for name, value in losses.items():
                     sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() * len(chosen)
+            recipe.end_epoch(task, network, last=epoch == epochs)
             tested = epoch == epochs or epoch % max(1, epochs // points) == 0
             if tested:
                 found = task.evaluate(network, test, batch_size, full=epoch == epochs)

@@ -10,7 +10,16 @@ from typing import Any
 
 from monai_salm.verification.strength import Row, closed_gap, floor_of, mean_of, values_of
 
-__all__ = ["INCONCLUSIVE", "NOT_PROTECTED", "PROTECTED", "Check", "Decision", "VerdictRules", "decide"]
+__all__ = [
+    "INCONCLUSIVE",
+    "NOT_PROTECTED",
+    "PROTECTED",
+    "Check",
+    "Decision",
+    "VerdictRules",
+    "decide",
+    "learning_checks",
+]
 
 PROTECTED, NOT_PROTECTED, INCONCLUSIVE = "protected", "not protected", "inconclusive"
 _TOLERANCE = 1e-6  # relative; for float arithmetic in physical and window units, stored units are integers
@@ -115,16 +124,18 @@ def _study_checks(
     """Checks of the experiment itself; a study that fails one of them cannot say anything about protection."""
     usable = {victim: part["n"] for victim, part in gap["by_victim"].items()}
     return [
-        *_learning_checks(rows, metric, list(usable), chance, rules),
+        *learning_checks(rows, metric, list(usable), chance, rules),
         _size_check("min_seeds", "usable seeds per victim", min(usable.values(), default=0), rules.min_seeds),
         _size_check("min_victims", "victims", sum(n > 0 for n in usable.values()), rules.min_victims),
         *([] if rules.control_within is None else [_control_check(rows, metric, rules.control_within)]),
     ]
 
 
-def _learning_checks(
+def learning_checks(
     rows: Sequence[Row], metric: str, victims: Sequence[str], chance: float | None, rules: VerdictRules
 ) -> list[Check]:
+    """Whether the clean arm has learned what could be taken away: the rules ``clean_learned`` (of the mean) and
+    ``clean_above_blind`` (of each of ``victims``)."""
     clean, blind = mean_of(values_of(rows, metric, "clean")), mean_of(values_of(rows, metric, "blind"))
     floor = max((f for f in (blind, chance) if f is not None), default=None)
     needed = None if floor is None else floor + rules.clean_learned * (1 - floor)

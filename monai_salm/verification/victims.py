@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,6 +82,16 @@ class Classification(Task):
 
     def count(self, data: Labelled) -> int:
         return len(data[0])
+
+    def part(self, data: Labelled, cases: Sequence[int]) -> Labelled:
+        index = torch.as_tensor(cases, dtype=torch.long)
+        return data[0][index], data[1][index]
+
+    def joined(self, data: Labelled, more: Labelled) -> Labelled:
+        return torch.cat([data[0], more[0]]), torch.cat([data[1], more[1]])
+
+    def mapped(self, data: Labelled, change: Callable[[Tensor], Tensor]) -> Labelled:
+        return torch.stack([change(image) for image in data[0]]), data[1]
 
     def batches(self, data: Labelled, seed: int, device: torch.device) -> Batches:
         images, labels = data[0].to(device), data[1].to(device)

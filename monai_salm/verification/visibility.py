@@ -12,12 +12,12 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from openjpeg.utils import decode, encode_array
 
 from monai_salm.io.base import Case, RefusedError, StoredImage
 from monai_salm.release.visibility import CaseVisibility, WindowVisibility
 from monai_salm.stored import StoredCodec
 from monai_salm.verification.fidelity import ssim_of
+from monai_salm.verification.filters import jpeg2000_copy
 
 __all__ = ["COMPRESSION", "Mode", "VisibilityGate", "measure_visibility"]
 
@@ -31,8 +31,6 @@ PLANES = 8
 """Most slices of a volume that are compared: those with the strongest perturbation."""
 WINDOWS = 4
 """Most windows: the narrowest ones, which show most."""
-_LEAST_SIDE = 128
-"""Voxels per side that the codec wants; smaller images are continued by their mirror images."""
 
 
 class VisibilityGate:
@@ -145,13 +143,8 @@ def _compressed(stored: np.ndarray, codec: StoredCodec) -> NDArray[np.float64]:
         low, high = sorted((end - codec.intercept) / codec.slope for end in codec.window)
     step = max(codec.step, (high - low) / 65535)
     levels = np.rint((values.clip(low, high) - low) / step).astype(np.uint16)
-    rows, columns = levels.shape
-    extended = np.pad(levels, [(0, max(0, _LEAST_SIDE - rows)), (0, max(0, _LEAST_SIDE - columns))], "symmetric")
     bits = max(8, int(levels.max()).bit_length())
-    stream = encode_array(
-        extended.astype(np.uint8 if bits == 8 else np.uint16), bits_stored=bits, compression_ratios=[COMPRESSION]
-    )
-    copy = decode(stream)[:rows, :columns].astype(np.float64) * step + low
+    copy = jpeg2000_copy(levels, bits, COMPRESSION).astype(np.float64) * step + low
     return _physical(np.where(image, copy, values), codec)
 
 

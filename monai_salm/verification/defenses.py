@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a third party does to get rid of a perturbation. No defense knows how the images were made.
+
+A filter goes before the network for good: training images pass it once, and so do those that the network is given
+later. Everything else is a way of training, a :py:class:`monai_salm.verification.training.Recipe`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.transforms import Compose, RandAdjustContrast, RandBiasField, RandCoarseDropout, RandHistogramShift
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from monai_salm.surrogates import RandomView
+from monai_salm.verification import filters
+from monai_salm.verification.training import Recipe, Task
+
+__all__ = ["DEFENSES", "LEVELS", "Defense", "defenses_of"]
+
+LEVELS = ("standard", "full")
+"""``standard``: some cheap ones; ``full``: all."""
+CLEAN_SHARE = 0.2
+"""Share of clean cases among those that :py:class:`CleanMixed` trains on."""
+
+Change = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""(B, C, *spatial) images and their truth, and what is random -> the same, augmented."""
+
+
+class Filtered(Recipe):
+    """Every image passes a filter, those that the network is given later too.
+
+    Args:
+        change: one (C, *spatial) image; see :py:mod:`monai_salm.verification.filters`.
+        clean: as of :py:class:`Recipe`.
+    """
+
+    def __init__(self, change: Callable[[Tensor], Tensor], clean: Any = None) -> None:
+        super().__init__(clean)
+        self.change = change
+
+    def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
+        return task.mapped(train, self.change), task.mapped(test, self.change)
+
+
+class Augmented(Recipe):
+    """Every batch is changed at random, after the augmentation that the victim has anyway.
+
+    Args:
+        change: what is done to a batch.
+        clean: as of :py:class:`Recipe`.
+    """
+
+    def __init__(self, change: Change, clean: Any = None) -> None:
+        super().__init__(clean)
+        self.change = change
+
+    def losses(
+        self, task: Task, network: nn.Module, images: Tensor, truth: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        images, truth = self.change(images, truth, generator)
+        return task.losses(network(images), truth)
+
+
+def strong_affine(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rotations up to 45 degrees, zoom by up to 30 % and shifts by up to 15 % of the size."""
+    view = RandomView(images.ndim - 2, rotate=math.pi / 4, scale=0.3, translate=0.15, contrast=0.0, noise=0.0)
+    drawn = view.draw(len(images), generator)
+    return view(images, drawn), truth if truth.ndim == 1 else view.move_labels(truth, drawn)
+
+
+def intensity(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A smooth bias field, gamma, and a shifted histogram."""
+    change = Compose(
+        [
+            RandBiasField(coeff_range=(-0.2, 0.2), prob=1.0),
+            RandAdjustContrast(1.0, (0.6, 1.7)),
+            RandHistogramShift(8, 1.0),
+        ]
+    )
+    return _each(images, change, generator), truth
+
+
+def cutout(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A box of half the size per axis is erased (arXiv 1708.04552)."""
+    box = [max(1, size // 2) for size in images.shape[2:]]
+    return _each(images, RandCoarseDropout(1, box, fill_value=0.0, prob=1.0), generator), truth
+
+
+def _each(images: Tensor, change: Any, generator: torch.Generator) -> Tensor:
+    change.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
+    return torch.stack([convert_to_tensor(change(image), track_meta=False) for image in images]).to(images)
+
+
+class MixedUp(Recipe):
+    """Mixup: batches of weighted means of two images, and of their losses (arXiv 1710.09412, alpha 1)."""
+
+    def losses(
+        self, task: Task, network: nn.Module, images: Tensor, truth: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        weight = self.weight(images, generator)
+        output, share = network(weight * images + (1 - weight) * images[order]), float(weight.mean())
+        pairs = task.losses(output, truth), task.losses(output, truth[order])
+        return {name: share * value + (1 - share) * pairs[1][name] for name, value in pairs[0].items()}
+
+    def weight(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """What each voxel keeps of its own image, broadcast over the batch."""
+        return torch.rand((), generator=generator).to(images)
+
+
+class CutMixed(MixedUp):
+    """CutMix: a box of another image is pasted in, and the losses are weighted by its size (arXiv 1905.04899)."""
+
+    def weight(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        size = images.shape[2:]
+        side = float(torch.rand((), generator=generator)) ** (1 / len(size))
+        center = torch.rand(len(size), generator=generator).tolist()
+        kept = images.new_ones(1, 1, *size)
+        ends = [(round((at - side / 2) * n), round((at + side / 2) * n)) for at, n in zip(center, size, strict=True)]
+        kept[(..., *[slice(max(0, low), max(0, high)) for low, high in ends])] = 0
+        return kept
+
+
+class WorstOf(Recipe):
+    """Of several strong augmentations of an image the one with the largest loss is trained on (after UEraser,
+    arXiv 2303.15127; its plasma noise is replaced by bias field, gamma and histogram shift).
+
+    Args:
+        count: augmentations.
+        clean: as of :py:class:`Recipe`.
+    """
+
+    def __init__(self, count: int, clean: Any = None) -> None:
+        super().__init__(clean)
+        self.count = count
+
+    def losses(
+        self, task: Task, network: nn.Module, images: Tensor, truth: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        seen = [intensity(*strong_affine(images, truth, generator), generator)[0] for _ in range(self.count)]
+        with torch.no_grad():
+            loss = torch.stack([F.cross_entropy(network(each), truth, reduction="none") for each in seen])
+        worst = torch.stack(seen)[loss.argmax(0), torch.arange(len(images), device=images.device)]
+        return task.losses(network(worst), truth)
+
+
+class Adversarial(Recipe):
+    """Adversarial training: projected gradient ascent before every step (Madry et al., arXiv 1706.06083).
+
+    Args:
+        epsilon: bound of the attack in unit intensity.
+        steps: of the attack, 2.5 / steps of the bound each.
+        clean: as of :py:class:`Recipe`.
+    """
+
+    def __init__(self, epsilon: float, steps: int, clean: Any = None) -> None:
+        super().__init__(clean)
+        self.epsilon, self.steps = epsilon, steps
+
+    def losses(
+        self, task: Task, network: nn.Module, images: Tensor, truth: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        bound = self.epsilon
+        delta = ((torch.rand(images.shape, generator=generator) * 2 - 1) * bound).to(images)
+        for _ in range(self.steps):
+            delta.requires_grad_(True)
+            (slope,) = torch.autograd.grad(task.losses(network(images + delta), truth)["train_loss"], delta)
+            delta = (delta.detach() + 2.5 * bound / self.steps * slope.sign()).clamp(-bound, bound)
+        return task.losses(network(images + delta), truth)
+
+
+class Orthogonal(Recipe):
+    """Images without the directions that a linear classifier reads the classes from (orthogonal projection,
+    arXiv 2305.19254). Those that the network is given later lose them too."""
+
+    def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
+        flat, labels = train[0].flatten(1), train[1]
+        mean = flat.mean(0)
+        basis, _ = torch.linalg.qr(linear_weights(flat - mean, labels).T)
+
+        def without(image: Tensor) -> Tensor:
+            away = image.flatten() - mean
+            return (mean + away - basis @ (basis.T @ away)).reshape(image.shape)
+
+        return task.mapped(train, without), task.mapped(test, without)
+
+
+def linear_weights(flat: Tensor, labels: Tensor, decay: float = 1e-3) -> Tensor:
+    """(n_classes, n) weights of a logistic regression with a weak L2 penalty.
+
+    Args:
+        flat: (N, n) values with zero mean.
+        labels: (N,) class indices, each class present.
+        decay: of the penalty, relative to the mean square norm of ``flat``.
+    """
+    weight = torch.zeros(int(labels.max()) + 1, flat.shape[1], requires_grad=True)
+    bias = torch.zeros(len(weight), requires_grad=True)
+    penalty = decay * float(flat.square().sum(1).mean())
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(flat @ weight.T + bias, labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+class CleanMixed(Recipe):
+    """Clean cases of the third party's own are mixed in, repeated where they are too few."""
+
+    def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
+        wanted = round(CLEAN_SHARE / (1 - CLEAN_SHARE) * task.count(train))
+        own = task.part(self.clean, [at % task.count(self.clean) for at in range(max(1, wanted))])
+        return task.joined(train, own), test
+
+
+class EarlyStopped(Recipe):
+    """The epoch that is best on the third party's own clean cases counts."""
+
+    def __init__(self, clean: Any = None) -> None:
+        super().__init__(clean)
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+
+    def end_epoch(self, task: Task, network: nn.Module, last: bool) -> None:
+        score = task.evaluate(network, self.clean, 32, full=False)[task.metric]
+        if score is not None and (self.best is None or score > self.best[0]):
+            self.best = score, deepcopy(network.state_dict())
+        if last and self.best is not None:
+            network.load_state_dict(self.best[1])
+
+
+class Pretrained(Recipe):
+    """Starts from a network that was trained on the third party's own clean cases, with their labels."""
+
+    def network(self, make: Callable[[], nn.Module], learn: Callable[[Any], nn.Module]) -> nn.Module:
+        return learn(self.clean)
+
+
+class FrozenEncoder(Pretrained):
+    """Trains a new last layer on what such a network sees, and nothing else."""
+
+    def network(self, make: Callable[[], nn.Module], learn: Callable[[Any], nn.Module]) -> nn.Module:
+        return _NewHead(super().network(make, learn))
+
+
+class _NewHead(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        head = [part for part in network.modules() if isinstance(part, nn.Linear)][-1]
+        head.requires_grad_(True).reset_parameters()
+
+    def train(self, mode: bool = True) -> _NewHead:
+        """Evaluation mode always: the statistics of a frozen encoder stay as they are."""
+        return super().train(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)
+
+
+@dataclass(frozen=True)
+class Defense:
+    """One way to get rid of a perturbation.
+
+    Args:
+        name: in tables.
+        what: in words, for those who read a report.
+        recipe: makes it, of the third party's own clean cases.
+        cost: about how many times as long as an ordinary training it takes.
+        standard: part of the smaller set.
+        voxels: carries over to voxel labels.
+        needs_clean: nothing can be done without clean cases.
+    """
+
+    name: str
+    what: str
+    recipe: Callable[..., Recipe]
+    cost: float = 1.0
+    standard: bool = False
+    voxels: bool = True
+    needs_clean: bool = False
+
+
+def _filter(name: str, what: str, change: Callable[..., Tensor], standard: bool = False, **options: float) -> Defense:
+    return Defense(name, what, partial(Filtered, partial(change, **options)), 1.0, standard)
+
+
+def _of_classes(name: str, what: str, recipe: Callable[..., Recipe], cost: float = 1.0, **marks: bool) -> Defense:
+    return Defense(name, what, recipe, cost, voxels=False, **marks)
+
+
+DEFENSES: tuple[Defense, ...] = (
+    *(
+        _filter(f"jpeg_{quality}", f"JPEG at quality {quality}", filters.jpeg, quality == 30, quality=quality)
+        for quality in (10, 30, 50, 75, 95)
+    ),
+    _filter("jpeg2000_10", "JPEG 2000 at 10:1 of 12 bits", filters.jpeg2000, ratio=10),
+    _filter("bit_depth_4", "16 gray values", filters.bit_depth, bits=4),
+    _filter("bit_depth_3", "8 gray values", filters.bit_depth, bits=3),
+    _filter("window_0.6", "the middle 60 % of the intensity window", filters.narrowed, low=0.2, high=0.8),
+    _filter("blur_1", "Gaussian blur, sigma 1 voxel", filters.blur, True, sigma=1.0),
+    _filter("median_1", "median of 3 voxels per axis", filters.median, radius=1),
+    _filter("low_pass_0.25", "no frequency above 0.25 cycles per voxel", filters.low_pass, cut=0.25),
+    *(
+        _filter(
+            f"respaced_{factor:g}",
+            f"voxels {factor:g} times as large, and back",
+            filters.respaced,
+            factor == 1.25,
+            factor=factor,
+        )
+        for factor in (1.25, 1.5, 2.0)
+    ),
+    Defense("strong_affine", "strong random rotation, zoom and shift", partial(Augmented, strong_affine), 1.2, True),
+    Defense("intensity", "random bias field, gamma and histogram shift", partial(Augmented, intensity), 1.5),
+    Defense("cutout", "a random box is erased (Cutout)", partial(Augmented, cutout), 1.2),
+    _of_classes("mixup", "weighted means of two images (Mixup)", MixedUp),
+    _of_classes("cutmix", "a random box of another image (CutMix)", CutMixed),
+    _of_classes("worst_of_5", "the worst of 5 strong augmentations (UEraser)", partial(WorstOf, 5), 5.0),
+    Defense("adversarial", "adversarial training (3 steps, 8/255)", partial(Adversarial, 8 / 255, 3), 4.0),
+    _of_classes("orthogonal", "orthogonal projection of what a linear classifier reads", Orthogonal, standard=True),
+    Defense("early_stop", "the epoch that is best on own clean cases", EarlyStopped, 1.3, needs_clean=True),
+    Defense("clean_20", "20 % own clean cases mixed in", CleanMixed, 1.3, True, needs_clean=True),
+    Defense("pretrained", "start from a network trained on own clean cases", Pretrained, 1.5, needs_clean=True),
+    _of_classes("frozen_encoder", "a new last layer on such a network", FrozenEncoder, 1.5, needs_clean=True),
+)
+
+
+def defenses_of(level: str | Sequence[str], voxelwise: bool = False) -> tuple[Defense, ...]:
+    """Defenses of a level, or those that are named.
+
+    Args:
+        level: one of :py:data:`LEVELS`, or names.
+        voxelwise: only those that carry over to voxel labels.
+
+    Raises:
+        ValueError: When there is no such level or name.
+
+    Example:
+        >>> [defense.name for defense in defenses_of("standard")]
+        ['jpeg_30', 'blur_1', 'respaced_1.25', 'strong_affine', 'orthogonal', 'clean_20']
+    """
+    names = {defense.name: defense for defense in DEFENSES}
+    if isinstance(level, str):
+        if level not in LEVELS:
+            raise ValueError(f"there is no set of defenses {level!r}; use one of {', '.join(LEVELS)}")
+        chosen = [defense for defense in DEFENSES if defense.standard or level == "full"]
+    else:
+        unknown = sorted(set(level) - names.keys())
+        if unknown:
+            raise ValueError(f"there is no defense {', '.join(unknown)}; there are {', '.join(names)}")
+        chosen = [names[name] for name in level]
+    return tuple(defense for defense in chosen if defense.voxels or not voxelwise)

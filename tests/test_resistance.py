@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a protection against defenses: the study's part of it, from tiny files to the report."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_study import STEP, export, markers, study
+
+from monai_salm.io.base import Case
+from monai_salm.release.protect import protect_cohort
+from monai_salm.verification import jobs as jobs_module
+from monai_salm.verification.defenses import defenses_of
+from monai_salm.verification.resistance import clean_part, resistance
+from monai_salm.verification.results import VerdictRules, validate_results
+from monai_salm.verification.setting import not_tested
+from monai_salm.verification.training import train_network
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resistance")
+    cohort = export(folder / "in")
+    options = {"budget": f"{STEP} stored", "spatial_dims": 2, "window": (0.0, 1000.0)}
+    protect_cohort(cohort, markers(cohort), output_dir=folder / "out", **options)
+    return cohort, folder / "out"
+
+
+@pytest.fixture
+def out(released, tmp_path) -> Path:
+    return Path(shutil.copytree(released[1], tmp_path / "out"))
+
+
+def rows(clean: float, protected: float, blind: float | None = 0.5) -> list[dict]:
+    values = {"clean": clean, "protected": protected} | ({} if blind is None else {"blind": blind})
+    return [
+        {"arm": arm, "victim": "cnn", "seed": seed, "dice": value + 0.01 * seed, "curve": []}
+        for arm, value in values.items()
+        for seed in (0, 1)
+    ]
+
+
+def part_of(plain: list[dict], defended: list[dict]) -> dict:
+    (part,) = resistance(plain, {"blur_1": defended}, defenses_of(["jpeg_10", "blur_1"]), "dice", 0.5, VerdictRules())
+    return part
+
+
+def test_a_defense_is_measured_against_the_clean_arm_with_the_same_defense():
+    part = part_of(rows(0.9, 0.5), rows(0.8, 0.65, None))
+    assert part["name"] == "blur_1" and part["conclusive"]
+    assert part["closed_gap"]["mean"] == pytest.approx(0.15 / 0.3, abs=0.03)
+    assert part["restored"] == pytest.approx(0.15 / 0.4)
+    assert all("curve" not in row for row in part["arms"])
+
+
+def test_a_defense_that_spoils_clean_training_proves_nothing():
+    part = part_of(rows(0.9, 0.5), rows(0.52, 0.5, None))
+    assert part["closed_gap"]["mean"] is None and not part["conclusive"]
+    part = part_of(rows(0.9, 0.5), rows(0.58, 0.5, None))
+    assert part["closed_gap"]["mean"] > 0.7 and not part["conclusive"]
+
+
+def test_nothing_is_restored_where_nothing_was_lost():
+    assert part_of(rows(0.9, 0.88), rows(0.9, 0.9, None))["restored"] is None
+
+
+def case(name: str, group: str) -> Case:
+    return Case(name, "nifti", (), (), group)
+
+
+def test_the_clean_part_shares_no_patient_with_the_rest_and_both_have_all_classes():
+    cases = [case(f"c{at}", f"p{at // 2}") for at in range(24)]
+    present = {one.sample_id: frozenset({at // 2 % 2}) for at, one in enumerate(cases)}
+    spare = clean_part(cases, present, (0, 1))
+    assert len(spare) == 12
+    own, rest = ({cases[at].group for at in half} for half in (spare, set(range(24)) - set(spare)))
+    assert not own & rest
+    assert {tuple(present[cases[at].sample_id]) for at in spare} == {(0,), (1,)}
+    assert clean_part(cases[:4], present, (0, 1)) == (), "one patient of each class cannot be halved"
+
+
+def test_study_with_defenses_reports_them_and_keeps_what_is_done(released, out, monkeypatch, capsys):
+    cohort, _ = released
+    names = ["blur_1", "clean_20", "early_stop"]
+    plain = study(cohort, out, epochs=8).run()
+    assert "defenses" not in plain
+    trained = []
+
+    def counted(*args, **options):
+        trained.append(options["recipe"])
+        return train_network(*args, **options)
+
+    monkeypatch.setattr(jobs_module, "train_network", counted)
+    found = study(cohort, out, epochs=8, defenses=names).run()
+    said = capsys.readouterr().out
+    assert len(trained) == 3 * 2 * 2 and "3 defenses: 12 trainings to do, about" in said
+    assert all(recipe.clean is None or len(recipe.clean[0]) == 6 for recipe in trained)
+    assert (found["verdict"], found["arms"]) == (plain["verdict"], plain["arms"])
+    validate_results(found)
+    assert [part["name"] for part in found["defenses"]] == names
+    assert {(row["arm"], row["seed"]) for row in found["defenses"][0]["arms"]} == {
+        (arm, seed) for arm in ("clean", "protected") for seed in (0, 1)
+    }
+    text = (out / "report.html").read_text()
+    assert "Gaussian blur, sigma 1 voxel" in text and "half of the held-out patients" in text
+    assert "Gaussian blur" not in (study(cohort, out, epochs=8).run() and (out / "report.html").read_text())
+    again = study(cohort, out, epochs=8, defenses=names).run()
+    assert len(trained) == 12 and again["defenses"] == found["defenses"]
+
+
+def test_what_was_tested_is_not_listed_as_untested():
+    nothing, standard = not_tested(), not_tested([defense.name for defense in defenses_of("standard")])
+    assert any("JPEG" in text for text in nothing) and not any("JPEG" in text for text in standard)
+    assert any("mixture" in text for text in nothing) and not any("mixture" in text for text in standard)
+    assert any(text.startswith("Adversarial") for text in standard) and "other strengths" in standard[0]
+
+
+def test_a_defense_that_does_not_exist_is_refused_before_any_file_is_read(released, out):
+    with pytest.raises(ValueError, match="no set of defenses 'all'"):
+        study(released[0], out, defenses="all")
