@@ -21,8 +21,7 @@ from monai_salm.records import image_digest
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas
 
-NO_SURROGATE = {"rounds": 1, "surrogate_steps": 0, "transplant": False}
-"""Methods that ask no network."""
+NO_SURROGATE = {"mask_ratio": 1.0, "rounds": 1, "surrogate_steps": 0, "transplant": False}
 EM_AS_PUBLISHED = {
     "mask_ratio": 1.0,
     "transplant": False,
@@ -67,26 +66,73 @@ def _target(name: str, **options: Any) -> dict[str, Any]:
     return {"_target_": f"monai_salm.perturbations.{name}", **options}
 
 
+def _pattern(name: str, **options: Any) -> Method:
+    """A method that asks no network and may touch every voxel."""
+    return Method({**NO_SURROGATE, "perturbation": _target(name, **options)})
+
+
+def _on_clean_images(name: str, steps: int, step_size: float, **overrides: Any) -> Method:
+    """Plain signed steps in every voxel, against a surrogate that one round trained on the clean images."""
+    return Method(
+        {
+            "mask_ratio": 1.0,
+            "transplant": False,
+            "rounds": 1,
+            "surrogate_steps": 600,
+            "perturbation_steps": steps,
+            "perturbation::_target_": f"monai_salm.perturbations.{name}",
+            "perturbation::step_size": step_size,
+            "perturbation::momentum": 0.0,
+            **overrides,
+        }
+    )
+
+
+LINEAR = {
+    "view": None,
+    "network_def::network": {
+        "_target_": "monai_salm.surrogates.LinearClassifier",
+        "spatial_size": "@spatial_size",
+        "in_channels": "@in_channels",
+        "out_channels": "@num_classes",
+    },
+}
+"""A linear surrogate that sees the images as they are."""
+ROBUST = _target(
+    "robust.RobustObjective",
+    network="@network_def",
+    loss="@loss",
+    view="@view",
+    radius="$monai_salm.perturbations.budget.Budget.parse(@epsilon).epsilon / 2",
+)
+OTHER_CLASS = {"perturbation::num_classes": "@num_classes"}
+
 METHODS: dict[str, Method] = {
     "clean": Method(),
-    "random_noise": Method(
-        {
-            **NO_SURROGATE,
-            "mask_ratio": 1.0,
-            "perturbation": _target("salm.RandomSign", mask=_target("masks.SparsityMask", ratio="@mask_ratio")),
-        }
-    ),
+    "blind": Method(),
+    "random_noise": _pattern("salm.RandomSign", mask=_target("masks.SparsityMask", ratio="@mask_ratio")),
     "random_mask_0.4": Method({"mask_ratio": 0.4}, "control::trainer"),
-    "em": Method(EM_AS_PUBLISHED),
     "salm_1.0": Method({"mask_ratio": 1.0}),
     "salm_0.4": Method({"mask_ratio": 0.4}),
     "salm_0.2": Method({"mask_ratio": 0.2}),
     "salm_0.1": Method({"mask_ratio": 0.1}),
-    "blind": Method(),
+    "em": Method(EM_AS_PUBLISHED),
+    "em_classwise": Method({**EM_AS_PUBLISHED, "perturbation": _target("classwise.ClasswiseErrorMinimizing")}),
+    "rem": Method({**EM_AS_PUBLISHED, "train::trainer::objective": ROBUST}),
+    "tap": _on_clean_images("targeted.TargetedAdversarial", 100, 0.05, **OTHER_CLASS),
+    "error_maximizing": _on_clean_images("targeted.ErrorMaximizing", 100, 0.05),
+    "pil": _on_clean_images("linear.PerturbationInducedLinearization", 30, 0.1, **OTHER_CLASS, **LINEAR),
+    "lsp": _pattern("patterns.SeparablePatches", seed="@seed"),
+    "ar": _pattern("patterns.AutoregressiveNoise", seed="@seed", count="@num_classes"),
+    "classwise_noise": _pattern("patterns.ClasswiseNoise", seed="@seed"),
+    "ops": Method({**NO_SURROGATE, "perturbation": _target("classwise.OnePixelShortcut"), "epsilon": "255/255"}),
+    "ops_bounded": _pattern("classwise.OnePixelShortcut", ratio=0.05),
 }
-"""``random_noise``: random signs of the full budget in every voxel; ``blind``: uniform noise with the true labels."""
+"""What each is: docs/rivals.md. ``clean`` and ``blind`` (uniform noise with the true labels) are no perturbations."""
 FITTED = tuple(name for name, method in METHODS.items() if method.overrides is not None)
 """Names that :py:func:`fit` takes."""
+UNBOUNDED = tuple(name for name in FITTED if "epsilon" in METHODS[name].overrides)
+"""Of these, the names whose budget is their own, as published."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +174,7 @@ def fit(
     if method.overrides is None:
         raise ValueError(f"{name!r} makes no perturbations; use one of {', '.join(FITTED)}")
     values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed}
-    values |= {"epsilon": epsilon, **method.overrides, **(overrides or {})}
+    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **method.overrides, **(overrides or {})}
     bundle = f"salm_{len(spatial_size)}d_classification"
     decisive = json.dumps([bundle, values, method.trainer, _digest(dataset)], sort_keys=True)
     folder = work / hashlib.sha256(decisive.encode()).hexdigest()[:16]

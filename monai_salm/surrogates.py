@@ -129,6 +129,27 @@ class SmallCNN(nn.Module):
         return self.head(self.features(image).flatten(2).mean(2))
 
 
+class LinearClassifier(nn.Module):
+    """A weight per voxel and class and no bias: the cheapest classifier, which reads what every network can learn.
+
+    Args:
+        spatial_size: of its input in voxels.
+        in_channels: channels of the input.
+        out_channels: number of classes.
+
+    Example:
+        >>> LinearClassifier((4, 4), 1, 3)(torch.zeros(1, 1, 4, 4)).tolist()
+        [[0.0, 0.0, 0.0]]
+    """
+
+    def __init__(self, spatial_size: Sequence[int], in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels * math.prod(spatial_size), out_channels, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.linear(image.flatten(1))
+
+
 class TextureReader(nn.Module):
     """The smallest network that tells textures apart, voxel by voxel: filters, rectified, and a vote of those nearby.
 

@@ -15,6 +15,7 @@ from monai_salm.engines import PerturbationTrainer
 from monai_salm.engines.cases import Cases, Patches
 from monai_salm.perturbations.base import Objective
 from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.classwise import ClasswiseErrorMinimizing
 from monai_salm.perturbations.markers import LabelMarker
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM
@@ -48,10 +49,14 @@ def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationT
         dataset=cases() if dataset is None else dataset,
         objective=Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(2)),
         optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
-        perturbation=SALM(mask=SparsityMask(ratio=0.4), steps=steps, look=1),
         budget="8/255",
         bank_file=folder / "bank.sqlite",
-        **{"surrogate_steps": 3, "batch_size": 4} | options,
+        **{
+            "surrogate_steps": 3,
+            "batch_size": 4,
+            "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps, look=1),
+        }
+        | options,
     )
 
 
@@ -89,6 +94,29 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bytes(tmp_path, stop_after)
     assert second.passes_per_image == whole.passes_per_image and second.scores == whole.scores
     weights = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_what_a_method_learned_of_the_cohort_survives_a_kill_and_serves_other_cases(tmp_path):
+    options = {"perturbation": ClasswiseErrorMinimizing(), "transplant": False, "dataset": cases(shapes=((12, 12),))}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.run()
+
+    def kill(engine):
+        if engine.state.epoch > 1:
+            raise Killed
+
+    first = trainer(tmp_path / "killed", **options)
+    first.add_event_handler(Events.EPOCH_STARTED, kill)
+    with pytest.raises(Killed):
+        first.run()
+    second = trainer(tmp_path / "killed", **options | {"perturbation": ClasswiseErrorMinimizing()})
+    second.run()
+    assert second.bank.revision == whole.bank.revision
+    finished = trainer(tmp_path / "killed", **options | {"perturbation": ClasswiseErrorMinimizing()})
+    (other,) = finished.perturb(cases(1, shapes=((12, 12),)), calls=1).values()
+    assert torch.equal(other, whole.bank.current("case-0")) and torch.equal(other, whole.bank.current("case-2"))
+    with pytest.raises(ValueError, match="call survey"):  # nothing is left of the fit before
+        trainer(tmp_path / "new", **options).perturb(cases(1, shapes=((12, 12),)), calls=1)
 
 
 def test_a_finished_fit_is_not_repeated_but_restores_its_model(tmp_path):

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-import pkgutil
 
 import pytest
 import torch
@@ -14,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from monai_salm import perturbations
 from monai_salm.perturbations.base import Objective, Perturbation, frozen
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.codes import class_codes
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM, RandomSign
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
-from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
+from monai_salm.surrogates import RandomView, SmallCNN, Surrogate
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 
@@ -125,121 +121,6 @@ class TestInvariants:
             SALM(mask=SparsityMask(ratio=1.0))(
                 objective, torch.zeros(1, 1, 4, 4), torch.tensor([0]), box((1, 1, 4, 5), 2), generator=gen()
             )
-
-
-def every_method() -> list[type[Perturbation]]:
-    """All methods of the package, also those that are yet to be written."""
-    for module in pkgutil.iter_modules(perturbations.__path__, f"{perturbations.__name__}."):
-        importlib.import_module(module.name)
-    found, ahead = [], [Perturbation]
-    while ahead:
-        for method in ahead.pop().__subclasses__():
-            ahead.append(method)
-            if method.__module__.startswith("monai_salm.") and not inspect.isabstract(method):
-                found.append(method)
-    return sorted(set(found), key=lambda method: method.__name__)
-
-
-def build(method: type[Perturbation]) -> Perturbation:
-    """With a sparse random mask and few steps, where a method has such settings; else as it comes."""
-    quick = {"mask": SparsityMask(ratio=0.3, criterion="random"), "steps": 3}
-    return method(**{name: value for name, value in quick.items() if name in inspect.signature(method).parameters})
-
-
-class Spy(nn.Module):
-    """Remembers all perturbations at which the objective was evaluated."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.objective, self.seen, self.passes = objective, [], 0
-
-    @property
-    def network(self) -> nn.Module:
-        return self.objective.network
-
-    def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
-        self.seen.append(delta.detach().clone())
-        return self.objective(image, delta, label, generator)
-
-    def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
-        self.seen.append(delta.detach().clone())
-        return self.objective.gradient(image, delta, label, generator)
-
-
-class TestConformance:
-    """What ``Perturbation`` promises, for every method of the package and labels of both kinds."""
-
-    SHAPES = {2: (2, 1, 11, 9), 3: (2, 1, 7, 6, 5)}
-
-    def setting(self, dims: int, voxelwise: bool) -> tuple[Objective, Tensor, Tensor, Lattice]:
-        torch.manual_seed(0)
-        shape = self.SHAPES[dims]
-        image, lattice = torch.rand(shape, generator=gen(1)), box(shape, 6, seed=2)
-        lattice.lower[0, :, 0], lattice.upper[0, :, 0] = 0, 0  # voxels that may not move
-        if not voxelwise:
-            surrogate = Surrogate(SmallCNN(dims, 1, 2, (4, 4)), [8] * dims)
-            return Objective(surrogate, CROSS_ENTROPY, view=RandomView(dims)), image, torch.tensor([0, 1]), lattice
-        conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
-        layers = nn.Sequential(conv(1, 4, 3, padding=1), norm(4), nn.Dropout(), nn.ReLU(), conv(4, 3, 3, padding=1))
-        options = {"view": RandomView(dims), "tile_size": (6,) * dims, "halo": 2}
-        objective = VoxelObjective(Surrogate(PaddedNetwork(layers, 2)), CROSS_ENTROPY, **options)
-        label = torch.randint(0, 3, shape, generator=gen(3), dtype=torch.uint8)
-        return objective, image, label, lattice
-
-    def test_methods_are_found(self):
-        names = {method.__name__ for method in every_method()}
-        assert {"SALM", "RandomSign", "LabelMarker", "ContourInterior", "SliceSpectrum"} <= names
-
-    @pytest.mark.parametrize("voxelwise", [True, False], ids=["voxels", "classes"])
-    @pytest.mark.parametrize("dims", [2, 3])
-    @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.__name__)
-    def test_invariants_hold(self, method, dims, voxelwise):
-        objective, image, label, lattice = self.setting(dims, voxelwise)
-        network = objective.network.train()
-        next(network.parameters()).requires_grad_(False)
-        for parameter in network.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        flags = [parameter.requires_grad for parameter in network.parameters()]
-        weights, rng, given = copy.deepcopy(network.state_dict()), torch.get_rng_state(), image.clone()
-        spy, found = Spy(objective), []
-        start = lattice.snap(3.0 * torch.randn(image.shape, generator=gen(4)))
-        try:
-            for begin, seed in ((None, 5), (None, 5), (start, 6)):
-                found.append(build(method)(spy, image, label, lattice, begin, generator=gen(seed)))
-        except ValueError as refusal:
-            assert "labels" in str(refusal) or "volumes" in str(refusal)  # says what it needs
-            assert not voxelwise or (method.__name__, dims) == ("SliceSpectrum", 2)
-        for delta in found:
-            assert delta.dtype == lattice.lower.dtype and delta.shape == image.shape and not delta.requires_grad
-            assert (delta >= lattice.lower).all() and (delta <= lattice.upper).all() and delta.any()
-        assert not found or torch.equal(found[0], found[1])
-        for delta in spy.seen:  # nothing is asked of the network that could not be stored
-            assert (delta >= lattice.lower * lattice.unit_step - 1e-6).all()
-            assert (delta <= lattice.upper * lattice.unit_step + 1e-6).all()
-        assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
-        assert all(module.training for module in network.modules())
-        assert [parameter.requires_grad for parameter in network.parameters()] == flags
-        assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in network.parameters())
-        assert torch.equal(rng, torch.get_rng_state()) and torch.equal(image, given)
-
-    @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.__name__)
-    def test_settings_show_in_the_text_that_tells_fits_apart(self, method):
-        for name, value in vars(build(method)).items():
-            assert f"{name}={value!r}" in repr(build(method))
-
-    @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.__name__)
-    def test_inverted_images_move_the_other_way(self, method):
-        """A negative slope turns stored steps around: what the network sees is the same."""
-        objective, image, label, _ = self.setting(3, True)
-        bounds = torch.full(image.shape, 6, dtype=torch.int16)
-        found = []
-        for sign in (1, -1):
-            lattice = Lattice(-bounds, bounds, torch.full((2, 1, 1, 1, 1), sign / 255))
-            found.append(build(method)(objective, image, label, lattice, generator=gen()))
-        if method.__name__ in ("RandomSign", "LabelMarker"):  # they do not look
-            assert torch.equal(found[0], found[1])
-        elif method.__name__ != "SliceSpectrum":  # its first perturbation is random steps
-            assert torch.equal(found[0], -found[1])
 
 
 class TestClosedForm:

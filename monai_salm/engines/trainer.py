@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
 from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples
-from monai_salm.perturbations.base import Objective, Perturbation
+from monai_salm.perturbations.base import Batch, Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import Record
 from monai_salm.release.progress import track
@@ -127,6 +127,7 @@ class PerturbationTrainer(Trainer):
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
         self._prime()
+        self.perturbation.learned = None  # a method may come from another fit
         self._restore()
         self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._end_round)
@@ -183,6 +184,8 @@ class PerturbationTrainer(Trainer):
         }
         if self.cases.voxelwise:
             parts["samples"] = [self.samples.size, objective.extra_repr()]
+        elif objective.extra_repr():
+            parts["options"] = objective.extra_repr()
         if not self.trains:
             parts["surrogate"] = "untrained"
         if self.surrogate_file is not None:
@@ -240,7 +243,13 @@ class PerturbationTrainer(Trainer):
         """One call of the perturbation for every case; returns the mean objective on the way."""
         started, before = time.monotonic(), self.objective.passes
         self.objective.reset_mean()
-        for batch in self.cases.batches(self.batch_size):
+        groups = self.cases.batches(self.batch_size)
+        self.perturbation.survey(
+            self.objective,
+            lambda: (self._batch(self.cases, batch) for batch in groups),
+            generator=self._generator("survey", self.state.epoch),
+        )
+        for batch in groups:
             self.deltas |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
             next(self._bar, None)
         self.perturbation_passes += self.objective.passes - before
@@ -251,20 +260,17 @@ class PerturbationTrainer(Trainer):
         self, cases: Cases, batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
     ) -> dict[str, Tensor]:
         facts = [cases.facts[at] for at in batch]
-        stored = [cases.stored(at) for at in batch]
-        codecs = [fact.codec for fact in facts]
-        image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
+        image, label, lattice = self._batch(cases, batch)
         start = [deltas.get(fact.sample_id) for fact in facts]
         begin = None if start[0] is None else torch.stack([delta.to(image.device) for delta in start])
-        found = self.perturbation(
-            self.objective,
-            image,
-            cases.labels(batch),
-            lattice_of(stored, codecs, self.budget),
-            begin,
-            generator=self._generator(*position, facts[0].sample_id),
-        )
+        generator = self._generator(*position, facts[0].sample_id)
+        found = self.perturbation(self.objective, image, label, lattice, begin, generator=generator)
         return {fact.sample_id: _compact(delta, fact.levels) for fact, delta in zip(facts, found, strict=True)}
+
+    def _batch(self, cases: Cases, batch: Sequence[int]) -> Batch:
+        stored, codecs = [cases.stored(at) for at in batch], [cases.facts[at].codec for at in batch]
+        image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
+        return image, cases.labels(batch), lattice_of(stored, codecs, self.budget)
 
     def _settled(self) -> bool:
         if not self.settle or len(self.scores) <= SETTLED_OVER:
@@ -281,6 +287,7 @@ class PerturbationTrainer(Trainer):
             "scores": self.scores,
             "passes": [self.surrogate_passes, self.perturbation_passes],
             "seconds": self.seconds,
+            "learned": self.perturbation.learned,
         }
         blob = io.BytesIO()
         torch.save(state, blob)
@@ -307,6 +314,7 @@ class PerturbationTrainer(Trainer):
         self.optimizer.load_state_dict(state["optimizer"])
         self.scores, self.seconds = state["scores"], state["seconds"]
         self.surrogate_passes, self.perturbation_passes = state["passes"]
+        self.perturbation.learned = state.get("learned")
         self.state.epoch = round_
         self.state.iteration = round_ * self.state.epoch_length
         self.data_loader.start = self.state.iteration

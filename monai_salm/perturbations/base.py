@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from monai_salm.perturbations.budget import Lattice
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, label) -> one loss per image, (B,)."""
+Batch = tuple[Tensor, Tensor, Lattice]
+"""Images, labels and the changes that the images allow, as a call of a method takes them."""
 
 
 @contextmanager
@@ -54,9 +56,13 @@ class Objective(nn.Module):
         seen = self.network.view(image) + self.network.view(delta)
         if self.view is not None:
             seen = self.view(seen, self.view.draw(len(seen), generator))
-        losses = self.loss(self.network.network(seen), label)
+        losses = self.loss(self.network.network(self.harden(seen, label)), label)
         self._note(losses, len(image))
         return losses
+
+    def harden(self, seen: Tensor, label: Tensor) -> Tensor:
+        """What the network is shown in place of the images that it sees: those, unless a subclass differs."""
+        return seen
 
     def _note(self, losses: Tensor, count: int) -> None:
         self.passes += count
@@ -87,12 +93,15 @@ class Perturbation(ABC):
     inside budget, window and stored range), finite and detached, and the objective's network is in the state it was in.
     """
 
+    learned: Any = None
+    """What the method knows of a cohort, see :py:meth:`learn`: tensors that ``torch.save`` takes. None: nothing."""
+
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "learned")
         return f"{type(self).__name__}({settings})"
 
-    @staticmethod
     def gradient(
+        self,
         objective: Objective,
         image: Tensor,
         label: Tensor,
@@ -115,6 +124,24 @@ class Perturbation(ABC):
         generator: torch.Generator,
     ) -> Tensor:
         """(B, C, *spatial) real-valued lattice steps, from float ``start``; the caller projects and rounds."""
+
+    def learn(self, objective: Objective, batches: Callable[[], Iterator[Batch]], generator: torch.Generator) -> Any:
+        """What ``compute`` must know of all cases and finds in ``learned``; most methods need nothing."""
+        return self.learned
+
+    @final
+    def survey(
+        self, objective: Objective, batches: Callable[[], Iterator[Batch]], *, generator: torch.Generator
+    ) -> None:
+        """Look at a whole cohort, before its cases are perturbed.
+
+        Args:
+            objective: what to minimize.
+            batches: begins a pass over the cohort.
+            generator: CPU generator of everything random.
+        """
+        with frozen(objective.network):
+            self.learned = self.learn(objective, batches, generator)
 
     @final
     def __call__(
