@@ -67,29 +67,39 @@ def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_p
 
 
 @pytest.fixture
-def few(load, archive):
-    """Eight training images, and how many classes they have."""
+def few(load, tmp_path):
+    """Eight images of a number of axes, and how many classes they have."""
     labels, transforms, data = load("monai_salm.release.labels"), load("monai_salm.transforms"), load("monai.data")
-    cohort = load("pneumoniamnist").balanced(labels.load_cohort(archive), 8, "val")
-    items = [{"image": case, "label": case.label} for case in cohort.train]
-    return data.CacheDataset(items, transforms.LoadStoredd("image", spatial_dims=2), progress=False), 2
+
+    def make(dims: int = 2):
+        rng, arrays, label = np.random.default_rng(0), {}, np.arange(8, dtype=np.uint8)[:, None] % 2
+        for split in ("train", "val", "test"):
+            arrays[f"{split}_images"] = rng.integers(0, 250, (8, *[28, 12][dims - 2 : dims - 1] * dims), dtype=np.uint8)
+            arrays[f"{split}_labels"] = label
+        np.savez(tmp_path / "few.npz", **arrays)
+        cohort = labels.load_cohort(tmp_path / "few.npz", spatial_dims=dims)
+        items = [{"image": case, "label": case.label} for case in cohort.cases if case.split == "train"]
+        return data.CacheDataset(items, transforms.LoadStoredd("image", spatial_dims=dims), progress=False), 2
+
+    return make
 
 
-def test_every_method_can_be_fitted_by_name(load, few, tmp_path):
-    methods, (dataset, classes) = load("methods"), few
+@pytest.mark.parametrize("size", [(14, 14), (8, 8, 8)], ids=["2d", "3d"])
+def test_every_method_can_be_fitted_by_name(load, few, tmp_path, size):
+    methods, (dataset, classes) = load("methods"), few(len(size))
     for name in methods.FITTED:
         quick = {key: min(value, methods.METHODS[name].overrides.get(key, value)) for key, value in QUICK.items()}
-        found = methods.fit(name, dataset, classes, (14, 14), 3, "8/255", tmp_path, quick)
+        found = methods.fit(name, dataset, classes, size, 3, "8/255", tmp_path, quick)
         deltas = [found.deltas[item["image"].meta["sample_id"]].int() for item in dataset]
         bound = 255 if name in methods.UNBOUNDED else 8
         assert all(delta.any() and delta.abs().max() <= bound for delta in deltas), name
         assert found.passes["total"] <= 2 + 3 * 8 and found.settings["epsilon"]
     with pytest.raises(ValueError, match="makes no perturbations; use one of random_noise"):
-        methods.fit("clean", dataset, classes, (14, 14), 3, "8/255", tmp_path)
+        methods.fit("clean", dataset, classes, size, 3, "8/255", tmp_path)
 
 
 def test_a_fit_is_read_again_and_never_taken_for_another(load, few, tmp_path, monkeypatch):
-    methods, (dataset, classes) = load("methods"), few
+    methods, (dataset, classes) = load("methods"), few()
     given = ("salm_0.4", dataset, classes, (14, 14))
     first = methods.fit(*given, 3, "8/255", tmp_path, QUICK)
     for changed in ((4, "8/255"), (3, "4/255")):

@@ -28,7 +28,7 @@ class RobustObjective(Objective):
     """
 
     def __init__(
-        self, network: nn.Module, loss: Loss, *, radius: float, steps: int = 3, view: nn.Module | None = None
+        self, network: nn.Module, loss: Loss, *, radius: float, steps: int = 2, view: nn.Module | None = None
     ) -> None:
         super().__init__(network, loss, view=view)
         if radius <= 0 or steps < 1:
