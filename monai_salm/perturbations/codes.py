@@ -12,8 +12,9 @@ only when there are more classes than directions of the first keep apart."""
 BANDWIDTH = 2.0
 """Standard deviation of a code's spectrum around its center, in cycles per image."""
 CANDIDATES = 1024
-VOXEL_CYCLES = (0.4, 0.25)
-"""Cycles per voxel of the codes of voxel labels: finer than most anatomy; the second as above."""
+VOXEL_CYCLES = (0.15, 0.35, 0.5)
+"""Cycles per voxel of the codes of voxel labels: the last along one axis, between the others along all others. Networks
+that were trained on clean images hardly respond to it (`docs/method.md`)."""
 VOXEL_BANDWIDTH = 0.04
 
 
@@ -37,7 +38,7 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
     cycles = [torch.fft.fftfreq(size) * size for size in spatial_size]
-    return _textures(cycles, _centers(len(spatial_size), classes, CYCLES), BANDWIDTH, seed)
+    return _textures(cycles, _far_apart(_coarse(len(spatial_size), classes), classes), BANDWIDTH, seed)
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
@@ -52,7 +53,7 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         (classes, 1, *spatial_size) float tensor; the first is zero.
     """
     cycles = [torch.fft.fftfreq(size) for size in spatial_size]
-    centers = _centers(len(spatial_size), max(1, classes - 1), VOXEL_CYCLES)
+    centers = _far_apart(_fine(len(spatial_size)), max(1, classes - 1))
     codes = _textures(cycles, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
     return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
 
@@ -70,12 +71,24 @@ def _textures(axes: list[Tensor], centers: Tensor, bandwidth: float, seed: int) 
     return torch.stack(codes)[:, None]
 
 
-def _centers(dims: int, count: int, shells: tuple[float, float]) -> Tensor:
-    """(count, dims) frequencies, far from each other, on the first shell or on both."""
+def _coarse(dims: int, count: int) -> Tensor:
+    """(n, dims) frequencies on the first shell, or on both."""
     directions = torch.randn(CANDIDATES, dims, generator=torch.Generator().manual_seed(0)).abs()
     directions = torch.cat([torch.eye(dims), torch.ones(1, dims), directions])
     directions = directions / directions.norm(dim=1, keepdim=True)
-    candidates = torch.cat([directions * cycles for cycles in (shells if count > dims + 1 else shells[:1])])
+    return torch.cat([directions * cycles for cycles in (CYCLES if count > dims + 1 else CYCLES[:1])])
+
+
+def _fine(dims: int) -> Tensor:
+    """(n, dims) frequencies of every other voxel along one axis."""
+    low, high, nyquist = VOXEL_CYCLES
+    others = low + (high - low) * torch.rand(CANDIDATES, dims, generator=torch.Generator().manual_seed(0))
+    others[0] = low
+    return others.scatter(1, torch.arange(CANDIDATES)[:, None] % dims, nyquist)
+
+
+def _far_apart(candidates: Tensor, count: int) -> Tensor:
+    """(count, dims) of the candidates, the first one and those far from each other."""
     chosen = candidates[:1]
     while len(chosen) < count:
         farthest = torch.cdist(candidates, chosen).amin(1).argmax()
