@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from monai_salm.perturbations.base import Objective, Perturbation, frozen
 from monai_salm.perturbations.budget import Lattice
-from monai_salm.perturbations.codes import class_codes
+from monai_salm.perturbations.codes import class_codes, voxel_codes
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM, RandomSign
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
@@ -194,6 +194,18 @@ class TestCodes:
         flat = codes.flatten(1)
         off_diagonal = (flat @ flat.T / flat.shape[1]).fill_diagonal_(0)
         assert off_diagonal.abs().max() < 0.5
+
+    @pytest.mark.parametrize(("size", "classes"), [((64, 64), 2), ((64, 64), 5), ((32, 32, 32), 3)])
+    def test_codes_of_voxels_alternate_along_one_axis_and_the_background_has_none(self, size, classes):
+        codes = voxel_codes(size, classes, seed=1)
+        assert codes.shape == (classes, 1, *size) and not codes[0].any()
+        peaks = []
+        for code in codes[1:, 0]:
+            power = torch.fft.fftn(code).abs().square()
+            cycles = torch.stack(torch.meshgrid(*map(torch.fft.fftfreq, size), indexing="ij"), -1).abs()
+            peaks.append((power[..., None] * cycles).flatten(0, -2).sum(0) / power.sum())
+        assert all(peak.max() > 0.35 and peak.min() < 0.35 for peak in peaks)
+        assert len({int(peak.argmax()) for peak in peaks[: len(size)]}) == min(classes - 1, len(size))
 
 
 class TestMasks:
