@@ -28,7 +28,7 @@ from methods import FITTED, METHODS, Fitted, fit, victims
 from monai.data import CacheDataset
 from setting import configured, machine, versions
 
-from monai_salm.io.base import StoredImage
+from monai_salm.io.base import Case, StoredImage
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.surrogates import ResizeView
@@ -100,8 +100,8 @@ class Rows:
             stream.write(text)
 
 
-def balanced(cohort: Cohort, count: int, split: str, seed: int = 0) -> Cohort:
-    """``count`` training cases, as many of each class, and the cases of ``split`` to test on.
+def drawn(cohort: Cohort, count: int, split: str, seed: int = 0) -> list[Case]:
+    """``count`` cases of a split, as many of each class, in the cohort's order.
 
     Raises:
         ValueError: When a class has too few cases.
@@ -109,13 +109,22 @@ def balanced(cohort: Cohort, count: int, split: str, seed: int = 0) -> Cohort:
     each, generator = count // len(cohort.classes), np.random.default_rng(seed)
     chosen = set()
     for label, name in enumerate(cohort.classes):
-        members = [case for case in cohort.cases if case.split == "train" and case.label == label]
+        members = [case for case in cohort.cases if case.split == split and case.label == label]
         if len(members) < each or each < 1:
-            raise ValueError(f"class {name} has {len(members)} training cases, {each} are asked for; see --train-size")
+            raise ValueError(f"class {name} has {len(members)} {split} cases, {each} are asked for; ask for fewer")
         chosen |= {members[at].sample_id for at in generator.permutation(len(members))[:each]}
-    train = [case for case in cohort.cases if case.sample_id in chosen]
+    return [case for case in cohort.cases if case.sample_id in chosen]
+
+
+def balanced(cohort: Cohort, count: int, split: str, seed: int = 0) -> Cohort:
+    """``count`` training cases, as many of each class, and the cases of ``split`` to test on.
+
+    Raises:
+        ValueError: When a class has too few cases.
+    """
     tested = [case for case in cohort.cases if case.split == split]
-    return replace(cohort, cases=(*train, *tested), held_out_ids=frozenset(case.sample_id for case in tested))
+    cases = (*drawn(cohort, count, "train", seed), *tested)
+    return replace(cohort, cases=cases, held_out_ids=frozenset(case.sample_id for case in tested))
 
 
 def write_arm(

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data sets of the arena: what is protected, what victims are tested on, and clean cases that a third party has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from pneumoniamnist import drawn
+from torch import Tensor
+
+from monai_salm.cohorts.demo import write_demo_export
+from monai_salm.io.base import Case, StoredImage
+from monai_salm.release.labels import load_cohort
+from monai_salm.surrogates import ResizeView
+from monai_salm.transforms import LoadStoredd
+from monai_salm.transforms.meta import codec_of, meta_of, stored_array
+from monai_salm.verification.arms import Deltas, perturbed
+
+__all__ = ["DataSet", "Part", "load", "stratified"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some cases of a data set.
+
+    Args:
+        dataset: items ``{"image": stored values, "label": class index}``.
+        size: of what victims see.
+    """
+
+    dataset: CacheDataset
+    size: tuple[int, ...]
+
+    @cached_property
+    def images(self) -> dict[str, StoredImage]:
+        """Stored images by ``sample_id``."""
+        found = {}
+        for item in self.dataset:
+            codec = codec_of(item["image"], None)
+            found[meta_of(item["image"], "sample_id")] = StoredImage(stored_array(item["image"], codec), codec)
+        return found
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) class indices."""
+        return torch.tensor([int(item["label"]) for item in self.dataset])
+
+    def seen(self, deltas: Deltas | None = None) -> Tensor:
+        """(N, 1, *size) unit intensities as victims see them, with perturbations if there are any."""
+        resize = ResizeView(self.size)
+        units = (
+            image.codec.to_unit(torch.from_numpy(image.stored)) if deltas is None else perturbed(image, deltas[name])
+            for name, image in self.images.items()
+        )
+        return torch.cat([resize(unit[None]) for unit in units])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Three parts that share no patient.
+
+    Args:
+        classes: their names.
+        train: what is protected.
+        test: clean, for the test of victims.
+        spare: clean cases of the third party's own.
+    """
+
+    classes: tuple[str, ...]
+    train: Part
+    test: Part
+    spare: Part
+
+
+def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
+    """A data set of the arena.
+
+    Args:
+        settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
+            tested on; ``spare``: how many clean cases the third party has. Either ``archive`` names a MedMNIST archive
+            in ``data`` (then ``spare_split`` is where these come from), or ``demo`` is the seed of a demo cohort (then
+            they come from the cohort of the next seed).
+        data: folder of the archives.
+        work: folder where demo cohorts are written.
+
+    Raises:
+        ValueError: When a class has too few cases.
+    """
+    size, split = tuple(settings["size"]), settings["split"]
+    if "archive" in settings:
+        cohort = load_cohort(data / settings["archive"], spatial_dims=2)
+        others, spare_split = cohort, settings["spare_split"]
+    else:
+        cohort, others = (_demo(work, settings["demo"] + offset) for offset in (0, 1))
+        spare_split = "train"
+    if others is cohort and spare_split in ("train", split):
+        raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
+    tested = [case for case in cohort.cases if case.split == split]
+    parts = drawn(cohort, settings["train"], "train"), tested, drawn(others, settings["spare"], spare_split)
+    return DataSet(tuple(cohort.classes), *(_part(cases, size) for cases in parts))
+
+
+def _demo(work: Path, seed: int) -> Any:
+    folder = work / f"demo-{seed}"
+    write_demo_export(folder, 2, seed, progress=False)
+    return load_cohort(folder, spatial_dims=2)
+
+
+def _part(cases: Sequence[Case], size: tuple[int, ...]) -> Part:
+    items = [{"image": case, "label": case.label} for case in cases]
+    dataset = CacheDataset(items, LoadStoredd("image", spatial_dims=2), copy_cache=False, progress=False)
+    return Part(dataset, size)
+
+
+def stratified(labels: Tensor, share: float, seed: int) -> np.ndarray:
+    """Places of a share of the cases of each class."""
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for label in labels.unique().tolist():
+        members = np.flatnonzero(labels.numpy() == label)
+        chosen.append(generator.permutation(members)[: round(share * len(members))])
+    return np.sort(np.concatenate(chosen))

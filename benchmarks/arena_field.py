@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One data set of the arena: its fits at the asked budgets, what third parties train on, and their trainings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arena_cells import AGAIN, ELSEWHERE, NO_DEFENSE, WITHOUT_FIT, Cell
+from arena_data import DataSet, Part
+from methods import METHODS, Fitted, fit, victims
+from pneumoniamnist import Rows
+from releases import RELEASES, TURNED, Copies, separable, turned
+from setting import configured, versions
+from torch import Tensor
+
+from monai_salm.io.base import StoredImage
+from monai_salm.verification.arms import Arm, ArmWriter, generator_of
+from monai_salm.verification.defenses import DEFENSES
+from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
+from monai_salm.verification.jobs import Job, run_jobs
+from monai_salm.verification.segmenters import described
+from monai_salm.verification.training import Recipe, victim_digest
+from monai_salm.verification.victims import Classification
+
+__all__ = ["MEASURED", "OF_FIT", "Field"]
+
+BASE_255THS = 8
+"""Budget that the search for a PSNR starts from."""
+PSNR_FITS = 4
+"""Most fits of one search."""
+MEASURED = ("balanced_accuracy", "auc", "accuracy", "seconds")
+"""Columns of a training."""
+OF_FIT = ("epsilon", "psnr", "ssim", "changed", "fit_seconds", "passes", "linear_images", "linear_delta")
+"""Columns of the fit that a training saw. ``linear_*``: how well a logistic regression reads classes off one half of
+the training cases after it was fitted to the other half: from the protected images (clean ones for the clean method),
+and from the perturbations alone."""
+BUNDLE = "salm_2d_classification"
+
+
+class Field:
+    """One data set with its fits, arms and trainings.
+
+    Args:
+        name: of the data set.
+        config: as in ``arena.yaml``.
+        data: the data set.
+        work: folder of the fits.
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any], data: DataSet, work: Path) -> None:
+        self.name, self.config, self.data, self.work = name, config, data, work
+        self._fits: dict[tuple[str, str, int], tuple[Fitted, str]] = {}
+        self._described: dict[tuple[str, str, int], dict[str, Any]] = {}
+        shipped = configured(BUNDLE, {"num_classes": len(data.classes)})
+        names = ("batch_size", "learning_rate", "weight_decay")
+        self.recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names}
+        self.recipe["epochs"] = config["epochs"][name]
+        self.task = Classification(data.classes, shipped.get_parsed_content("study::augment"), data.train.size)
+
+    # -------------------------------------------------------------------- fits
+
+    def fitted(self, level: str, method: str, seed: int) -> tuple[Fitted, str]:
+        """Perturbations, and the budget that they were fitted with.
+
+        Args:
+            level: a budget, or a mean PSNR such as ``"36 dB"`` that the budget is chosen for.
+            method: of ``methods.METHODS``.
+            seed: of the fit; with ``AGAIN`` the same images once more, with ``ELSEWHERE`` the spare images, both at
+                the budget of the seed without it.
+        """
+        key = level, method, seed
+        if key not in self._fits:
+            self._fits[key] = self._fit(level, method, seed)
+        return self._fits[key]
+
+    def _fit(self, level: str, method: str, seed: int) -> tuple[Fitted, str]:
+        part = self.data.spare if seed >= ELSEWHERE else self.data.train
+
+        def at(epsilon: str) -> Fitted:
+            overrides = self.config["fit"]
+            return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
+
+        if seed >= AGAIN:
+            epsilon = self.fitted(level, method, seed % AGAIN)[1]
+            return at(epsilon), epsilon
+        if not level.endswith("dB"):
+            return at(level), level
+        wanted, levels = float(level.removesuffix("dB")), BASE_255THS
+        tried: dict[int, tuple[float, Fitted]] = {}
+        # Whole 255ths: what an image of 8 bits can hold.
+        while levels not in tried and len(tried) < PSNR_FITS:
+            found = at(f"{levels}/255")
+            psnr = _fidelity(part, found, ssim=False)["psnr"]["mean"]
+            tried[levels] = abs(psnr - wanted), found
+            levels = max(1, round(levels * 10 ** ((psnr - wanted) / 20)))
+        best = min(tried, key=lambda each: tried[each][0])
+        return tried[best][1], f"{best}/255"
+
+    # -------------------------------------------------------------------- arms
+
+    @cached_property
+    def _clean(self) -> Tensor:
+        return self.data.train.seen()
+
+    def _released(self, cell: Cell) -> Tensor:
+        """What a cell's third party trains on, before its defense."""
+        if cell.method == "clean":
+            return self._clean
+        if cell.method == "blind":
+            return torch.rand(self._clean.shape, generator=generator_of("blind", self._seed(cell)))
+        seed = self._seed(cell)
+
+        def seen(part: Part, offset: int) -> Tensor:
+            return part.seen(self.fitted(cell.level, cell.method, seed + offset)[0].deltas)
+
+        copies = Copies(
+            self._clean,
+            seen(self.data.train, 0),
+            self.data.train.labels,
+            seed,
+            lambda: seen(self.data.train, AGAIN),
+            lambda: (self.data.spare.seen(), seen(self.data.spare, ELSEWHERE)),
+        )
+        return RELEASES[cell.release](copies)
+
+    def _seed(self, cell: Cell) -> int:
+        return cell.seed % self.config["fits"]
+
+    def _arm(self, cell: Cell, path: Path) -> Arm:
+        if cell.method == "own_clean":
+            return _write(path, self.data.spare.seen(), self.data.spare.labels)
+        images, labels = self._released(cell), self.data.train.labels
+        return _write(path, *(turned(images, 0) if cell.release == TURNED else (images, labels)))
+
+    def _test(self, release: str, path: Path) -> Arm:
+        """Test cases, then the third party's own clean ones."""
+        parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare)]
+        if release == TURNED:
+            parts = [turned(images, 0) for images, _ in parts]
+        return _write(path, *(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    # --------------------------------------------------------------- trainings
+
+    def train(self, asked: Sequence[Cell], folder: Path, rows: Path, workers: int) -> list[dict[str, Any]]:
+        """Do the trainings that are not done, and give a row of the table for each.
+
+        Args:
+            asked: cells of this data set.
+            folder: an empty folder for arms.
+            rows: where finished trainings are kept.
+            workers: processes.
+        """
+        jobs = self._jobs(asked, folder)
+        done = Rows(rows, {job.key: "/".join(map(str, asdict(cell).values())) for cell, job in jobs.items()})
+        print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
+        run_jobs(list(jobs.values()), done, workers)  # type: ignore[arg-type]
+        return [
+            asdict(cell) | {name: done[job.key][name] for name in MEASURED} | self._of_fit(cell)
+            for cell, job in jobs.items()
+        ]
+
+    def _jobs(self, asked: Sequence[Cell], folder: Path) -> dict[Cell, Job]:
+        makers = victims({"num_classes": len(self.data.classes)})
+        recipes: dict[str, Callable[..., Recipe]] = {each.name: each.recipe for each in DEFENSES}
+        recipes[NO_DEFENSE] = Recipe
+        arms: dict[tuple[Any, ...], Arm] = {}
+        tests: dict[bool, Arm] = {}
+        n_test = len(self.data.test.labels)
+        spare = tuple(range(n_test, n_test + len(self.data.spare.labels)))
+        found = {}
+        for cell in asked:
+            shown = (cell.level, cell.method, cell.release, self._seed(cell))
+            if shown not in arms:
+                arms[shown] = self._arm(cell, folder / f"{len(arms)}.f32")
+            other = cell.release == TURNED
+            if other not in tests:
+                tests[other] = self._test(cell.release, folder / f"test{len(tests)}.f32")
+            arm, test, make, recipe = arms[shown], tests[other], makers[cell.victim], recipes[cell.defense]
+            kind = victim_digest(make, torch.zeros(2, 1, *self.data.train.size), len(self.data.classes))
+            decisive = [arm.digest, test.digest, spare, kind, cell.seed, self.recipe, self.task.describe()]
+            decisive += [described(recipe), versions()]
+            key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+            options = {**self.recipe, "seed": cell.seed, "curve_points": 1}
+            found[cell] = Job(key, make, arm, test, self.task, options, False, recipe, spare)
+        return found
+
+    def _of_fit(self, cell: Cell) -> dict[str, Any]:
+        """Columns of the fit that a training saw."""
+        key = cell.level, cell.method, self._seed(cell)
+        if key not in self._described:
+            self._described[key] = self._measured(*key)
+        return self._described[key]
+
+    def _measured(self, level: str, method: str, seed: int) -> dict[str, Any]:
+        part = self.data.train
+        if method == "clean":
+            return {"linear_images": separable(self._clean, part.labels)}
+        if method in WITHOUT_FIT:
+            return {}
+        found, epsilon = self.fitted(level, method, seed)
+        kept, protected = _fidelity(part, found, ratio=METHODS[method].ratio), part.seen(found.deltas)
+        return {
+            "epsilon": epsilon,
+            "psnr": kept["psnr"]["mean"],
+            "ssim": kept["ssim"]["mean"],
+            "changed": kept["mask_fraction"]["mean"],
+            "fit_seconds": found.seconds,
+            "passes": found.passes.get("total"),
+            "linear_images": separable(protected, part.labels),
+            "linear_delta": separable(protected - self._clean, part.labels),
+        }
+
+
+def _estimate(jobs: Mapping[Cell, Job], done: Rows, workers: int) -> str:
+    """How much is to be done and, once there are finished trainings to judge by, about how long it takes."""
+    spent: dict[str, list[float]] = {}
+    for cell, job in jobs.items():
+        if job in done and cell.defense == NO_DEFENSE:
+            spent.setdefault(cell.victim, []).append(done[job.key]["seconds"])
+    left = {job.key: cell for cell, job in jobs.items() if job not in done}
+    text = f"{len(left)} of {len(jobs)} trainings to do"
+    if left and all(cell.victim in spent for cell in left.values()):
+        costs = {defense.name: defense.cost for defense in DEFENSES}
+        seconds = sum(costs.get(cell.defense, 1.0) * float(np.mean(spent[cell.victim])) for cell in left.values())
+        text += f", about {seconds / workers / 60:.0f} min"
+    return text
+
+
+def _fidelity(part: Part, fitted: Fitted, ratio: float | None = None, ssim: bool = True) -> dict[str, Any]:
+    kept, sample = Fidelity(), ssim_sample(part.images, SSIM_CASES[2] if ssim else 0)
+    for name, image in part.images.items():
+        moved = StoredImage(image.codec.add(image.stored, np.asarray(fitted.deltas[name])), image.codec)
+        kept.add(image, moved, ssim=name in sample)
+    return kept.result(ratio)
+
+
+def _write(path: Path, images: Tensor, labels: Tensor) -> Arm:
+    writer = ArmWriter(path)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        writer.add(image, label)
+    return writer.close()

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One page of the arena's table: sortable rankings, and heat maps of what each defense and release leaves of a method.
+
+python benchmarks/leaderboard.py build/arena/arena.csv --output build/arena/leaderboard.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arena_cells import NO_DEFENSE, PLAIN, WITHOUT_FIT
+from releases import TURNED
+
+from monai_salm.verification.defenses import DEFENSES
+from monai_salm.verification.results import write_atomically
+from monai_salm.verification.strength import closed_gap, mean_of, values_of
+from monai_salm.verification.verdict import VerdictRules, learning_checks
+from monai_salm.verification.victims import METRIC
+
+Row = Mapping[str, Any]
+TEXT = ("data", "level", "method", "release", "defense", "victim", "epsilon")
+RANKING = {
+    "level": "budget",
+    "method": "method",
+    METRIC: "balanced accuracy",
+    "auc": "AUC",
+    "gap": "closed gap",
+    "low": "low",
+    "high": "high",
+    "n": "pairs",
+    "standard": "mean over standard defenses",
+    "worst": "least over all defenses",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "changed": "changed",
+    "passes": "passes",
+    "fit_seconds": "seconds",
+    "linear_images": "linear, images",
+    "linear_delta": "linear, noise",
+}
+"""Columns and their heads."""
+_SCRIPT = """
+for (const head of document.querySelectorAll("th")) head.onclick = () => {
+  const body = head.closest("table").tBodies[0], at = [...head.parentNode.children].indexOf(head);
+  const key = row => (row.children[at].dataset.v ?? row.children[at].textContent) || null;
+  const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
+  body.append(...[...body.rows].sort((a, b) => {
+    const [x, y] = [key(a), key(b)];
+    if (x === null || y === null) return (x === null) - (y === null);
+    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return up === "1" ? -order : order;
+  }));
+};
+"""
+_STYLE = """
+body { font: 14px/1.5 "Helvetica Neue", Arial, sans-serif; margin: 28px; color: #1b2430; max-width: 1500px; }
+table { border-collapse: collapse; margin: 8px 0 22px; font-variant-numeric: tabular-nums; font-size: 13px; }
+th { cursor: pointer; text-align: left; vertical-align: bottom; border-bottom: 1.5px solid; padding: 3px 9px 3px 0; }
+td { border-bottom: 1px solid #e5e8ec; padding: 3px 9px 3px 0; white-space: nowrap; }
+.heat td + td { padding: 3px 7px; text-align: right; } .unsure { color: #566172; font-style: italic; }
+.heat th + th { writing-mode: vertical-rl; transform: rotate(180deg); }
+"""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of the table; numbers are numbers, what is empty is None."""
+    with path.open(newline="") as stream:
+        return [
+            {name: value if name in TEXT else float(value) if value else None for name, value in row.items()}
+            for row in csv.DictReader(stream)
+        ]
+
+
+class Board:
+    """What the table says of one data set.
+
+    Args:
+        rows: its trainings.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        fitted = [row for row in rows if row["method"] not in WITHOUT_FIT]
+        self.methods = list(dict.fromkeys(row["method"] for row in fitted))
+        self.levels = list(dict.fromkeys(row["level"] for row in fitted))
+        self.defenses = [d.name for d in DEFENSES if any(row["defense"] == d.name for row in fitted)]
+        self.releases = [name for name in dict.fromkeys(row["release"] for row in fitted) if name != PLAIN]
+        self._gaps: dict[tuple[str, ...], dict[str, Any] | None] = {}
+
+    def of(self, **wanted: str) -> list[Row]:
+        """Trainings with these values."""
+        return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
+
+    def gap(self, level: str, method: str, release: str = PLAIN, defense: str = NO_DEFENSE) -> dict[str, Any] | None:
+        """Closed gap of a cell, ``conclusive`` if clean victims with the same defense have learned; None: not run."""
+        key = level, method, release, defense
+        if key not in self._gaps:
+            self._gaps[key] = self._gap(*key)
+        return self._gaps[key]
+
+    def _gap(self, level: str, method: str, release: str, defense: str) -> dict[str, Any] | None:
+        mine = self.of(level=level, method=method, release=release, defense=defense)
+        if not mine:
+            return None
+        other = release == TURNED
+        clean = self.of(method="clean", release=release if other else PLAIN, defense=defense)
+        parts = {"clean": clean, "protected": mine, "blind": [] if other else self.of(method="blind")}
+        rows = [{**row, "arm": arm} for arm, part in parts.items() for row in part]
+        chance = 0.5 if other else None  # turned or not; other labels have blind victims
+        found = closed_gap(rows, METRIC, chance=chance)
+        checks = learning_checks(rows, METRIC, list(found["by_victim"]), chance, VerdictRules())
+        known = found["mean"] is not None and all(check.passed for check in checks)
+        return {**found, "conclusive": known, "arm": mean_of(values_of(rows, METRIC, "protected"))}
+
+    @cached_property
+    def ranking(self) -> list[dict[str, Any]]:
+        """One row per method and budget, the strongest first; those without a fit last."""
+        found = []
+        for level in self.levels:
+            for method in self.methods:
+                gap, mine = self.gap(level, method), self.of(level=level, method=method, release=PLAIN)
+                if gap is None:
+                    continue
+                withstood = {name: self.gap(level, method, defense=name) for name in self.defenses}
+                told = {name: part["mean"] for name, part in withstood.items() if part and part["conclusive"]}
+                standard = [told[d.name] for d in DEFENSES if d.standard and d.name in told]
+                row = {name: gap[name] for name in ("low", "high", "n")}
+                row |= {"gap": gap["mean"], "conclusive": gap["conclusive"]}
+                row |= {"standard": _mean(standard), "worst": min(told.values(), default=None)}
+                found.append(self._described(level, method, mine) | row)
+        found.sort(key=lambda row: (self.levels.index(row["level"]), -(row["gap"] if row["gap"] is not None else -9)))
+        others = ((name, self.of(method=name, release=PLAIN)) for name in WITHOUT_FIT)
+        return found + [self._described("", name, rows) for name, rows in others if rows]
+
+    def _described(self, level: str, method: str, rows: Sequence[Row]) -> dict[str, Any]:
+        plain = [row for row in rows if row["defense"] == NO_DEFENSE]
+        names = ("psnr", "ssim", "changed", "passes", "fit_seconds", "linear_images", "linear_delta")
+        values = {name: [row[name] for row in plain if row[name] is not None] for name in (METRIC, "auc")}
+        spread = {
+            f"{name}_std": float(np.std(each, ddof=1)) if len(each) > 1 else None for name, each in values.items()
+        }
+        means = {name: _mean([row[name] for row in plain]) for name in (METRIC, "auc", *names)}
+        return {"level": level, "method": method, **means, **spread}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _shown(row: Row, name: str) -> str:
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return value or ""
+    digits = {"psnr": 1, "passes": 1, "fit_seconds": 1, "n": 0, "gap": 2, "low": 2, "high": 2}.get(name, 3)
+    std = row.get(f"{name}_std")
+    return f"{value:.{digits}f}" + (f" ± {std:.3f}" if std is not None else "")
+
+
+def table_html(board: Board) -> str:
+    """The ranking."""
+    heads = "".join(f"<th>{html.escape(text)}</th>" for text in RANKING.values())
+    lines = []
+    for row in board.ranking:
+        raw = {name: "" if row.get(name) is None else str(row[name]) for name in RANKING}
+        cells = [f'<td data-v="{html.escape(raw[name])}">{html.escape(_shown(row, name))}</td>' for name in RANKING]
+        lines.append(f"<tr{'' if row.get('conclusive', True) else ' class=unsure'}>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def heat_html(board: Board, level: str, columns: Sequence[tuple[str, str, str]]) -> str:
+    """Closed gaps of each method (rows) in each (head, release, defense); empty where nothing was run."""
+    heads = "".join(f"<th>{html.escape(head)}</th>" for head, _, _ in columns)
+    lines = []
+    for method in board.methods:
+        gaps = [board.gap(level, method, release, defense) for _, release, defense in columns]
+        if any(gap is not None for gap in gaps[1:]):
+            lines.append(f"<tr><td>{html.escape(method)}</td>{''.join(map(_heat, gaps))}</tr>")
+    if not lines:
+        return ""
+    return f'<table class="heat"><thead><tr><th>method</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _heat(gap: Mapping[str, Any] | None) -> str:
+    if gap is None:
+        return "<td></td>"
+    if not gap["conclusive"]:
+        return '<td class="unsure" title="the clean victims did not learn">?</td>'
+    strength = min(1.0, max(0.0, gap["mean"]))
+    color = f"rgb({round(240 - 200 * strength)},{round(245 - 110 * strength)},{round(250 - 50 * strength)})"
+    interval = "" if gap["low"] is None else f"{gap['low']:.2f} to {gap['high']:.2f}"
+    ink = "#fff" if strength > 0.6 else "#1b2430"
+    return (
+        f'<td style="background:{color};color:{ink}" title="{interval}" data-v="{gap["mean"]}">{gap["mean"]:.2f}</td>'
+    )
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The leaderboard as one HTML file that loads nothing."""
+    parts = [
+        "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>monai_salm: the arena</title>",
+        f"<style>{_STYLE}</style><h1>The arena</h1><p>Closed gap: (clean − protected) / (clean − blind) in balanced "
+        "accuracy, clean with the same defense; 0 is no protection, at 1 the images teach as little as noise. "
+        "Intervals: 95 %, two-level bootstrap of paired seeds. In italics, or “?”: the clean victims did not learn, so "
+        "nothing can be said. Click a head to sort.</p>",
+    ]
+    for name in dict.fromkeys(row["data"] for row in rows):
+        board = Board([row for row in rows if row["data"] == name])
+        parts.append(f"<h2>{html.escape(name)}</h2>{table_html(board)}")
+        for level in board.levels:
+            plain = [(NO_DEFENSE, PLAIN, NO_DEFENSE)]
+            defenses = plain + [(name, PLAIN, name) for name in board.defenses]
+            releases = [(PLAIN, PLAIN, NO_DEFENSE)] + [(name, name, NO_DEFENSE) for name in board.releases]
+            for title, columns in (("defenses", defenses), ("releases", releases)):
+                found = heat_html(board, level, columns)
+                parts.append(f"<h3>{html.escape(level)}, {title}</h3>{found}" if found else "")
+    return "\n".join([*parts, f"<script>{_SCRIPT}</script></html>\n"])
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rankings as Markdown, for pages of the documentation."""
+    names = ("level", "method", METRIC, "auc", "gap", "low", "high", "standard", "worst", "psnr", "ssim", "passes")
+    lines = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        lines += ["", data, "", f"| {' | '.join(RANKING[name] for name in names)} |", "| --- " * len(names) + "|"]
+        board = Board([row for row in rows if row["data"] == data])
+        lines += [f"| {' | '.join(_shown(row, name) for name in names)} |" for row in board.ranking]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="CSV file of arena.py")
+    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    asked = parser.parse_args(arguments)
+    rows = read(asked.table)
+    write_atomically(page(rows), asked.output)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arena on tiny images: nothing is trained twice, budgets meet a PSNR, releases are what they say."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SIZE = 16
+CONFIG = {
+    "data": {"tiny": {"archive": "tiny.npz", "size": [SIZE, SIZE], "train": 16, "split": "test", "spare": 8}},
+    "epochs": {"tiny": 1},
+    "fits": 1,
+    "fit": {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3},
+    "grids": {
+        "headline": {
+            "methods": ["random_noise", "salm_0.4"],
+            "levels": ["8/255", "40 dB"],
+            "victims": ["small_cnn"],
+            "seeds": 2,
+        },
+        "defenses": {
+            "methods": ["salm_0.4"],
+            "levels": ["8/255"],
+            "defenses": ["blur_1", "clean_20"],
+            "victims": ["small_cnn"],
+            "seeds": 1,
+        },
+        "releases": {
+            "methods": ["salm_0.4"],
+            "levels": ["8/255"],
+            "releases": ["part_50", "averaged", "removed", "turned"],
+            "victims": ["small_cnn"],
+            "seeds": 1,
+        },
+    },
+}
+CONFIG["data"]["tiny"]["spare_split"] = "val"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 24), ("val", 12), ("test", 12)):
+        labels = np.arange(count, dtype=np.uint8)[:, None] % 2
+        images = rng.integers(20, 180, (count, SIZE, SIZE), dtype=np.uint8) + 50 * labels[:, :, None]
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    folder = tmp_path_factory.mktemp("arena")
+    np.savez(folder / "tiny.npz", **arrays)
+    return folder
+
+
+@pytest.fixture
+def field(load, data, tmp_path):
+    loaded = load("arena_data").load(CONFIG["data"]["tiny"], data, tmp_path)
+    return load("arena_field").Field("tiny", CONFIG, loaded, tmp_path)
+
+
+# ------------------------------------------------------------------------ grid
+
+
+def test_grids_are_products_and_share_their_trainings(load):
+    found = load("arena_cells").cells(CONFIG)
+    assert len(found) == len(set(found))
+    fitted = [cell for cell in found if cell.method not in ("clean", "blind", "own_clean")]
+    assert len(fitted) == 2 * 2 * 2 + 2 + 4  # the plain training is that of the headline
+    clean = [(cell.release, cell.defense) for cell in found if cell.method == "clean" and cell.seed == 0]
+    assert sorted(clean) == [("all", "blur_1"), ("all", "clean_20"), ("all", "none"), ("turned", "none")]
+    assert {cell.seed for cell in load("arena_cells").cells(CONFIG, ["releases"])} == {0}
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"releases": ["never"]}, "never"),
+        ({"defenses": "all"}, "no set of defenses"),
+        ({"defenses": ["x"]}, "no defense"),
+    ],
+)
+def test_what_is_unknown_is_named_before_anything_is_done(load, grid, words):
+    config = CONFIG | {"grids": {"one": CONFIG["grids"]["headline"] | grid}}
+    with pytest.raises(ValueError, match=words):
+        load("arena_cells").cells(config)
+    with pytest.raises(ValueError, match="no grid two; there are one"):
+        load("arena_cells").cells(config, ["two"])
+
+
+def test_the_shipped_grid_asks_for_what_there_is(load):
+    config = yaml.safe_load((BENCHMARKS / "arena.yaml").read_text())
+    found = load("arena_cells").cells(config)
+    methods = load("methods")
+    assert {cell.method for cell in found} <= {*methods.FITTED, "clean", "blind", "own_clean"}
+    assert {cell.victim for cell in found} <= set(methods.victims({"num_classes": 2}))
+    assert {cell.data for cell in found} == set(config["data"]) == set(config["epochs"])
+
+
+def test_a_run_trains_every_cell_once_and_shows_it(load, data, tmp_path, monkeypatch, capsys):
+    arena, board = load("arena"), load("leaderboard")
+    output = tmp_path / "arena.csv"
+    piece = arena.Arena(CONFIG, data, tmp_path / "work", output).run(["headline"])
+    assert "14 of 14 trainings" in capsys.readouterr().out and len(piece) == 14
+    rows = arena.Arena(CONFIG, data, tmp_path / "work", output).run()
+    said = capsys.readouterr().out
+    assert "9 of 23 trainings to do, about 0 min" in said and len(rows) == 23
+    table = board.read(output)
+    assert [[row[name] or 0 for name in arena.COLUMNS] for row in table] == [
+        [row.get(name) or 0 for name in arena.COLUMNS] for row in rows
+    ]
+    noise = next(row for row in table if row["method"] == "random_noise" and row["level"] == "8/255")
+    assert noise["epsilon"] == "8/255" and 29 < noise["psnr"] < 31 and noise["passes"] is not None
+    assert 0 <= noise["linear_images"] <= 1 and 0 <= noise["linear_delta"] <= 1
+
+    page = board.page(table)
+    assert all(name in page for name in ("random_noise", "blur_1", "part_50", "own_clean", "balanced accuracy"))
+    assert "http" not in page and board.markdown(table).count("\n") >= 7
+
+    monkeypatch.setattr("monai_salm.verification.jobs.train_network", None)  # would fail if it were called
+    assert arena.Arena(CONFIG, data, tmp_path / "work", output).run() == rows
+
+
+# ------------------------------------------------------------------------ fits
+
+
+def test_a_budget_is_found_for_a_psnr(field):
+    fitted, epsilon = field.fitted("40 dB", "random_noise", 0)
+    assert epsilon == "3/255"  # 38.6 dB; 2/255 have 42.1
+    assert set(np.abs(np.asarray(fitted.deltas[next(iter(field.data.train.images))])).ravel().tolist()) <= {3}
+    again = field.fitted("40 dB", "random_noise", 1000)[1]
+    assert again == epsilon
+
+
+def test_spare_cases_are_neither_trained_nor_tested_on(field):
+    parts = [field.data.train, field.data.test, field.data.spare]
+    digests = [{image.stored.tobytes() for image in part.images.values()} for part in parts]
+    assert [len(each) for each in digests] == [16, 12, 8]
+    assert not digests[0] & digests[1] and not digests[2] & (digests[0] | digests[1])
+    assert [int(part.labels.sum()) for part in parts] == [8, 6, 4]
+
+
+# -------------------------------------------------------------------- releases
+
+
+def copies(load, count: int = 20, **options):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(count, 1, 12, 12, generator=generator) * 0.1 + 0.4
+    noise = 0.05 * torch.where(torch.rand(2, count, 1, 12, 12, generator=generator) < 0.5, -1.0, 1.0)
+    given = {"again": lambda: clean + noise[1], "pairs": lambda: (clean, clean + noise[0])} | options
+    return load("releases").Copies(clean, clean + noise[0], torch.arange(count) % 2, 0, **given)
+
+
+def test_a_part_of_each_class_is_protected(load):
+    one = copies(load)
+    shown = load("releases").RELEASES["part_50"](one)
+    moved = (shown != one.clean).flatten(1).any(1)
+    assert [int(moved[one.labels == label].sum()) for label in (0, 1)] == [5, 5]
+    assert torch.equal(shown[moved], one.protected[moved])
+
+
+def test_two_copies_give_some_of_the_original_away(load):
+    one = copies(load)
+    error = {
+        name: float((load("releases").RELEASES[name](one) - one.clean).abs().mean())
+        for name in ("all", "averaged", "compared")
+    }
+    assert error["averaged"] == pytest.approx(0.5 * error["all"], rel=0.05)
+    assert error["compared"] <= error["all"] + 1e-6
+
+
+def test_a_remover_learns_a_pattern_from_other_images(load):
+    generator = torch.Generator().manual_seed(1)
+    smooth = torch.rand(40, 1, 1, 1, generator=generator).expand(40, 1, 12, 12) * 0.4 + 0.3
+    checker = 0.05 * ((torch.arange(12)[:, None] + torch.arange(12)) % 2 * 2.0 - 1)
+    one = load("releases").Copies(
+        smooth[:20],
+        smooth[:20] + checker,
+        torch.arange(20) % 2,
+        0,
+        lambda: None,
+        lambda: (smooth[20:], smooth[20:] + checker),
+    )
+    state = torch.get_rng_state()
+    found = load("releases").removed(one, steps=200)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert float((found - one.clean).abs().mean()) < 0.3 * 0.05
+
+
+def test_other_labels_say_which_images_were_turned(load):
+    images = torch.rand(8, 1, 5, 5)
+    shown, labels = load("releases").turned(images, 0)
+    assert labels.sum() == 4
+    for image, seen, label in zip(images, shown, labels, strict=True):
+        assert torch.equal(seen, image.transpose(1, 2) if label else image)
+
+
+def test_linear_separability_sees_a_class_marker_and_nothing_in_noise(load):
+    labels = torch.arange(80) % 2
+    noise = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    marker = torch.zeros(1, 8, 8)
+    marker[:, ::2] = 0.5
+    separable = load("releases").separable
+    assert separable(noise + labels[:, None, None, None] * marker, labels) > 0.95
+    assert separable(noise, labels) < 0.75
+
+
+# ----------------------------------------------------------------- leaderboard
+
+
+def test_the_page_compares_with_the_clean_arm_of_the_same_defense_and_says_what_is_not_known(load):
+    board = load("leaderboard")
+    empty = dict.fromkeys(board.RANKING) | {"accuracy": None, "seconds": 1.0, "epsilon": ""}
+
+    def row(method, value, defense="none", level="8/255", seed=0):
+        own = {"data": "tiny", "level": level, "method": method, "release": "all", "defense": defense}
+        return empty | own | {"victim": "cnn", "seed": seed, "balanced_accuracy": value}
+
+    rows = [
+        each
+        for seed in (0, 1)
+        for each in (
+            row("clean", 0.9, level="", seed=seed),
+            row("blind", 0.5, level="", seed=seed),
+            row("clean", 0.7, "blur_1", "", seed),
+            row("clean", 0.51, "mixup", "", seed),
+            row("weak", 0.8, seed=seed),
+            row("strong", 0.5, seed=seed),
+            row("strong", 0.65, "blur_1", seed=seed),
+            row("strong", 0.5, "mixup", seed=seed),
+        )
+    ]
+    found = board.Board(rows)
+    assert [line["method"] for line in found.ranking] == ["strong", "weak", "clean", "blind"]
+    assert found.gap("8/255", "strong", defense="blur_1")["mean"] == pytest.approx(0.25)
+    assert found.gap("8/255", "strong", defense="blur_1")["conclusive"] is True
+    assert found.gap("8/255", "strong", defense="mixup")["conclusive"] is False
+    assert found.gap("8/255", "weak", defense="blur_1") is None
