@@ -128,6 +128,7 @@ class Field:
             seed,
             lambda: seen(self.data.train, AGAIN),
             lambda: (self.data.spare.seen(), seen(self.data.spare, ELSEWHERE)),
+            self.work,
         )
         return RELEASES[cell.release](copies)
 

@@ -6,9 +6,12 @@ Each function makes what a third party trains on. Images are (N, 1, *spatial) un
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +39,7 @@ class Copies:
         seed: of what is random.
         again: the same images, protected with another seed.
         pairs: other images of the same kind, clean and protected with the same tool and another seed.
+        work: folder for what costs much.
     """
 
     clean: Tensor
@@ -44,6 +48,7 @@ class Copies:
     seed: int
     again: Callable[[], Tensor]
     pairs: Callable[[], tuple[Tensor, Tensor]]
+    work: Path
 
 
 def partly(copies: Copies, share: float) -> Tensor:
@@ -66,13 +71,20 @@ def compared(copies: Copies) -> Tensor:
     return torch.where((one - guess).abs() <= (other - guess).abs(), one, other)
 
 
-def removed(copies: Copies, steps: int = 600, batch: int = 32) -> Tensor:
+def removed(copies: Copies, steps: int = 400, batch: int = 16) -> Tensor:
     """What a network makes of the released images that has learned to give back clean ones from protected ones.
 
     After LightShed (Foerster et al., USENIX Security 2025): whoever has the tool can make as many pairs as there are
-    other images. Four convolutions predict the perturbation and are trained with an L1 loss.
+    other images. Four convolutions predict the perturbation and are trained with an L1 loss. The result is kept in
+    ``copies.work``, by the content that it follows from.
     """
     clean, protected = copies.pairs()
+    digest = hashlib.sha256(repr((copies.seed, steps, batch)).encode())
+    for images in (copies.protected, clean, protected):
+        digest.update(images.contiguous().numpy().tobytes())
+    kept = copies.work / f"removed-{digest.hexdigest()[:16]}.pt"
+    if kept.is_file():
+        return torch.load(kept, weights_only=True)
     dims = clean.ndim - 2
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
     widths = (1, 32, 32, 32, 1)
@@ -90,7 +102,10 @@ def removed(copies: Copies, steps: int = 600, batch: int = 32) -> Tensor:
             optimizer.step()
     with torch.no_grad():
         found = torch.cat([network(part) for part in copies.protected.split(64)])
-    return (copies.protected - found).clamp(0, 1)
+    result = (copies.protected - found).clamp(0, 1)
+    torch.save(result, kept.with_suffix(".part"))
+    os.replace(kept.with_suffix(".part"), kept)
+    return result
 
 
 def turned(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:

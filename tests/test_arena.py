@@ -153,24 +153,24 @@ def test_spare_cases_are_neither_trained_nor_tested_on(field):
 # -------------------------------------------------------------------- releases
 
 
-def copies(load, count: int = 20, **options):
+def copies(load, work: Path, count: int = 20):
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(count, 1, 12, 12, generator=generator) * 0.1 + 0.4
     noise = 0.05 * torch.where(torch.rand(2, count, 1, 12, 12, generator=generator) < 0.5, -1.0, 1.0)
-    given = {"again": lambda: clean + noise[1], "pairs": lambda: (clean, clean + noise[0])} | options
-    return load("releases").Copies(clean, clean + noise[0], torch.arange(count) % 2, 0, **given)
+    given = (lambda: clean + noise[1], lambda: (clean, clean + noise[0]), work)
+    return load("releases").Copies(clean, clean + noise[0], torch.arange(count) % 2, 0, *given)
 
 
-def test_a_part_of_each_class_is_protected(load):
-    one = copies(load)
+def test_a_part_of_each_class_is_protected(load, tmp_path):
+    one = copies(load, tmp_path)
     shown = load("releases").RELEASES["part_50"](one)
     moved = (shown != one.clean).flatten(1).any(1)
     assert [int(moved[one.labels == label].sum()) for label in (0, 1)] == [5, 5]
     assert torch.equal(shown[moved], one.protected[moved])
 
 
-def test_two_copies_give_some_of_the_original_away(load):
-    one = copies(load)
+def test_two_copies_give_some_of_the_original_away(load, tmp_path):
+    one = copies(load, tmp_path)
     error = {
         name: float((load("releases").RELEASES[name](one) - one.clean).abs().mean())
         for name in ("all", "averaged", "compared")
@@ -179,7 +179,7 @@ def test_two_copies_give_some_of_the_original_away(load):
     assert error["compared"] <= error["all"] + 1e-6
 
 
-def test_a_remover_learns_a_pattern_from_other_images(load):
+def test_a_remover_learns_a_pattern_from_other_images_and_is_trained_once(load, tmp_path):
     generator = torch.Generator().manual_seed(1)
     smooth = torch.rand(40, 1, 1, 1, generator=generator).expand(40, 1, 12, 12) * 0.4 + 0.3
     checker = 0.05 * ((torch.arange(12)[:, None] + torch.arange(12)) % 2 * 2.0 - 1)
@@ -190,11 +190,15 @@ def test_a_remover_learns_a_pattern_from_other_images(load):
         0,
         lambda: None,
         lambda: (smooth[20:], smooth[20:] + checker),
+        tmp_path,
     )
     state = torch.get_rng_state()
     found = load("releases").removed(one, steps=200)
     assert torch.equal(torch.get_rng_state(), state)
     assert float((found - one.clean).abs().mean()) < 0.3 * 0.05
+    (kept,) = tmp_path.iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert torch.equal(load("releases").removed(one, steps=200), found) and kept.stat().st_mtime_ns == stamp
 
 
 def test_other_labels_say_which_images_were_turned(load):
