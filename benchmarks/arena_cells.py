@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from methods import UNBOUNDED
 from releases import RELEASES, TURNED
 
 from monai_salm.verification.defenses import defenses_of
@@ -59,6 +60,8 @@ def cells(config: Mapping[str, Any], only: Sequence[str] = ()) -> list[Cell]:
             for level, method, release, defense in itertools.product(
                 grid["levels"], grid["methods"], releases, defenses
             ):
+                if method in UNBOUNDED and level.endswith("dB"):
+                    continue  # has a budget of its own
                 plain = release if release == TURNED else PLAIN
                 for cell in (
                     Cell(data, "", "blind", PLAIN, NO_DEFENSE, victim, seed),

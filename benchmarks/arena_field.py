@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from arena_cells import AGAIN, ELSEWHERE, NO_DEFENSE, WITHOUT_FIT, Cell
 from arena_data import DataSet, Part
-from methods import METHODS, Fitted, fit, victims
+from methods import METHODS, UNBOUNDED, Fitted, fit, victims
 from pneumoniamnist import Rows
 from releases import RELEASES, TURNED, Copies, separable, turned
 from setting import configured, versions
@@ -88,6 +88,9 @@ class Field:
             overrides = self.config["fit"]
             return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
 
+        if method in UNBOUNDED:
+            epsilon = METHODS[method].overrides["epsilon"]
+            return at(epsilon), epsilon
         if seed >= AGAIN:
             epsilon = self.fitted(level, method, seed % AGAIN)[1]
             return at(epsilon), epsilon

@@ -80,6 +80,9 @@ def test_grids_are_products_and_share_their_trainings(load):
     clean = [(cell.release, cell.defense) for cell in found if cell.method == "clean" and cell.seed == 0]
     assert sorted(clean) == [("all", "blur_1"), ("all", "clean_20"), ("all", "none"), ("turned", "none")]
     assert {cell.seed for cell in load("arena_cells").cells(CONFIG, ["releases"])} == {0}
+    own = CONFIG | {"grids": {"one": CONFIG["grids"]["headline"] | {"methods": ["ops"]}}}
+    levels = {cell.level for cell in load("arena_cells").cells(own) if cell.method == "ops"}
+    assert levels == {"8/255"}, "a method with a budget of its own has no budget for a PSNR"
 
 
 @pytest.mark.parametrize(
