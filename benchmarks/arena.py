@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from arena_cells import AGAIN, Cell, cells, needed_fits
+from arena_cells import Cell, cells, fit_groups
 from arena_data import load
 from arena_field import MEASURED, OF_FIT, Field
 
@@ -66,16 +66,14 @@ class Arena:
 
     def _fit_ahead(self, asked: Sequence[Cell]) -> None:
         """All fits, side by side; they are kept in the work folder, where the trainings find them."""
-        fits = list(dict.fromkeys(needed for cell in asked for needed in needed_fits(cell, self.config["fits"])))
-        first = [each for each in fits if each[3] < AGAIN]  # the others take the budget that these find
-        for part in (first, [each for each in fits if each not in set(first)]):
-            if self.workers == 1 or len(part) < 2:
-                continue  # the trainings make them one by one
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.workers, spawn, _one_thread) as pool:
-                job = partial(_fit_alone, json.dumps(self.config), self.data, self.work)
-                for _ in zip(track(part, "fitting"), pool.map(job, part), strict=False):
-                    pass
+        groups = fit_groups(asked, self.config["fits"])
+        if self.workers == 1 or len(groups) < 2:
+            return  # the trainings make them one by one
+        job = partial(_fit_alone, json.dumps(self.config), self.data, self.work)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.workers, spawn, _one_thread) as pool:
+            for _ in zip(track(groups, "fitting groups"), pool.map(job, groups), strict=False):
+                pass
 
 
 def _one_thread() -> None:
@@ -89,9 +87,9 @@ def _field(name: str, config: str, data: Path, work: Path) -> Field:
     return Field(name, settings, load(settings["data"][name], data, work), work)
 
 
-def _fit_alone(config: str, data: Path, work: Path, asked: tuple[str, str, str, int]) -> None:
-    name, *rest = asked
-    _field(name, config, data, work).fitted(*rest)
+def _fit_alone(config: str, data: Path, work: Path, asked: Sequence[tuple[str, str, str, int]]) -> None:
+    for name, *rest in asked:
+        _field(name, config, data, work).fitted(*rest)
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -13,7 +13,7 @@ from releases import RELEASES, TURNED
 
 from monai_salm.verification.defenses import defenses_of
 
-__all__ = ["AGAIN", "ELSEWHERE", "NO_DEFENSE", "PLAIN", "WITHOUT_FIT", "Cell", "cells", "needed_fits"]
+__all__ = ["AGAIN", "ELSEWHERE", "NO_DEFENSE", "PLAIN", "WITHOUT_FIT", "Cell", "cells", "fit_groups", "needed_fits"]
 
 AGAIN, ELSEWHERE = 1000, 2000
 """Added to a fit's seed: the same images once more; other images of the same kind."""
@@ -83,3 +83,12 @@ def needed_fits(cell: Cell, fits: int) -> Iterator[tuple[str, str, str, int]]:
         yield cell.data, cell.level, cell.method, seed + AGAIN
     if cell.release == "removed":
         yield cell.data, cell.level, cell.method, seed + ELSEWHERE
+
+
+def fit_groups(asked: Sequence[Cell], fits: int) -> list[list[tuple[str, str, str, int]]]:
+    """Needed fits, those together that must not run side by side: a search for a PSNR tries budgets of other levels."""
+    groups: dict[tuple[str, str, int], list[tuple[str, str, str, int]]] = {}
+    for each in dict.fromkeys(needed for cell in asked for needed in needed_fits(cell, fits)):
+        data, _, method, seed = each
+        groups.setdefault((data, method, seed % AGAIN), []).append(each)
+    return list(groups.values())

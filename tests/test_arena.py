@@ -85,6 +85,14 @@ def test_grids_are_products_and_share_their_trainings(load):
     assert levels == {"8/255"}, "a method with a budget of its own has no budget for a PSNR"
 
 
+def test_fits_that_share_a_folder_are_made_one_after_the_other(load):
+    module = load("arena_cells")
+    groups = module.fit_groups(module.cells(CONFIG), CONFIG["fits"])
+    assert len(groups) == 2  # two methods, one seed
+    assert {seed for *_, method, seed in groups[1] if method == "salm_0.4"} == {0, 1000, 2000}
+    assert sorted(len(group) for group in groups) == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
