@@ -186,7 +186,8 @@ def _codec(
 
 def _modality(header: Dataset) -> str:
     """One of the modalities that we know of, as the value will show up in messages; empty for all others."""
-    value = header.get("Modality")
+    with refusing("unreadable", "the modality is broken; repair the header"):
+        value = header.get("Modality")
     return str(value) if value in _MODALITIES else ""
 
 

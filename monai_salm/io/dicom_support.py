@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from pydicom import uid
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
@@ -38,6 +39,7 @@ SOP_CLASSES = frozenset(
         uid.SecondaryCaptureImageStorage,
     }
 )
+_OVERLAYS = [(Tag(group, 0x0010), Tag(group, 0x3000)) for group in range(0x6000, 0x6020, 2)]
 _MULTI_FRAME_CLASSES = frozenset(
     {
         uid.EnhancedMRColorImageStorage,
@@ -134,9 +136,9 @@ def _check_pixel_format(header: Dataset) -> None:
 
 
 def _check_overlays(header: Dataset) -> None:
-    for group in range(0x6000, 0x6020, 2):
+    for rows, data in _OVERLAYS:
         # An overlay without data of its own lies in unused bits of the pixels (retired, PS3.3 C.9.2 of 2004).
-        if (group, 0x0010) in header and (group, 0x3000) not in header:
+        if rows in header and data not in header:
             raise RefusedError("embedded_overlay", "an overlay lies inside the pixel data; convert it to overlay data")
 
 
@@ -153,7 +155,7 @@ def _check_private(header: Dataset) -> None:
     """A private element as long as the image is taken for a copy of its pixels: it would leave unprotected."""
     pixels = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
     size = pixels * int(header.BitsAllocated) // 8
-    for tag in header.keys():
-        value = header.get_item(tag).value if tag.is_private else None
+    for tag, element in header.items():
+        value = element.value if tag.is_private else None
         if isinstance(value, bytes) and size <= len(value) <= size + 1 and size >= LARGE_PRIVATE_BYTES:
             raise RefusedError("private_pixel_copy", "a private element is as long as the pixels; remove it first")

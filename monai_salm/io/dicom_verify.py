@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a written DICOM file against its source, both parsed and decoded afresh."""
+"""The check of a written DICOM file against its source, both parsed and decoded afresh, the written one by pydicom."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
 
@@ -21,11 +22,12 @@ from monai_salm.io.dicom_pixels import decode
 from monai_salm.io.dicom_seg import read_seg_header
 from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import rescale_of
-from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS, raw_value
+from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS
 
 __all__ = ["verify", "verify_companion", "verify_labels"]
 
 _FAILED = "verification_failed"
+_parse_written = partial(parse, by_pydicom=True)
 
 
 def verify(
@@ -52,7 +54,7 @@ def verify(
     """
     before = parse(_bytes(source))
     with refusing(_FAILED, "the written file cannot be compared with its source"):
-        after = _read_back(parse, _bytes(written))
+        after = _read_back(_parse_written, _bytes(written))
         nested = REMOVED_TAGS | FRAME_TAGS if is_enhanced(before) else REMOVED_TAGS
         undeclared = list(_undeclared_changes(before, after, DECLARED_TAGS, nested))  # before anything is decoded
         _require(not undeclared, f"elements {undeclared[:4]} changed, which is not declared")
@@ -80,7 +82,7 @@ def verify_companion(source: Path, written: Path) -> None:
     """
     before = parse(read_bytes(source))
     with refusing(_FAILED, "the written companion cannot be compared with its source"):
-        after = _read_back(parse, read_bytes(written))
+        after = _read_back(_parse_written, read_bytes(written))
         undeclared = list(_undeclared_changes(before, after, REMOVED_TAGS, REMOVED_TAGS))
         _require(not undeclared, f"elements {undeclared[:4]} of the companion changed, which is not declared")
         _check_identity(before, after)
@@ -165,30 +167,26 @@ def _undeclared_changes(
     before: Dataset, after: Dataset, declared: frozenset[BaseTag], nested: frozenset[BaseTag]
 ) -> Iterator[BaseTag]:
     """Elements at any depth that were added, removed or changed, save mapped UIDs and those declared here or nested."""
-    for tag in sorted(before.keys() | after.keys()):
-        if tag in declared or tag.element == 0:
+    old, new = dict(before.items()), dict(after.items())
+    shared = {tag for tag in old.keys() & new.keys() if _raw(old[tag]) == _raw(new[tag])}
+    for tag in sorted((old.keys() | new.keys()) - shared - declared):
+        if tag.element == 0:
             continue
-        if tag not in before or tag not in after:
+        if tag not in old or tag not in new:
             yield tag
-        elif _raw(before, tag) != _raw(after, tag):
-            decoded_alike = _decoded_alike(before, after, tag)
-            old, new = before[tag], after[tag]
-            if old.VR == new.VR == "SQ" and len(old.value) == len(new.value):
-                for old_item, new_item in zip(old.value, new.value, strict=True):
-                    yield from _undeclared_changes(old_item, new_item, nested, nested)
-            elif not decoded_alike and not (old.VR == new.VR == "UI" and _is_mapped(old.value, new.value)):
-                yield tag
+            continue
+        both_raw = isinstance(old[tag].value, bytes) and isinstance(new[tag].value, bytes)
+        one, other = before[tag], after[tag]
+        if one.VR == other.VR == "SQ" and len(one.value) == len(other.value):
+            for old_item, new_item in zip(one.value, other.value, strict=True):
+                yield from _undeclared_changes(old_item, new_item, nested, nested)
+        elif not (one.VR == other.VR == "UI" and _is_mapped(one.value, other.value)) and (both_raw or one != other):
+            yield tag
 
 
-def _decoded_alike(before: Dataset, after: Dataset, tag: BaseTag) -> bool:
-    """Whether an element that the parser has decoded in one of the two only has the same value in both."""
-    both_raw = all(isinstance(raw_value(each, tag), bytes) for each in (before, after))
-    return not both_raw and before[tag] == after[tag]
-
-
-def _raw(dataset: Dataset, tag: BaseTag) -> Any:
-    value = raw_value(dataset, tag)
-    return value.rstrip(b" \0") if isinstance(value, bytes) else value
+def _raw(element: DataElement | RawDataElement) -> Any:
+    """The value as it is, bytes while nobody has decoded the element; without padding."""
+    return element.value.rstrip(b" \0") if isinstance(element.value, bytes) else element.value
 
 
 def _is_mapped(old: Any, new: Any) -> bool:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from copy import deepcopy
 from datetime import datetime
@@ -12,14 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import dcmwrite
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_file_meta_info
 from pydicom.sequence import Sequence as Items
-from pydicom.tag import BaseTag, Tag
+from pydicom.tag import Tag
 
 from monai_salm import __version__
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.io.dicom_elements import write_elements
 from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, encode
@@ -34,7 +35,6 @@ __all__ = [
     "UidMapping",
     "protect",
     "protect_companion",
-    "raw_value",
 ]
 
 IMPLEMENTATION_CLASS_UID = "2.25.200132710468809192837894090341728322117"
@@ -207,17 +207,12 @@ def _equipment(when: datetime) -> Dataset:
 
 def _remove_stale(dataset: Dataset) -> None:
     """Remove what no longer holds or would leak, at any depth."""
-    for tag in list(dataset.keys()):
+    for tag, element in list(dataset.items()):
         if tag in REMOVED_TAGS:
             del dataset[tag]
-        elif isinstance(items := raw_value(dataset, tag), Items):  # all sequences were parsed by the UID map
-            for item in items:
+        elif isinstance(element.value, Items):  # all sequences were parsed by the UID map
+            for item in element.value:
                 _remove_stale(item)
-
-
-def raw_value(dataset: Dataset, tag: BaseTag) -> Any:
-    """The value as it is: bytes while nobody has decoded the element."""
-    return dataset.get_item(tag).value
 
 
 def _set_pixels(dataset: Dataset, planes: NDArray[Any]) -> None:
@@ -311,7 +306,7 @@ def _append_item(dataset: Dataset, keyword: str, item: Dataset) -> None:
 
 
 def _to_bytes(dataset: Dataset) -> bytes:
-    dataset.preamble = bytes(128)  # it can hold another program or image (CVE-2019-11687)
-    buffer = io.BytesIO()
-    dcmwrite(buffer, dataset, enforce_file_format=True)
-    return buffer.getvalue()
+    meta = DicomBytesIO()
+    write_file_meta_info(meta, dataset.file_meta, enforce_standard=True)
+    preamble = bytes(128)  # that of the source can hold another program or image (CVE-2019-11687)
+    return b"".join([preamble, b"DICM", meta.getvalue(), *write_elements(dataset)])

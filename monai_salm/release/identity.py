@@ -108,8 +108,8 @@ class UidMap:
     def _map(self, dataset: Dataset, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise too_deep()
-        for tag in list(dataset.keys()):
-            vr = _type_of(dataset, tag)
+        for tag, element in list(dataset.items()):
+            vr = element.VR if element.VR not in (None, "UN") else _type_of(dataset, tag)
             if vr == "SQ":
                 for item in dataset[tag].value or ():
                     self._map(item, depth + 1)
@@ -125,10 +125,10 @@ class UidMap:
 
 
 def _type_of(dataset: Dataset, tag: BaseTag) -> str | None:
-    """Value representation of an element, without decoding it: decoding would write it back in another form."""
-    vr = dataset.get_item(tag).VR
-    if vr not in (None, "UN"):
-        return str(vr)
+    """What the dictionaries say of an element that does not tell its value representation; nothing is decoded.
+
+    Decoding would write it back in another form.
+    """
     try:
         if not tag.is_private:
             return str(dictionary_VR(tag))

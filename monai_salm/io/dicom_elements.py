@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The elements of a little endian data set as they stand in a file, read and written many at a time.
+
+A scanner writes hundreds of elements in front of the pixels, and nearly all of them stay as they are. pydicom looks at
+each with care that only few need: undefined lengths, odd types, files that end too early. Here the plain ones are taken
+in one loop; the others are left to pydicom, so that what comes out is what pydicom makes of the file.
+
+Source: PS3.5 7.1 (structure of a data element).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Iterator
+
+from pydicom.charset import convert_encodings, default_encoding
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element, empty_value_for_VR
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import data_element_generator
+from pydicom.filewriter import write_data_element
+from pydicom.tag import BaseTag
+from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
+
+__all__ = ["Elements", "Stop", "read_elements", "read_rest", "to_dataset", "to_meta", "write_elements"]
+
+Elements = dict[BaseTag, RawDataElement | DataElement]
+Stop = Callable[[BaseTag, str | None, int], bool]
+"""As pydicom asks before it reads a value, by tag, type and length."""
+
+UNDEFINED = 0xFFFFFFFF
+_CHARACTER_SET = BaseTag(0x00080005)
+_PIXEL_DATA = BaseTag(0x7FE00010)
+_SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
+_SHORT, _IMPLICIT, _LONG = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
+_LONG_HEADER = struct.Struct("<HH2s2xL")
+_TYPES = {
+    vr.encode(): (str(vr), vr in EXPLICIT_VR_LENGTH_32, empty_value_for_VR(vr, raw=True)) for vr in VR if len(vr) == 2
+}
+"""By the two bytes in the file: name, whether the length has four bytes, and the value of an empty element."""
+
+
+def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) -> tuple[Elements, int] | None:
+    """The elements from a position on, up to the first that is not wanted.
+
+    Args:
+        data: a file, or as much of it as is there.
+        position: of an element.
+        tags: of the elements that are wanted.
+        implicit: whether elements do not tell their type.
+
+    Returns:
+        The elements, none of them decoded, and the position of what comes next; None where ``data`` ends in the middle
+        of an element, or is so odd that only pydicom can tell what it holds.
+    """
+    found: Elements = {}
+    size = len(data)
+    if size < position + 8 or data[position : position + 2] == b"\0\0":
+        return None  # nothing, or elements of a command
+    if implicit and data[position + 4 : position + 6] in _TYPES:
+        return None  # the file does not say how it is encoded
+    while position + 8 <= size:
+        name, empty, value_at = None, None, position + 8
+        if implicit:
+            group, number, length = _IMPLICIT.unpack_from(data, position)
+        else:
+            group, number, code, length = _SHORT.unpack_from(data, position)
+            if code not in _TYPES:
+                return None
+            name, long, empty = _TYPES[code]
+            if long:
+                value_at += 4
+                if value_at > size:
+                    return None
+                (length,) = _LONG.unpack_from(data, position + 8)
+        tag = group << 16 | number
+        if tag not in tags:
+            break
+        tag = BaseTag(tag)
+        if length == UNDEFINED:
+            file = io.BytesIO(data)
+            file.seek(position)
+            element = next(data_element_generator(file, implicit, True, encoding=_character_set(found)))
+            position = file.tell()
+        else:
+            position = value_at + length
+            value = data[value_at:position] if length else empty
+            element = RawDataElement(tag, name, length, value, value_at, implicit, True)
+        found[tag] = element
+    return (found, position) if position <= size else None
+
+
+def read_rest(data: bytes, position: int, elements: Elements, stop: Stop | None, *, implicit: bool) -> None:
+    """Add what follows, by pydicom, until ``stop`` says so."""
+    file = io.BytesIO(data)
+    file.seek(position)
+    for element in data_element_generator(file, implicit, True, stop, encoding=_character_set(elements)):
+        elements[element.tag] = element
+
+
+def _character_set(elements: Elements) -> str | list[str]:
+    if _CHARACTER_SET not in elements:
+        return default_encoding
+    return convert_encodings(convert_raw_data_element(elements[_CHARACTER_SET]).value)
+
+
+def to_meta(elements: Elements) -> FileMetaDataset:
+    """The file meta of these elements."""
+    meta = FileMetaDataset(Dataset(elements))
+    meta.set_original_encoding(False, True, default_encoding)
+    return meta
+
+
+def to_dataset(preamble: bytes, meta: FileMetaDataset, elements: Elements, *, implicit: bool) -> FileDataset:
+    """The data set that pydicom makes of a file with these elements."""
+    dataset = FileDataset(io.BytesIO(), Dataset(elements), preamble, meta, implicit, True)
+    dataset.set_original_encoding(implicit, True, _character_set(elements))
+    return dataset
+
+
+def write_elements(dataset: Dataset) -> Iterator[bytes]:
+    """The bytes of a data set, encoded as it was read; elements that nobody decoded stay as they are.
+
+    Retired group lengths are left out (PS3.5 7.2).
+
+    Raises:
+        ValueError: When an element belongs into the file meta or a command; and as pydicom's writer does.
+    """
+    implicit = dataset.original_encoding[0]
+    encodings = dataset.get("SpecificCharacterSet", default_encoding)
+    compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+    elements = dict(dataset.items())
+    for tag in sorted(elements, key=int):
+        element, group = elements[tag], tag >> 16
+        if group in (0, 2):
+            raise ValueError("an element of the file meta or of a command is among those of the image")
+        if tag & 0xFFFF == 0 and group > 6:
+            continue
+        value = element.value
+        if not isinstance(value, bytes):
+            buffer = DicomBytesIO()
+            buffer.is_implicit_VR, buffer.is_little_endian = implicit, True
+            write_data_element(buffer, dataset.get_item(tag), encodings)
+            yield buffer.getvalue()
+            continue
+        if tag == _PIXEL_DATA:
+            undefined = compressed
+        else:
+            undefined = element.length == UNDEFINED if element.is_raw else element.is_undefined_length
+        length = UNDEFINED if undefined else len(value)
+        if implicit:
+            yield _IMPLICIT.pack(group, tag & 0xFFFF, length)
+        elif element.VR in EXPLICIT_VR_LENGTH_32:
+            yield _LONG_HEADER.pack(group, tag & 0xFFFF, element.VR.encode(), length)
+        else:
+            yield _SHORT.pack(group, tag & 0xFFFF, element.VR.encode(), length)
+        yield value
+        if undefined:
+            yield _SEQUENCE_END

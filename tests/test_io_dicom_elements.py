@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain elements are read and written as pydicom does it, whatever the file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mutations import mutants, sources
+from pydicom import dcmwrite, uid
+from pydicom.dataset import Dataset
+
+from monai_salm.io import dicom_elements, dicom_parse
+from monai_salm.io.base import RefusedError
+
+FILES = [content for content in sources() if content[128:132] == b"DICM"]
+
+
+def told(dataset: Dataset) -> Any:
+    """All elements at any depth as they are, decoded or not; those that only one of both looks into, decoded."""
+    for each in {0x00020000, 0x00020010, 0x00080005} & dataset.keys():
+        dataset[each]
+    return [
+        (element.tag, element.VR, [told(item) for item in element.value])
+        if element.VR == "SQ" and not element.is_raw
+        else element
+        for element in dataset.values()
+    ]
+
+
+def outcome(read: Any, argument: Any, **options: bool) -> Any:
+    """What is read, with everything that pydicom keeps about it; or the reason why not."""
+    try:
+        dataset = read(argument, **options)
+        kept = {name: value for name, value in vars(dataset).items() if name not in ("_dict", "file_meta", "timestamp")}
+        return told(dataset), told(dataset.file_meta), kept
+    except RefusedError as error:
+        return error.reason
+
+
+@pytest.mark.parametrize("broken", [0, 1500])
+def test_a_file_is_read_as_by_pydicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
+    making = mutants(FILES, np.random.default_rng(0))
+    contents = [next(making) for _ in range(broken)] or FILES
+    path = tmp_path / "a.dcm"
+    read = 0
+    for content in contents:
+        path.write_bytes(content)
+        ours = outcome(dicom_parse.parse, content), outcome(dicom_parse.read_header, path)
+        with monkeypatch.context() as slow:
+            slow.setattr(dicom_parse, "_read_plain", lambda *_: None)
+            theirs = outcome(dicom_parse.parse, content), outcome(dicom_parse.read_header, path)
+        assert ours == theirs
+        assert ours[0] == outcome(dicom_parse.parse, content, by_pydicom=True)
+        read += not isinstance(ours[0], str)
+    assert read > len(contents) / 3
+
+
+def test_most_files_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bytes] = []
+    read = dicom_parse._read_any
+    monkeypatch.setattr(dicom_parse, "_read_any", lambda file, stop: left.append(file.getvalue()) or read(file, stop))
+    for content in FILES:
+        outcome(dicom_parse.parse, content)
+    assert len(left) < len(FILES) / 5
+
+
+def test_a_data_set_is_written_as_by_pydicom() -> None:
+    written = 0
+    for content in FILES:
+        try:
+            ours, theirs = dicom_parse.parse(content), dicom_parse.parse(content)
+        except RefusedError:
+            continue
+        if "PixelData" not in ours or ours.file_meta.TransferSyntaxUID not in (*dicom_parse.NATIVE, uid.RLELossless):
+            continue
+        for dataset in (ours, theirs):
+            dataset.PatientName, dataset.SamplesPerPixel = "A^B", 0
+            dataset.SeriesDescription = ""
+            dataset.file_meta.ImplementationClassUID = "1.2"
+        buffer = io.BytesIO()
+        dcmwrite(buffer, theirs)
+        whole = b"".join(dicom_elements.write_elements(ours))
+        assert buffer.getvalue().endswith(whole) and len(buffer.getvalue()) - len(whole) < 600
+        written += 1
+    assert written > 20
+
+
+def test_an_element_of_the_file_meta_is_not_written_among_the_others() -> None:
+    dataset = dicom_parse.parse(FILES[0])
+    dataset[0x00020010] = dataset.file_meta[0x00020010]
+    with pytest.raises(ValueError, match="file meta"):
+        list(dicom_elements.write_elements(dataset))
