@@ -207,9 +207,14 @@ class StoredCodec:
     def movable(self, stored: Tensor | np.ndarray) -> Any:
         """True where a voxel may be changed: inside the window, the stored range, finite and not padding."""
         low, high = self._open_range(stored)
+        padding = self.padding
+        if self.slices is None and isinstance(stored, np.ndarray) and stored.dtype.kind in "iu":
+            # Compared with a float, integers become doubles first, which takes ten times as long.
+            low, high = math.ceil(low), math.floor(high)
+            padding = padding and (math.ceil(padding[0]), math.floor(padding[1]))
         inside = (stored >= low) & (stored <= high)
-        if self.padding is not None:
-            inside &= (stored < self.padding[0]) | (stored > self.padding[1])
+        if padding is not None:
+            inside &= (stored < padding[0]) | (stored > padding[1])
         return inside
 
     def bounds(self, stored: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
@@ -249,16 +254,21 @@ class StoredCodec:
             )
         if stored.dtype.newbyteorder("=") != np.dtype(self.dtype):
             raise ValueError(f"stored image is {stored.dtype}, its codec says {self.dtype}")
-        moved = delta != 0
-        protected = stored.copy()
         if stored.dtype.kind == "f":
+            moved = delta != 0
+            protected = stored.copy()
             protected[moved] = (stored[moved].astype(np.float64) + delta[moved] * self.step).astype(stored.dtype)
             return protected
-        values = stored[moved].astype(np.int64) + delta[moved]
+        protected = np.empty_like(stored)
+        wide = np.int32 if max(stored.dtype.itemsize, delta.dtype.itemsize) < 4 else np.int64
         low, high = self.stored_range or (0, 0)
-        if values.size and (values.min() < low or values.max() > high):
-            raise ValueError(f"protected values {values.min()}..{values.max()} leave the stored range {low}..{high}")
-        protected[moved] = values
+        for span, _ in self.slabs(stored.shape):
+            values = np.add(stored[:, span], delta[:, span], dtype=wide, casting="unsafe")
+            if values.size and (values.min() < low or values.max() > high):
+                raise ValueError(
+                    f"protected values {values.min()}..{values.max()} leave the stored range {low}..{high}"
+                )
+            protected[:, span] = values
         return protected
 
     def to_meta(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from monai_salm.io import formats
+from monai_salm.io import formats, soundness
 from monai_salm.io.base import Case, RefusedError
 
 SECRET = "DOE^JANE"
@@ -105,11 +105,11 @@ def count(last: int, then: int = 0) -> Iterator[int]:
         os.kill(os.getpid(), then)
 
 
-def read_or_die(case: Case, spatial_dims: int, window: Any) -> Any:
-    """``formats.read``, but a file whose name says so kills the process."""
+def examine_or_die(case: Case, spatial_dims: int, window: Any) -> Any:
+    """``soundness.examine``, but a file whose name says so kills the process."""
     if "killer" in case.names[0]:
         os.abort()
-    return formats.read(case, spatial_dims, window)
+    return soundness.examine(case, spatial_dims, window)
 
 
 def protect_and_die(unit: Any, deltas: Any, options: Any) -> Iterator[Any]:

@@ -196,7 +196,7 @@ def test_old_derivation_must_stay_as_it_was(tmp_path: Path) -> None:
 
 def test_each_frame_is_held_to_its_own_slope(tmp_path: Path) -> None:
     path = write_enhanced(tmp_path / "enhanced.dcm", change=varying_slopes)
-    image = dicom.read(case_of(path), 3)
+    image = formats.read(case_of(path), 3)
     _, upper = image.codec.bounds(torch.from_numpy(image.stored), Budget.parse("3 physical"))
     ((_, content),) = dicom.protect(case_of(path), upper.numpy(), **OPTIONS)
     change = np.abs(parse(content).pixel_array.astype(int) - pydicom.dcmread(path).pixel_array).max(axis=(1, 2))

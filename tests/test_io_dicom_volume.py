@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from monai_salm.io import dicom, dicom_volume
+from monai_salm.io import dicom, dicom_volume, formats
 from monai_salm.io.base import StoredImage
 from monai_salm.perturbations.budget import Budget
 
@@ -217,7 +217,7 @@ def test_series_with_a_slice_below_one_step_is_refused_not_weakened(tmp_path: Pa
 
 
 def test_part_of_a_volume_is_read_as_the_whole(tmp_path: Path) -> None:
-    image = dicom.read(case_of(*write_mr_series(tmp_path, change=as_pet)), 3)
+    image = formats.read(case_of(*write_mr_series(tmp_path, change=as_pet)), 3)
     stored = torch.from_numpy(image.stored)
     part = image.codec.part([1, 2, 1], [4, 3, 3])
     cut = (slice(None), slice(1, 5), slice(2, 5), slice(1, 4))

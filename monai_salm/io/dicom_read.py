@@ -80,6 +80,8 @@ _MAX_LAYOUTS = 16
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
     """The stored integers of one slice, (1, rows, columns), or of a series as a RAS+ volume, (1, x, y, z).
 
+    In memory a volume lies slice after slice, as it was decoded.
+
     Args:
         case: one file for 2D, all slices of the volume in any order for 3D.
         spatial_dims: 2 or 3.

@@ -213,7 +213,7 @@ def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
         labels = _paint(segmentation, slices, classes, (len(headers), int(headers[0].Rows), int(headers[0].Columns)))
     if spatial_dims == 2:
         return labels
-    return to_canonical(labels, orientation_of(headers[0], headers[-1]))[None]
+    return np.ascontiguousarray(to_canonical(labels, orientation_of(headers[0], headers[-1])))[None]
 
 
 def _check_grid(segmentation: _Segmentation, header: Dataset) -> None:

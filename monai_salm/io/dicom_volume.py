@@ -133,8 +133,8 @@ def spacing_of(headers: Sequence[Dataset], orientation: NDArray[Any] | None) -> 
 
 
 def to_canonical(slices: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:
-    """(slices, rows, columns) -> (x, y, z) pointing right, anterior, superior; permutes and flips only."""
-    return np.ascontiguousarray(apply_orientation(slices.transpose(2, 1, 0), orientation))
+    """(slices, rows, columns) -> (x, y, z) pointing right, anterior, superior; a view, permuted and flipped."""
+    return apply_orientation(slices.transpose(2, 1, 0), orientation)
 
 
 def from_canonical(volume: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:

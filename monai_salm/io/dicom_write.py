@@ -121,8 +121,7 @@ def _add(stored: NDArray[Any], delta: NDArray[Any], codec: StoredCodec) -> NDArr
         protected = codec.add(stored, delta)
     except ValueError:
         raise RefusedError("delta_outside_bounds", "the perturbation leaves the stored range; fit it again") from None
-    moved = delta != 0
-    if not all(codec.movable(values[moved]).all() for values in (stored, protected)):
+    if not (codec.movable(stored) & codec.movable(protected) | (delta == 0)).all():
         raise RefusedError("delta_outside_bounds", "the perturbation moves padding or leaves the window; fit it again")
     return protected
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -82,7 +82,8 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
 
 
 def _read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
-    return FORMATS[case.format].read(case, spatial_dims, window)
+    image = FORMATS[case.format].read(case, spatial_dims, window)
+    return replace(image, stored=np.ascontiguousarray(image.stored))
 
 
 def units(cases: Iterable[Case]) -> list[tuple[Case, ...]]:

@@ -228,7 +228,7 @@ def serve() -> None:
     """Answer requests until the parent closes its end of the socket."""
     _Child.inside = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent says what ends
-    from monai_salm.io import formats, masks  # noqa: F401  everything that limits must not hinder is loaded now
+    from monai_salm.io import soundness  # noqa: F401  everything that limits must not hinder is loaded now
 
     parent = socket.socket(fileno=int(sys.argv[1]))
     _limit()

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from monai_salm.io import formats, masks
+from monai_salm.io import formats
 from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.io.soundness import Sound, examine
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import SHARED_MASK
@@ -42,9 +41,11 @@ def sound_cases(
         culprit = unit[0]
         try:
             for culprit in unit:
-                codec = _check_case(culprit, spatial_dims, window, class_voxels)
+                sound = _check_case(culprit, spatial_dims, window)
+                if culprit.mask:
+                    class_voxels[culprit.sample_id] = sound.class_voxels
                 if budget is not None:
-                    _check_budget(codec, budget)
+                    _check_budget(sound.codec, budget)
             kept += unit
         except RefusedError as error:
             if unit[0].mask and len(unit) > 1:
@@ -56,22 +57,13 @@ def sound_cases(
     return kept, class_voxels, refused
 
 
-def _check_case(case: Case, spatial_dims: int, window: Window, class_voxels: dict[str, tuple[int, ...]]) -> StoredCodec:
+def _check_case(case: Case, spatial_dims: int, window: Window) -> Sound:
     try:
-        image = formats.read(case, spatial_dims, window)
-        movable = image.codec.any_movable(image.stored)
-        if case.mask:
-            masks.check_image(image.stored, case.mask)
-            labels = masks.read_mask(case, spatial_dims)
-            counts = np.bincount(labels.reshape(-1), minlength=len(case.mask.values))
-            class_voxels[case.sample_id] = tuple(counts.tolist())
+        return examine(case, spatial_dims, window)
     except RefusedError:
         raise
     except Exception as error:  # codecs fed with broken files raise anything; their text may hold personal values
         raise RefusedError("unreadable_pixels", f"decoding failed ({type(error).__name__}); export it again") from error
-    if not movable:
-        raise RefusedError("nothing_to_move", "no voxel lies inside the intensity window; choose another window")
-    return image.codec
 
 
 def _check_budget(codec: StoredCodec, budget: Budget) -> None:
