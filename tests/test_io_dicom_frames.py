@@ -28,7 +28,7 @@ from exports import write_segmentation
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from monai_salm.io import dicom, dicom_seg
+from monai_salm.io import dicom, dicom_seg, formats
 from monai_salm.io.base import Mask
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import scan
