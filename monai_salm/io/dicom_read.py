@@ -115,20 +115,28 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     if spatial_dims not in (2, 3) or (spatial_dims == 2 and len(case.files) != 1):
         raise ValueError(f"spatial_dims is {spatial_dims} for {len(case.files)} files; 2 takes one file, 3 a series")
     key = _key(case, spatial_dims, window)
-    headers, files = [], []
-    planes: list[Any] = []
+    headers: list[Dataset] = []
+    files: list[Path] = []
+    stored = np.empty(0)
     for path in case.files:
         dataset = parse(read_bytes(path))
         check_supported(dataset, spatial_dims, allow_protected=True)
         frames = frame_headers(dataset)
-        planes += [decode(dataset, index) for index in range(len(frames))]
+        for index, frame in enumerate(frames):
+            plane = decode(dataset, index)
+            if not headers:
+                stored = np.empty((len(frames) * len(case.files), *plane.shape), plane.dtype)
+            headers.append(frame)
+            if (plane.shape, plane.dtype) != (stored.shape[1:], stored.dtype):
+                order_volume(headers)  # which refuses them
+            stored[len(headers) - 1] = plane
         del dataset.PixelData
-        headers += frames
         files += [path] * len(frames)
     order = order_volume(headers) if spatial_dims == 3 else [0]
     scalings = tuple(map(rescale_of, headers))
     headers = [headers[index] for index in order]
-    stored = _stack(planes, order)
+    if order != sorted(order):  # a scan has ordered them already
+        stored = stored[order]
     orientation = orientation_of(headers[0], headers[-1]) if spatial_dims == 3 else None
     if orientation is not None:
         stored = to_canonical(stored, orientation)[None]
@@ -139,14 +147,6 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     if len(_LAYOUTS) > _MAX_LAYOUTS:
         _LAYOUTS.popitem(last=False)
     return image, _LAYOUTS[key]
-
-
-def _stack(planes: list[Any], order: Sequence[int]) -> NDArray[Any]:
-    """The planes in that order; they leave the list one by one, so that a large series is in memory once."""
-    stored = np.empty((len(order), *planes[0].shape), planes[0].dtype)
-    for position, index in enumerate(order):
-        stored[position], planes[index] = planes[index], None
-    return stored
 
 
 def _codec(

@@ -48,7 +48,10 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 17),  # of glibc: what one file needed goes back to the system before the next
+    # Of glibc: what a slice needed is there for the next one, what a volume needed goes back to the system. To ask the
+    # system for each buffer of a slice takes as long as all else that is done with it.
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
 }
 _NO_NEW_PRIVS = 38
 _CRASHED = RefusedError("codec_crash", "the process that read the file died of it; export the image uncompressed")

@@ -359,8 +359,8 @@ class _Writer:
     def _inside(self, stored: np.ndarray, codec: StoredCodec, delta: np.ndarray) -> bool:
         """Whether a perturbation keeps the bounds; what does not move is always inside."""
         if codec.slices is None:
-            moved = delta != 0
-            stored, delta = stored[moved], delta[moved]
+            moved = np.flatnonzero(delta != 0)
+            stored, delta = stored.reshape(-1)[moved], delta.reshape(-1)[moved]
         lower, upper = codec.bounds(torch.from_numpy(stored), self._budget)
         return not ((delta < lower.numpy()).any() or (delta > upper.numpy()).any())
 
