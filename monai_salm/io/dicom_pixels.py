@@ -53,8 +53,11 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
         key = ()
         if syntax in NATIVE:
-            if len(dataset.PixelData) < dtype.itemsize * shape[0] * shape[1] * frames:
+            pixels = shape[0] * shape[1]
+            if len(dataset.PixelData) < dtype.itemsize * pixels * frames:
                 raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
+            offset = frame * pixels * dtype.itemsize
+            plane = np.frombuffer(dataset.PixelData, dtype.newbyteorder("<"), pixels, offset).reshape(shape)
         else:
             encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
             if syntax != uid.RLELossless:
@@ -62,10 +65,10 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
             key = (hashlib.sha256(encoded).digest(), syntax, shape, dtype, stored_range(dataset))
             if key in _DECODED:
                 return _DECODED.get(key)
-        plugin = "" if syntax in NATIVE else "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
-        # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
-        options = {"correct_unused_bits": False} if syntax in (*NATIVE, uid.RLELossless) else {}
-        plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin, **options)
+            plugin = "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
+            # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
+            options = {"correct_unused_bits": False} if syntax == uid.RLELossless else {}
+            plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin, **options)
         if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
             raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
         low, high = stored_range(dataset)
