@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from arena_data import stratified
 from torch import Tensor, nn
 
-from monai_salm.verification.defenses import linear_weights
+from monai_salm.verification.defenses import linear_classifier
 from monai_salm.verification.filters import median
 from monai_salm.verification.training import seeded
 
@@ -127,8 +127,9 @@ def separable(images: Tensor, labels: Tensor, seed: int = 0) -> float:
     rest[fitted] = False
     mean = flat[fitted].mean(0)
     scale = flat[fitted].std().clamp(min=1e-8)
-    weight = linear_weights((flat[fitted] - mean) / scale, labels[fitted])
-    return float(((((flat[rest] - mean) / scale) @ weight.T).argmax(1) == labels[rest]).float().mean())
+    weight, bias = linear_classifier((flat[fitted] - mean) / scale, labels[fitted])
+    read = (((flat[rest] - mean) / scale) @ weight.T + bias).argmax(1)
+    return float((read == labels[rest]).float().mean())
 
 
 RELEASES: dict[str, Callable[[Copies], Tensor]] = {

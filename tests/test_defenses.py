@@ -138,9 +138,22 @@ def test_orthogonal_projection_takes_a_linear_marker_away():
         for each in (before, after)
     ]
     assert spread[1] < 0.2 * spread[0]
-    weight = defenses.linear_weights(shown.flatten(1) - shown.flatten(1).mean(0), labels)
-    reads = ((shown.flatten(1) - shown.flatten(1).mean(0)) @ weight.T).argmax(1)
-    assert bool((reads == labels).all())
+    flat = shown.flatten(1) - shown.flatten(1).mean(0)
+    weight, bias = defenses.linear_classifier(flat, labels)
+    assert bool(((flat @ weight.T + bias).argmax(1) == labels).all())
+
+
+def test_orthogonal_projection_takes_one_direction_of_two_classes_and_no_other():
+    images, labels = cases(40)
+    (seen, _), _ = by_name["orthogonal"].recipe().data(TASK, (images, labels), (images, labels))
+    lost = torch.linalg.svdvals((images - seen).flatten(1))
+    assert lost[0] > 0.1 and lost[1] < 1e-4 * lost[0]
+
+
+def test_a_linear_classifier_knows_how_often_a_class_is():
+    labels = (torch.arange(40) % 10 == 0).long()
+    weight, bias = defenses.linear_classifier(torch.zeros(40, 3), labels)
+    assert not weight.any() and float((bias[0] - bias[1]).exp()) == pytest.approx(9, rel=0.01)
 
 
 def test_clean_cases_are_a_fifth_of_what_is_trained_on():
@@ -148,7 +161,15 @@ def test_clean_cases_are_a_fifth_of_what_is_trained_on():
     recipe = by_name["clean_20"].recipe(clean=clean)
     images, labels = recipe.data(TASK, train, clean)[0]
     assert len(images) == len(labels) == 20
-    assert torch.equal(images[16:], clean[0][[0, 1, 2, 0]]) and torch.equal(labels[16:], clean[1][[0, 1, 2, 0]])
+    assert torch.equal(images[16:], clean[0][[0, 0, 1, 2]]) and torch.equal(labels[16:], clean[1][[0, 0, 1, 2]])
+
+
+def test_clean_cases_that_come_sorted_are_mixed_in_from_every_class():
+    images, labels = cases(12, 5)
+    order = labels.argsort(stable=True)
+    sorted_cases = images[order], labels[order]
+    _, mixed = by_name["clean_20"].recipe(clean=sorted_cases).data(TASK, cases(16), sorted_cases)[0]
+    assert mixed[16:].tolist() == [0, 0, 1, 1]
 
 
 class Scripted(nn.Module):
@@ -182,6 +203,13 @@ def test_a_frozen_encoder_stays_and_its_head_is_new():
     ended = found.network.network.state_dict()
     for name, value in ended.items():
         assert torch.equal(value, learned[name]) != name.startswith("head"), name
+
+
+def test_a_victim_without_a_last_layer_to_renew_is_named():
+    clean = cases(4)
+    make = partial(nn.Sequential, nn.Conv2d(1, 2, SIZE), nn.Flatten())
+    with pytest.raises(ValueError, match="Sequential.*leave out frozen_encoder"):
+        train_network(TASK, make, clean, clean, recipe=by_name["frozen_encoder"].recipe(clean=clean), **QUICK)
 
 
 def test_the_attack_stays_inside_its_bound_and_raises_the_loss():

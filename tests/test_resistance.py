@@ -110,6 +110,14 @@ def test_study_with_defenses_reports_them_and_keeps_what_is_done(released, out, 
     assert len(trained) == 12 and again["defenses"] == found["defenses"]
 
 
+def test_a_defense_that_lacked_clean_cases_is_said_and_listed_as_untested(released, out, monkeypatch, capsys):
+    monkeypatch.setattr("monai_salm.verification.study.clean_part", lambda *_: ())
+    found = study(released[0], out, epochs=1, defenses=["blur_1", "clean_20"]).run()
+    assert "left out, too few held-out patients: clean_20\n" in capsys.readouterr().out
+    assert [part["name"] for part in found["defenses"]] == ["blur_1"]
+    assert any("mixture" in text for text in found["not_tested"])
+
+
 def test_what_was_tested_is_not_listed_as_untested():
     nothing, standard = not_tested(), not_tested([defense.name for defense in defenses_of("standard")])
     assert any("JPEG" in text for text in nothing) and not any("JPEG" in text for text in standard)

@@ -50,14 +50,8 @@ class TargetedAdversarial(SALM):
 
 
 class ErrorMaximizing(SALM):
-    """Untargeted adversarial examples: signed ascent of the loss. Works with labels of both kinds.
-
-    Args:
-        settings: of the ascent, see :py:class:`monai_salm.perturbations.salm.SALM`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    """Untargeted adversarial examples: signed ascent of the loss. Works with labels of both kinds; arguments as of
+    :py:class:`monai_salm.perturbations.salm.SALM`."""
 
     def gradient(
         self,

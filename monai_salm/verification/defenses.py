@@ -185,7 +185,8 @@ class Orthogonal(Recipe):
     def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
         flat, labels = train[0].flatten(1), train[1]
         mean = flat.mean(0)
-        basis, _ = torch.linalg.qr(linear_weights(flat - mean, labels).T)
+        weight, _ = linear_classifier(flat - mean, labels)
+        basis, _ = torch.linalg.qr(weight[1:].T)  # rows add up to 0: one of them says nothing that the others do not
 
         def without(image: Tensor) -> Tensor:
             away = image.flatten() - mean
@@ -194,13 +195,16 @@ class Orthogonal(Recipe):
         return task.mapped(train, without), task.mapped(test, without)
 
 
-def linear_weights(flat: Tensor, labels: Tensor, decay: float = 1e-3) -> Tensor:
-    """(n_classes, n) weights of a logistic regression with a weak L2 penalty.
+def linear_classifier(flat: Tensor, labels: Tensor, decay: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """A logistic regression with a weak L2 penalty.
 
     Args:
         flat: (N, n) values with zero mean.
         labels: (N,) class indices, each class present.
         decay: of the penalty, relative to the mean square norm of ``flat``.
+
+    Returns:
+        (n_classes, n) weights, which add up to 0 over the classes, and (n_classes,) biases.
     """
     weight = torch.zeros(int(labels.max()) + 1, flat.shape[1], requires_grad=True)
     bias = torch.zeros(len(weight), requires_grad=True)
@@ -214,16 +218,17 @@ def linear_weights(flat: Tensor, labels: Tensor, decay: float = 1e-3) -> Tensor:
         return loss
 
     optimizer.step(closure)
-    return weight.detach()
+    return weight.detach(), bias.detach()
 
 
 class CleanMixed(Recipe):
-    """Clean cases of the third party's own are mixed in, repeated where they are too few."""
+    """Clean cases of the third party's own are mixed in: spread over all of them, since cases often come sorted by
+    class, and repeated where they are too few."""
 
     def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
-        wanted = round(CLEAN_SHARE / (1 - CLEAN_SHARE) * task.count(train))
-        own = task.part(self.clean, [at % task.count(self.clean) for at in range(max(1, wanted))])
-        return task.joined(train, own), test
+        wanted = max(1, round(CLEAN_SHARE / (1 - CLEAN_SHARE) * task.count(train)))
+        places = [at * task.count(self.clean) // wanted for at in range(wanted)]
+        return task.joined(train, task.part(self.clean, places)), test
 
 
 class EarlyStopped(Recipe):
@@ -259,8 +264,10 @@ class _NewHead(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
-        head = [part for part in network.modules() if isinstance(part, nn.Linear)][-1]
-        head.requires_grad_(True).reset_parameters()
+        heads = [part for part in network.modules() if isinstance(part, nn.Linear)]
+        if not heads:
+            raise ValueError(f"a victim ({type(network).__name__}) has no linear layer; leave out frozen_encoder")
+        heads[-1].requires_grad_(True).reset_parameters()
 
     def train(self, mode: bool = True) -> _NewHead:
         """Evaluation mode always: the statistics of a frozen encoder stay as they are."""

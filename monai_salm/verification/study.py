@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -191,7 +191,7 @@ class VictimStudy:
             config=_value(self.config),
             versions=versions(),
             machine=machine(self.device),
-            not_tested=self._not_tested(utility),
+            not_tested=self._not_tested(utility, resisted),
             rules=self.rules,
         )
         write_json(self.results, self.output_dir / "report.json")
@@ -346,6 +346,9 @@ class VictimStudy:
         costs = {defense.name: defense.cost for defense in self.defenses}
         count, seconds = expected_seconds(todo, jobs, ledger, costs, self.workers)
         print(f"{len(todo)} defenses: {count} trainings to do, about {seconds / 60:.0f} min", flush=True)
+        left_out = [name for name in costs if name not in todo]
+        if left_out:
+            print(f"left out, too few held-out patients: {', '.join(left_out)}", flush=True)
         run_jobs([job for mine in todo.values() for job in mine.values()], ledger, self.workers)
         return {name: _rows(mine, ledger) for name, mine in todo.items()}
 
@@ -372,8 +375,8 @@ class VictimStudy:
             "refused": [{"case": refusal.name, "reason": refusal.reason} for refusal in refusals],
         }
 
-    def _not_tested(self, utility: Sequence[Any]) -> list[str]:
-        known = [*not_tested([defense.name for defense in self.defenses]), *self.learning.not_tested]
+    def _not_tested(self, utility: Sequence[Any], defenses: Collection[str]) -> list[str]:
+        known = [*not_tested(defenses), *self.learning.not_tested]
         if not utility:
             known.append("What protection does to a model trained on clean images: no held-out case was protected.")
         if "random_mask" not in self.controls:
