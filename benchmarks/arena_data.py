@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import CacheDataset
-from pneumoniamnist import drawn
 from torch import Tensor
 
 from monai_salm.cohorts.demo import write_demo_export
 from monai_salm.io.base import Case, StoredImage
-from monai_salm.release.labels import load_cohort
+from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.surrogates import ResizeView
 from monai_salm.transforms import LoadStoredd
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas, perturbed
 
-__all__ = ["DataSet", "Part", "load", "stratified"]
+__all__ = ["DataSet", "Part", "drawn", "load", "stratified"]
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,19 @@ class Part:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Three parts that share no patient.
+    """Three parts; of an archive as its splits have them.
 
     Args:
         classes: their names.
         train: what is protected.
         test: clean, for the test of victims.
-        spare: clean cases of the third party's own.
+        spare: clean cases of the third party's own; None: it has none.
     """
 
     classes: tuple[str, ...]
     train: Part
     test: Part
-    spare: Part
+    spare: Part | None
 
 
 def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
@@ -84,27 +83,44 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
 
     Args:
         settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
-            tested on; ``spare``: how many clean cases the third party has. Either ``archive`` names a MedMNIST archive
-            in ``data`` (then ``spare_split`` is where these come from), or ``demo`` is the seed of a demo cohort (then
-            they come from the cohort of the next seed).
+            tested on; ``spare``: how many clean cases the third party has, 0 for none. Either ``archive`` names a
+            MedMNIST archive in ``data`` (then ``spare_split`` is where these come from), or ``demo`` is the seed of a
+            demo cohort (then they come from the cohort of the next seed).
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
     Raises:
         ValueError: When a class has too few cases.
     """
-    size, split = tuple(settings["size"]), settings["split"]
+    size, split, spare = tuple(settings["size"]), settings["split"], settings["spare"]
     if "archive" in settings:
         cohort = load_cohort(data / settings["archive"], spatial_dims=2)
-        others, spare_split = cohort, settings["spare_split"]
+        others, spare_split = cohort, settings["spare_split"] if spare else ""
     else:
         cohort, others = (_demo(work, settings["demo"] + offset) for offset in (0, 1))
         spare_split = "train"
     if others is cohort and spare_split in ("train", split):
         raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
     tested = [case for case in cohort.cases if case.split == split]
-    parts = drawn(cohort, settings["train"], "train"), tested, drawn(others, settings["spare"], spare_split)
-    return DataSet(tuple(cohort.classes), *(_part(cases, size) for cases in parts))
+    train = _part(drawn(cohort, settings["train"], "train"), size)
+    own = _part(drawn(others, spare, spare_split), size) if spare else None
+    return DataSet(tuple(cohort.classes), train, _part(tested, size), own)
+
+
+def drawn(cohort: Cohort, count: int, split: str, seed: int = 0) -> list[Case]:
+    """``count`` cases of a split, as many of each class, in the cohort's order.
+
+    Raises:
+        ValueError: When a class has too few cases.
+    """
+    each, generator = count // len(cohort.classes), np.random.default_rng(seed)
+    chosen = set()
+    for label, name in enumerate(cohort.classes):
+        members = [case for case in cohort.cases if case.split == split and case.label == label]
+        if len(members) < each or each < 1:
+            raise ValueError(f"class {name} has {len(members)} {split} cases, {each} are asked for; ask for fewer")
+        chosen |= {members[at].sample_id for at in generator.permutation(len(members))[:each]}
+    return [case for case in cohort.cases if case.sample_id in chosen]
 
 
 def _demo(work: Path, seed: int) -> Any:

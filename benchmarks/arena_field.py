@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from arena_cells import AGAIN, ELSEWHERE, NO_DEFENSE, WITHOUT_FIT, Cell
 from arena_data import DataSet, Part
+from kept_rows import Rows
 from methods import METHODS, UNBOUNDED, Fitted, fit, victims
-from pneumoniamnist import Rows
 from releases import RELEASES, TURNED, Copies, separable, turned
 from setting import configured, versions
 from torch import Tensor
@@ -30,7 +30,7 @@ from monai_salm.verification.segmenters import described
 from monai_salm.verification.training import Recipe, victim_digest
 from monai_salm.verification.victims import Classification
 
-__all__ = ["MEASURED", "OF_FIT", "Field"]
+__all__ = ["MEASURED", "OF_FIT", "Field", "fidelity"]
 
 BASE_255THS = 8
 """Budget that the search for a PSNR starts from."""
@@ -101,7 +101,7 @@ class Field:
         # Whole 255ths: what an image of 8 bits can hold.
         while levels not in tried and len(tried) < PSNR_FITS:
             found = at(f"{levels}/255")
-            psnr = _fidelity(part, found, ssim=False)["psnr"]["mean"]
+            psnr = fidelity(part, found, ssim=False)["psnr"]["mean"]
             tried[levels] = abs(psnr - wanted), found
             levels = max(1, round(levels * 10 ** ((psnr - wanted) / 20)))
         best = min(tried, key=lambda each: tried[each][0])
@@ -145,8 +145,8 @@ class Field:
         return _write(path, *(turned(images, 0) if cell.release == TURNED else (images, labels)))
 
     def _test(self, release: str, path: Path) -> Arm:
-        """Test cases, then the third party's own clean ones."""
-        parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare)]
+        """Test cases, then the third party's own clean ones, if it has any."""
+        parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare) if part]
         if release == TURNED:
             parts = [turned(images, 0) for images, _ in parts]
         return _write(path, *(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -154,7 +154,14 @@ class Field:
     # --------------------------------------------------------------- trainings
 
     def train(self, asked: Sequence[Cell], folder: Path, rows: Path, workers: int) -> list[dict[str, Any]]:
-        """Do the trainings that are not done, and give a row of the table for each.
+        """Do the trainings that are not done, and give a row of the table for each; arguments of :py:meth:`scored`."""
+        return [
+            asdict(cell) | {name: row[name] for name in MEASURED} | self._of_fit(cell)
+            for cell, row in self.scored(asked, folder, rows, workers).items()
+        ]
+
+    def scored(self, asked: Sequence[Cell], folder: Path, rows: Path, workers: int) -> dict[Cell, Mapping[str, Any]]:
+        """Do the trainings that are not done, and give all scores of each.
 
         Args:
             asked: cells of this data set.
@@ -166,10 +173,7 @@ class Field:
         done = Rows(rows, {job.key: "/".join(map(str, asdict(cell).values())) for cell, job in jobs.items()})
         print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
         run_jobs(list(jobs.values()), done, workers)  # type: ignore[arg-type]
-        return [
-            asdict(cell) | {name: done[job.key][name] for name in MEASURED} | self._of_fit(cell)
-            for cell, job in jobs.items()
-        ]
+        return {cell: done[job.key] for cell, job in jobs.items()}
 
     def _jobs(self, asked: Sequence[Cell], folder: Path) -> dict[Cell, Job]:
         makers = victims({"num_classes": len(self.data.classes)})
@@ -178,7 +182,6 @@ class Field:
         arms: dict[tuple[Any, ...], Arm] = {}
         tests: dict[bool, Arm] = {}
         n_test = len(self.data.test.labels)
-        spare = tuple(range(n_test, n_test + len(self.data.spare.labels)))
         found = {}
         for cell in asked:
             shown = (cell.level, cell.method, cell.release, self._seed(cell))
@@ -188,6 +191,7 @@ class Field:
             if other not in tests:
                 tests[other] = self._test(cell.release, folder / f"test{len(tests)}.f32")
             arm, test, make, recipe = arms[shown], tests[other], makers[cell.victim], recipes[cell.defense]
+            spare = tuple(range(n_test, test.count))
             kind = victim_digest(make, torch.zeros(2, 1, *self.data.train.size), len(self.data.classes))
             decisive = [arm.digest, test.digest, spare, kind, cell.seed, self.recipe, self.task.describe()]
             decisive += [described(recipe), versions()]
@@ -210,7 +214,7 @@ class Field:
         if method in WITHOUT_FIT:
             return {}
         found, epsilon = self.fitted(level, method, seed)
-        kept, protected = _fidelity(part, found, ratio=METHODS[method].ratio), part.seen(found.deltas)
+        kept, protected = fidelity(part, found, ratio=METHODS[method].ratio), part.seen(found.deltas)
         return {
             "epsilon": epsilon,
             "psnr": kept["psnr"]["mean"],
@@ -238,11 +242,20 @@ def _estimate(jobs: Mapping[Cell, Job], done: Rows, workers: int) -> str:
     return text
 
 
-def _fidelity(part: Part, fitted: Fitted, ratio: float | None = None, ssim: bool = True) -> dict[str, Any]:
+def fidelity(part: Part, *fits: Fitted, ratio: float | None = None, ssim: bool = True) -> dict[str, Any]:
+    """What fits of one method keep of the images, as :py:meth:`monai_salm.verification.fidelity.Fidelity.result`.
+
+    Args:
+        part: the images.
+        fits: perturbations of them.
+        ratio: of the mask that the method was asked for.
+        ssim: measure it, of a sample of the images.
+    """
     kept, sample = Fidelity(), ssim_sample(part.images, SSIM_CASES[2] if ssim else 0)
-    for name, image in part.images.items():
-        moved = StoredImage(image.codec.add(image.stored, np.asarray(fitted.deltas[name])), image.codec)
-        kept.add(image, moved, ssim=name in sample)
+    for fitted in fits:
+        for name, image in part.images.items():
+            moved = StoredImage(image.codec.add(image.stored, np.asarray(fitted.deltas[name])), image.codec)
+            kept.add(image, moved, ssim=name in sample)
     return kept.result(ratio)
 
 

@@ -15,33 +15,26 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from methods import FITTED, METHODS, Fitted, fit, victims
-from monai.data import CacheDataset
+from arena_cells import NO_DEFENSE, PLAIN, Cell
+from arena_data import DataSet, Part, load
+from arena_field import MEASURED, Field, fidelity
+from methods import FITTED, METHODS, Fitted, victims
 from setting import configured, machine, versions
 
-from monai_salm.io.base import Case, StoredImage
 from monai_salm.perturbations.budget import Budget
-from monai_salm.release.labels import Cohort, load_cohort
-from monai_salm.surrogates import ResizeView
-from monai_salm.transforms import LoadStoredd
-from monai_salm.transforms.meta import codec_of, meta_of, stored_array
-from monai_salm.verification.arms import Arm, ArmWriter, Deltas, generator_of, perturbed
-from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
-from monai_salm.verification.jobs import Job, default_workers, run_jobs
+from monai_salm.verification.jobs import default_workers
 from monai_salm.verification.results import write_atomically
 from monai_salm.verification.strength import closed_gap, summarize
-from monai_salm.verification.training import victim_digest
-from monai_salm.verification.victims import METRIC, Classification
+from monai_salm.verification.victims import METRIC
 
+NAME = "pneumoniamnist"
 SIZE = (28, 28)
 COMPARED = (
     "clean",
@@ -55,7 +48,6 @@ COMPARED = (
     "blind",
 )
 """What is compared unless ``--methods`` names others."""
-METRICS = ("auc", "accuracy", "balanced_accuracy")
 NOTE = (
     "A balanced subset of the training images is used; victims and fits see no other images of the training split.",
     "Clean training is noisy on the test split, which differs from train and val: 38 % are normal, of those 26 %.",
@@ -65,76 +57,6 @@ NOTE = (
     "Seconds are of surrogate and perturbation steps of one fit, on the machine and with the threads below.",
     "PSNR, SSIM and the changed fraction are over all fits of a method.",
 )
-
-
-class Rows:
-    """Finished trainings, one JSON line each; stands in for :py:class:`monai_salm.verification.jobs.Ledger`."""
-
-    def __init__(self, path: Path, names: Mapping[str, str]) -> None:
-        self._path, self._names = path, names
-        self._rows: dict[str, dict[str, Any]] = {}
-        text = path.read_text() if path.is_file() else ""
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line of a killed run
-                continue
-            self._rows[entry["key"]] = entry["row"]
-        if text and not text.endswith("\n"):
-            self._append("\n")
-
-    def __contains__(self, job: Job) -> bool:
-        return job.key in self._rows
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._rows[key]
-
-    def add(self, key: str, row: Mapping[str, Any], weights: bytes | None) -> None:
-        kept = {name: value for name, value in row.items() if name != "curve"}
-        self._append(json.dumps({"key": key, "training": self._names[key], "row": kept}) + "\n")
-        self._rows[key] = kept
-
-    def _append(self, text: str) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as stream:
-            stream.write(text)
-
-
-def drawn(cohort: Cohort, count: int, split: str, seed: int = 0) -> list[Case]:
-    """``count`` cases of a split, as many of each class, in the cohort's order.
-
-    Raises:
-        ValueError: When a class has too few cases.
-    """
-    each, generator = count // len(cohort.classes), np.random.default_rng(seed)
-    chosen = set()
-    for label, name in enumerate(cohort.classes):
-        members = [case for case in cohort.cases if case.split == split and case.label == label]
-        if len(members) < each or each < 1:
-            raise ValueError(f"class {name} has {len(members)} {split} cases, {each} are asked for; ask for fewer")
-        chosen |= {members[at].sample_id for at in generator.permutation(len(members))[:each]}
-    return [case for case in cohort.cases if case.sample_id in chosen]
-
-
-def balanced(cohort: Cohort, count: int, split: str, seed: int = 0) -> Cohort:
-    """``count`` training cases, as many of each class, and the cases of ``split`` to test on.
-
-    Raises:
-        ValueError: When a class has too few cases.
-    """
-    tested = [case for case in cohort.cases if case.split == split]
-    cases = (*drawn(cohort, count, "train", seed), *tested)
-    return replace(cohort, cases=cases, held_out_ids=frozenset(case.sample_id for case in tested))
-
-
-def write_arm(
-    path: Path, images: Mapping[str, StoredImage], labels: Mapping[str, int], unit: Callable[..., Any]
-) -> Arm:
-    """An arm of ``unit(sample_id, image)``, (1, *spatial) unit intensities, at the victims' size."""
-    writer, resize = ArmWriter(path), ResizeView(SIZE)
-    for name, image in images.items():
-        writer.add(resize(unit(name, image)[None])[0], labels[name])
-    return writer.close()
 
 
 class Benchmark:
@@ -175,124 +97,62 @@ class Benchmark:
         self.methods, self.overrides = tuple(methods), dict(overrides or {})
         config = configured("salm_2d_classification", self.overrides)
         self.epsilon = str(config["epsilon"])
-        shipped = ("epochs", "batch_size", "learning_rate", "weight_decay")
-        self.recipe = {name: config.get_parsed_content(f"study::{name}") for name in shipped}
-        if epochs is not None:
-            self.recipe["epochs"] = epochs
-        self.augment = config.get_parsed_content("study::augment")
+        self.epochs = config.get_parsed_content("study::epochs") if epochs is None else epochs
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; write and return the results."""
         started = time.monotonic()
-        cohort = balanced(load_cohort(self.data, spatial_dims=2), self.train_size, self.split)
-        load = LoadStoredd("image", spatial_dims=2)
-        dataset, held_out = (
-            CacheDataset(
-                [{"image": case, "label": case.label} for case in cases], load, copy_cache=False, progress=False
-            )
-            for cases in (cohort.train, cohort.held_out)
-        )
-        fitted = self._fit_all(dataset, len(cohort.classes))
-        images, labels = _images(dataset)
+        settings = {"archive": self.data.name, "size": SIZE, "train": self.train_size, "split": self.split, "spare": 0}
+        data = load(settings, self.data.parent, self.work)
+        field = Field(NAME, {"epochs": {NAME: self.epochs}, "fits": self.fits, "fit": self.overrides}, data, self.work)
+        fitted: dict[str, list[Fitted]] = {name: [] for name in self.methods}
+        for name in FITTED:
+            for seed in range(self.fits if name in fitted else 0):
+                fitted[name].append(field.fitted(self.epsilon, name, seed)[0])
+                print(f"{name}, fit {seed}: {fitted[name][-1].seconds:.1f} s", flush=True)
+        cells = [
+            Cell(NAME, self.epsilon, method, PLAIN, NO_DEFENSE, victim, seed)
+            for victim in victims({"num_classes": len(data.classes)})
+            for seed in range(self.seeds)
+            for method in self.methods
+        ]
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            arms, fidelity = self._arms(Path(folder), images, labels, fitted)
-            test_images, test_labels = _images(held_out)
-            test = write_arm(Path(folder, "test.f32"), test_images, test_labels, _clean)
-            rows = self._train(arms, test, cohort.classes)
-        results = self._results(cohort, rows, fitted, fidelity, time.monotonic() - started)
+            scored = field.scored(cells, Path(folder), self.output.with_suffix(".rows.jsonl"), self.workers)
+        rows = [{"arm": cell.method, "victim": cell.victim, "seed": cell.seed, **row} for cell, row in scored.items()]
+        results = self._results(field, rows, fitted, time.monotonic() - started)
         write_atomically(json.dumps(results, indent=1, allow_nan=False) + "\n", self.output)
         return results
 
-    def _fit_all(self, dataset: CacheDataset, classes: int) -> dict[tuple[str, int], Fitted]:
-        fitted = {}
-        for name in self.methods:
-            for seed in range(self.fits if name in FITTED else 0):
-                found = fit(name, dataset, classes, SIZE, seed, self.epsilon, self.work, self.overrides)
-                print(f"{name}, fit {seed}: {found.seconds:.1f} s", flush=True)
-                fitted[name, seed] = found
-        return fitted
-
-    def _arms(
-        self,
-        folder: Path,
-        images: Mapping[str, StoredImage],
-        labels: Mapping[str, int],
-        fitted: Mapping[tuple[str, int], Fitted],
-    ) -> tuple[dict[tuple[str, int], Arm], dict[str, dict[str, Any]]]:
-        """Arms by method and fit, and fidelity by method."""
-        arms, fidelity, sample = {}, {}, ssim_sample(images, SSIM_CASES[2])
-        for name in self.methods:
-            kept = Fidelity()
-            for seed in range(self.fits):
-                path, found = folder / f"{len(arms)}.f32", fitted.get((name, seed))
-                if found is not None:
-                    deltas = {case: np.asarray(found.deltas[case]) for case in images}
-                    for case, image in images.items():
-                        moved = StoredImage(image.codec.add(image.stored, deltas[case]), image.codec)
-                        kept.add(image, moved, ssim=case in sample)
-                    shown = partial(_moved, deltas)
-                else:
-                    shown = partial(_noise, seed) if name == "blind" else _clean
-                arms[name, seed] = write_arm(path, images, labels, shown)
-            if (name, 0) in fitted:
-                fidelity[name] = kept.result(METHODS[name].ratio)
-        return arms, fidelity
-
-    def _train(self, arms: Mapping[tuple[str, int], Arm], test: Arm, classes: Sequence[str]) -> list[dict[str, Any]]:
-        jobs: dict[tuple[str, str, int], Job] = {}
-        names: dict[str, str] = {}
-        probe, task = test.load()[0][:2], Classification(tuple(classes), self.augment)
-        for victim, make in victims({"num_classes": len(classes)}).items():
-            kind = victim_digest(make, probe, len(classes))
-            for seed in range(self.seeds):
-                for method in self.methods:
-                    arm = arms[method, seed % self.fits]
-                    decisive = [arm.digest, test.digest, kind, seed, self.recipe, str(self.augment), versions()]
-                    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-                    options = {**self.recipe, "seed": seed, "curve_points": 1}
-                    jobs[method, victim, seed] = Job(key, make, arm, test, task, options, False)
-                    names.setdefault(key, f"{method}/{victim}/{seed}")
-        rows = Rows(self.output.with_suffix(".rows.jsonl"), names)
-        run_jobs(list(jobs.values()), rows, self.workers)  # type: ignore[arg-type]
-        return [
-            {"arm": arm, "victim": victim, "seed": seed, **rows[job.key]} for (arm, victim, seed), job in jobs.items()
-        ]
-
     def _results(
-        self,
-        cohort: Cohort,
-        rows: Sequence[Mapping[str, Any]],
-        fitted: Mapping[tuple[str, int], Fitted],
-        fidelity: Mapping[str, Mapping[str, Any]],
-        seconds: float,
+        self, field: Field, rows: Sequence[Mapping[str, Any]], fitted: Mapping[str, Sequence[Fitted]], seconds: float
     ) -> dict[str, Any]:
-        chance, described = 1 / len(cohort.classes), summarize(rows, METRIC)
+        data: DataSet = field.data
+        chance, described = 1 / len(data.classes), summarize(rows, METRIC)
         methods = {}
-        for name in self.methods:
-            own = [fitted[name, seed] for seed in range(self.fits) if (name, seed) in fitted]
+        for name, own in fitted.items():
             spent = [one.seconds for one in own]
             gaps = {metric: _gap(closed_gap(rows, metric, name, chance=chance)) for metric in (METRIC, "auc")}
             methods[name] = {
                 **described[name],
                 "closed_gap": None if name in ("clean", "blind") else gaps,
-                "fidelity": fidelity.get(name),
+                "fidelity": fidelity(data.train, *own, ratio=METHODS[name].ratio) if own else None,
                 "generation_seconds": {"mean": float(np.mean(spent)), "each": spent} if own else None,
                 "passes_per_image": own[0].passes if own else None,
                 "settings": own[0].settings if own else None,
             }
-        shown = ("arm", "victim", "seed", *METRICS, "seconds")
+        shown = ("arm", "victim", "seed", *MEASURED)
         return {
-            "benchmark": "pneumoniamnist",
+            "benchmark": NAME,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "task": f"PneumoniaMNIST 28x28, {len(cohort.train)} training images, as many of each class",
+            "task": f"PneumoniaMNIST 28x28, {len(data.train.labels)} training images, as many of each class",
             "split": self.split,
             "data_sha256": hashlib.sha256(self.data.read_bytes()).hexdigest(),
-            "images": {"train": _per_class(cohort, cohort.train), self.split: _per_class(cohort, cohort.held_out)},
+            "images": {"train": _per_class(data, data.train), self.split: _per_class(data, data.test)},
             "seeds": {"victims": list(range(self.seeds)), "fits": list(range(self.fits)), "subset": 0},
             "budget": str(Budget.parse(self.epsilon)),
             "chance": chance,
             "methods": methods,
-            "victim_recipe": {**self.recipe, "augment": str(self.augment)},
+            "victim_recipe": {**field.recipe, "augment": str(field.task.augment)},
             "rows": {"columns": shown, "values": [[row[column] for column in shown] for row in rows]},
             "overrides": self.overrides,
             "seconds": seconds,
@@ -302,26 +162,6 @@ class Benchmark:
         }
 
 
-def _images(dataset: CacheDataset) -> tuple[dict[str, StoredImage], dict[str, int]]:
-    images, labels = {}, {}
-    for item in dataset:
-        codec, name = codec_of(item["image"], None), meta_of(item["image"], "sample_id")
-        images[name], labels[name] = StoredImage(stored_array(item["image"], codec), codec), item["label"]
-    return images, labels
-
-
-def _clean(_: str, image: StoredImage) -> torch.Tensor:
-    return image.codec.to_unit(torch.from_numpy(image.stored))
-
-
-def _moved(deltas: Deltas, name: str, image: StoredImage) -> torch.Tensor:
-    return perturbed(image, deltas[name])
-
-
-def _noise(seed: int, name: str, image: StoredImage) -> torch.Tensor:
-    return torch.rand(1, *SIZE, generator=generator_of(seed, "blind", name))
-
-
 def _gap(gap: Mapping[str, Any]) -> dict[str, Any]:
     by_victim = {
         victim: {key: found[key] for key in ("mean", "low", "high")} for victim, found in gap["by_victim"].items()
@@ -329,9 +169,8 @@ def _gap(gap: Mapping[str, Any]) -> dict[str, Any]:
     return {**gap, "by_victim": by_victim}
 
 
-def _per_class(cohort: Cohort, cases: Sequence[Any]) -> dict[str, int]:
-    labels = [case.label for case in cases]
-    return {name: labels.count(index) for index, name in enumerate(cohort.classes)}
+def _per_class(data: DataSet, part: Part) -> dict[str, int]:
+    return {name: int((part.labels == index).sum()) for index, name in enumerate(data.classes)}
 
 
 def table(results: Mapping[str, Any]) -> str:

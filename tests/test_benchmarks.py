@@ -35,16 +35,16 @@ def archive(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, archive, split):
-    found = load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 8, split)
-    assert [case.label for case in found.train].count(0) == 4 and len(found.train) == 8
-    assert all(case.split == "train" for case in found.train)
-    read = load("monai_salm.transforms").LoadStored(spatial_dims=2)
-    shown = np.concatenate([read(case).numpy() for case in found.held_out])
+    settings = {"archive": archive.name, "size": (28, 28), "train": 8, "split": split, "spare": 0}
+    found = load("arena_data").load(settings, archive.parent, archive.parent)
+    assert found.train.labels.bincount().tolist() == [4, 4] and found.spare is None
     with np.load(archive) as arrays:
+        assert all((image.stored == arrays["train_images"]).all((1, 2)).any() for image in found.train.images.values())
+        shown = np.concatenate([image.stored for image in found.test.images.values()])
         assert (shown == arrays[f"{split}_images"]).all()
-        assert [case.label for case in found.held_out] == arrays[f"{split}_labels"][:, 0].tolist()
+        assert found.test.labels.tolist() == arrays[f"{split}_labels"][:, 0].tolist()
     with pytest.raises(ValueError, match="ask for fewer"):
-        load("pneumoniamnist").balanced(load("monai_salm.release.labels").load_cohort(archive), 100, split)
+        load("arena_data").load(settings | {"train": 100}, archive.parent, archive.parent)
 
 
 def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_path, monkeypatch):
