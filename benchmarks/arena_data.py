@@ -107,13 +107,13 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     return DataSet(tuple(cohort.classes), train, _part(tested, size), own)
 
 
-def drawn(cohort: Cohort, count: int, split: str, seed: int = 0) -> list[Case]:
+def drawn(cohort: Cohort, count: int, split: str) -> list[Case]:
     """``count`` cases of a split, as many of each class, in the cohort's order.
 
     Raises:
         ValueError: When a class has too few cases.
     """
-    each, generator = count // len(cohort.classes), np.random.default_rng(seed)
+    each, generator = count // len(cohort.classes), np.random.default_rng(0)
     chosen = set()
     for label, name in enumerate(cohort.classes):
         members = [case for case in cohort.cases if case.split == split and case.label == label]

@@ -142,13 +142,13 @@ class Field:
         if cell.method == "own_clean":
             return _write(path, self.data.spare.seen(), self.data.spare.labels)
         images, labels = self._released(cell), self.data.train.labels
-        return _write(path, *(turned(images, 0) if cell.release == TURNED else (images, labels)))
+        return _write(path, *(turned(images) if cell.release == TURNED else (images, labels)))
 
     def _test(self, release: str, path: Path) -> Arm:
         """Test cases, then the third party's own clean ones, if it has any."""
         parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare) if part]
         if release == TURNED:
-            parts = [turned(images, 0) for images, _ in parts]
+            parts = [turned(images) for images, _ in parts]
         return _write(path, *(torch.cat(each) for each in zip(*parts, strict=True)))
 
     # --------------------------------------------------------------- trainings

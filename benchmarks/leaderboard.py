@@ -29,6 +29,7 @@ TEXT = ("data", "level", "method", "release", "defense", "victim", "epsilon")
 RANKING = {
     "level": "budget",
     "method": "method",
+    "epsilon": "bound",
     METRIC: "balanced accuracy",
     "auc": "AUC",
     "gap": "closed gap",
@@ -147,7 +148,8 @@ class Board:
             f"{name}_std": float(np.std(each, ddof=1)) if len(each) > 1 else None for name, each in values.items()
         }
         means = {name: _mean([row[name] for row in plain]) for name in (METRIC, "auc", *names)}
-        return {"level": level, "method": method, **means, **spread}
+        bounds = ", ".join(dict.fromkeys(row["epsilon"] for row in rows))
+        return {"level": level, "method": method, "epsilon": bounds, **means, **spread}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

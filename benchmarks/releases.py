@@ -108,21 +108,21 @@ def removed(copies: Copies, steps: int = 400, batch: int = 16) -> Tensor:
     return result
 
 
-def turned(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def turned(images: Tensor) -> tuple[Tensor, Tensor]:
     """Half of the images with their first two axes swapped, and whether they are: another labelling of the same images.
 
     Flips, which victims are augmented with, do not change the answer.
     """
     labels = torch.zeros(len(images), dtype=torch.long)
-    labels[stratified(labels, 0.5, seed)] = 1
+    labels[stratified(labels, 0.5, 0)] = 1
     which = labels.reshape(-1, *[1] * (images.ndim - 1)) == 1
     return torch.where(which, images.transpose(2, 3), images), labels
 
 
-def separable(images: Tensor, labels: Tensor, seed: int = 0) -> float:
+def separable(images: Tensor, labels: Tensor) -> float:
     """Accuracy of a logistic regression on one half of the cases that was fitted to the other half."""
     flat = images.flatten(1)
-    fitted = torch.from_numpy(stratified(labels, 0.5, seed))
+    fitted = torch.from_numpy(stratified(labels, 0.5, 0))
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[fitted] = False
     mean = flat[fitted].mean(0)

@@ -214,7 +214,7 @@ def test_a_remover_learns_a_pattern_from_other_images_and_is_trained_once(load, 
 
 def test_other_labels_say_which_images_were_turned(load):
     images = torch.rand(8, 1, 5, 5)
-    shown, labels = load("releases").turned(images, 0)
+    shown, labels = load("releases").turned(images)
     assert labels.sum() == 4
     for image, seen, label in zip(images, shown, labels, strict=True):
         assert torch.equal(seen, image.transpose(1, 2) if label else image)
@@ -257,6 +257,10 @@ def test_the_page_compares_with_the_clean_arm_of_the_same_defense_and_says_what_
     ]
     found = board.Board(rows)
     assert [line["method"] for line in found.ranking] == ["strong", "weak", "clean", "blind"]
+    bounds = ("255/255", "255/255", "9/255")
+    others = [row("ops", 0.5, seed=seed) | {"epsilon": bound} for seed, bound in enumerate(bounds)]
+    (line,) = [line for line in board.Board([*rows, *others]).ranking if line["method"] == "ops"]
+    assert line["epsilon"] == "255/255, 9/255"
     assert found.gap("8/255", "strong", defense="blur_1")["mean"] == pytest.approx(0.25)
     assert found.gap("8/255", "strong", defense="blur_1")["conclusive"] is True
     assert found.gap("8/255", "strong", defense="mixup")["conclusive"] is False

@@ -48,15 +48,14 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
     return _by_plane(image, 8, copy)
 
 
-def jpeg2000(image: Tensor, ratio: float, bits: int = 12) -> Tensor:
-    """Irreversible JPEG 2000 (ISO/IEC 15444-1), plane by plane.
+def jpeg2000(image: Tensor, ratio: float) -> Tensor:
+    """Irreversible JPEG 2000 (ISO/IEC 15444-1) of 12 bits, plane by plane.
 
     Args:
         image: (C, *spatial) unit intensities; a volume is a stack of planes across its last axis.
         ratio: of compression.
-        bits: gray values before compression.
     """
-    return _by_plane(image, bits, lambda plane: jpeg2000_copy(plane, bits, ratio))
+    return _by_plane(image, 12, lambda plane: jpeg2000_copy(plane, 12, ratio))
 
 
 def jpeg2000_copy(levels: NDArray[np.uint16], bits: int, ratio: float) -> NDArray[np.integer]:
