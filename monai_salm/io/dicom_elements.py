@@ -34,6 +34,7 @@ _CHARACTER_SET = BaseTag(0x00080005)
 _PIXEL_DATA = BaseTag(0x7FE00010)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _SHORT, _IMPLICIT, _LONG = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
+_TYPE = struct.Struct("<2sH")
 _LONG_HEADER = struct.Struct("<HH2s2xL")
 _TYPES = {
     vr.encode(): (str(vr), vr in EXPLICIT_VR_LENGTH_32, empty_value_for_VR(vr, raw=True)) for vr in VR if len(vr) == 2
@@ -58,14 +59,16 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
     size = len(data)
     if size < position + 8 or data[position : position + 2] == b"\0\0":
         return None  # nothing, or elements of a command
-    if implicit and data[position + 4 : position + 6] in _TYPES:
-        return None  # the file does not say how it is encoded
+    if implicit == all(0x40 < byte < 0x5B for byte in data[position + 4 : position + 6]):
+        return None  # the first element tells its type, or does not, and the file says otherwise
     while position + 8 <= size:
         name, empty, value_at = None, None, position + 8
-        if implicit:
-            group, number, length = _IMPLICIT.unpack_from(data, position)
-        else:
-            group, number, code, length = _SHORT.unpack_from(data, position)
+        group, number, length = _IMPLICIT.unpack_from(data, position)
+        if (group << 16 | number) not in tags:  # of plain integers: a range looks for others one by one
+            break
+        tag = BaseTag(group << 16 | number)
+        if not implicit:
+            code, length = _TYPE.unpack_from(data, position + 4)
             if code not in _TYPES:
                 return None
             name, long, empty = _TYPES[code]
@@ -74,10 +77,6 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
                 if value_at > size:
                     return None
                 (length,) = _LONG.unpack_from(data, position + 8)
-        tag = group << 16 | number
-        if tag not in tags:
-            break
-        tag = BaseTag(tag)
         if length == UNDEFINED:
             file = io.BytesIO(data)
             file.seek(position)
@@ -129,7 +128,8 @@ def write_elements(dataset: Dataset) -> Iterator[bytes]:
     """
     implicit = dataset.original_encoding[0]
     encodings = dataset.get("SpecificCharacterSet", default_encoding)
-    compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+    if _PIXEL_DATA in dataset:  # pydicom pads them, and refuses those that are not encapsulated where they must be
+        dataset[_PIXEL_DATA].is_undefined_length = dataset.file_meta.TransferSyntaxUID.is_compressed
     elements = dict(dataset.items())
     for tag in sorted(elements, key=int):
         element, group = elements[tag], tag >> 16
@@ -137,24 +137,19 @@ def write_elements(dataset: Dataset) -> Iterator[bytes]:
             raise ValueError("an element of the file meta or of a command is among those of the image")
         if tag & 0xFFFF == 0 and group > 6:
             continue
-        value = element.value
-        if not isinstance(value, bytes):
+        if not element.is_raw or element.value is None:
             buffer = DicomBytesIO()
             buffer.is_implicit_VR, buffer.is_little_endian = implicit, True
             write_data_element(buffer, dataset.get_item(tag), encodings)
             yield buffer.getvalue()
             continue
-        if tag == _PIXEL_DATA:
-            undefined = compressed
-        else:
-            undefined = element.length == UNDEFINED if element.is_raw else element.is_undefined_length
-        length = UNDEFINED if undefined else len(value)
+        length = UNDEFINED if element.length == UNDEFINED else len(element.value)
         if implicit:
             yield _IMPLICIT.pack(group, tag & 0xFFFF, length)
         elif element.VR in EXPLICIT_VR_LENGTH_32:
-            yield _LONG_HEADER.pack(group, tag & 0xFFFF, element.VR.encode(), length)
+            yield _LONG_HEADER.pack(group, tag & 0xFFFF, element.VR.encode(default_encoding), length)
         else:
-            yield _SHORT.pack(group, tag & 0xFFFF, element.VR.encode(), length)
-        yield value
-        if undefined:
+            yield _SHORT.pack(group, tag & 0xFFFF, element.VR.encode(default_encoding), length)
+        yield element.value
+        if length == UNDEFINED:
             yield _SEQUENCE_END

@@ -250,7 +250,7 @@ def _read_plain(data: bytes, stop: Stop | None) -> FileDataset | None:
             return None
         elements, position = found
         read_rest(data, position, elements, stop, implicit=implicit)
-    except (EOFError, NotImplementedError, StopIteration):  # what pydicom makes the best of
+    except Exception:  # the rest is pydicom's, which makes the best of it or fails too; a head can end anywhere
         return None
     return to_dataset(data[:128], meta, elements, implicit=implicit)
 
