@@ -257,6 +257,12 @@ def test_truncated_frames_are_refused(tmp_path: Path) -> None:
     assert reason(lambda: dicom.read(case_of(path), 3)) in ("truncated_pixel_data", "unreadable")
 
 
+def test_files_of_one_volume_must_have_as_many_frames(tmp_path: Path) -> None:
+    paths = [write_enhanced(tmp_path / f"{frames}.dcm", frames=frames) for frames in (5, 3)]
+    for files in (paths, paths[::-1]):
+        assert reason(lambda files=files: dicom.read(case_of(*files), 3)) == "mixed_geometry"
+
+
 def test_scan_finds_a_volume_per_file_in_3d_and_refuses_them_in_2d(tmp_path: Path) -> None:
     def other(dataset: Dataset) -> None:
         dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.99"

@@ -122,6 +122,10 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
         dataset = parse(read_bytes(path))
         check_supported(dataset, spatial_dims, allow_protected=True)
         frames = frame_headers(dataset)
+        if headers and len(frames) * len(case.files) != len(stored):
+            raise RefusedError(
+                "mixed_geometry", "files of one volume differ in their number of frames; split the series"
+            )
         for index, frame in enumerate(frames):
             plane = decode(dataset, index)
             if not headers:
