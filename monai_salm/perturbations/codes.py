@@ -12,10 +12,11 @@ only when there are more classes than directions of the first keep apart."""
 BANDWIDTH = 2.0
 """Standard deviation of a code's spectrum around its center, in cycles per image."""
 CANDIDATES = 1024
-VOXEL_CYCLES = {2: (0.5, 0.15), 3: (0.4, 0.0)}
-"""Cycles per voxel of the codes of voxel labels along one axis, and at least along the others. On slices clean networks
-hardly respond to every other voxel; on volumes coarser codes are needed, and disturb them little (`docs/method.md`)."""
+VOXEL_CYCLES = 0.4
+"""Cycles per voxel of the codes of voxel labels along one axis: finer than most anatomy. Every other voxel, (0.5, 0.15), is what
+clean networks hardly respond to, but victims also less (`docs/method.md`)."""
 VOXEL_SPREAD = 0.2
+"""Most cycles per voxel along the other axes; the first code has none."""
 VOXEL_BANDWIDTH = 0.04
 
 
@@ -81,11 +82,10 @@ def _coarse(dims: int, count: int) -> Tensor:
 
 
 def _fine(dims: int) -> Tensor:
-    """(n, dims) frequencies, high along one axis; the first is lowest along the others."""
-    high, low = VOXEL_CYCLES[dims]
-    others = low + VOXEL_SPREAD * torch.rand(CANDIDATES, dims, generator=torch.Generator().manual_seed(0))
-    others[0] = low
-    return others.scatter(1, torch.arange(CANDIDATES)[:, None] % dims, high)
+    """(n, dims) frequencies, high along one axis; the first is zero along the others."""
+    others = VOXEL_SPREAD * torch.rand(CANDIDATES, dims, generator=torch.Generator().manual_seed(0))
+    others[0] = 0.0
+    return others.scatter(1, torch.arange(CANDIDATES)[:, None] % dims, VOXEL_CYCLES)
 
 
 def _far_apart(candidates: Tensor, count: int) -> Tensor:
