@@ -13,8 +13,8 @@ BANDWIDTH = 2.0
 """Standard deviation of a code's spectrum around its center, in cycles per image."""
 CANDIDATES = 1024
 VOXEL_CYCLES = 0.4
-"""Cycles per voxel of the codes of voxel labels along one axis: finer than most anatomy. Clean networks hardly respond to
-every other voxel, (0.5, 0.15), but nor do victims (`docs/method.md`)."""
+"""Cycles per voxel of the codes of voxel labels along one axis: finer than most anatomy. Clean networks hardly respond
+to every other voxel, (0.5, 0.15), but nor do victims (`docs/method.md`)."""
 VOXEL_SPREAD = 0.2
 """Most cycles per voxel along the other axes; the first code has none."""
 VOXEL_BANDWIDTH = 0.04
