@@ -186,10 +186,10 @@ class PerturbationTrainer(Trainer):
             parts["samples"] = [self.samples.size, objective.extra_repr()]
         elif objective.extra_repr():
             parts["options"] = objective.extra_repr()
-        if not self.trains:
-            parts["surrogate"] = "untrained"
         if self.surrogate_file is not None:
             parts["surrogate"] = hashlib.sha256(Path(self.surrogate_file).read_bytes()).hexdigest()
+        elif not self.trains:
+            parts["surrogate"] = "untrained"
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _begin_round(self) -> None:
@@ -246,7 +246,7 @@ class PerturbationTrainer(Trainer):
         groups = self.cases.batches(self.batch_size)
         self.perturbation.survey(
             self.objective,
-            lambda: (self._batch(self.cases, batch) for batch in groups),
+            (self._batch(self.cases, batch) for batch in groups),
             generator=self._generator("survey", self.state.epoch),
         )
         for batch in groups:

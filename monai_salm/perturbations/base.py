@@ -125,19 +125,17 @@ class Perturbation(ABC):
     ) -> Tensor:
         """(B, C, *spatial) real-valued lattice steps, from float ``start``; the caller projects and rounds."""
 
-    def learn(self, objective: Objective, batches: Callable[[], Iterator[Batch]], generator: torch.Generator) -> Any:
+    def learn(self, objective: Objective, batches: Iterator[Batch], generator: torch.Generator) -> Any:
         """What ``compute`` must know of all cases and finds in ``learned``; most methods need nothing."""
         return self.learned
 
     @final
-    def survey(
-        self, objective: Objective, batches: Callable[[], Iterator[Batch]], *, generator: torch.Generator
-    ) -> None:
+    def survey(self, objective: Objective, batches: Iterator[Batch], *, generator: torch.Generator) -> None:
         """Look at a whole cohort, before its cases are perturbed.
 
         Args:
             objective: what to minimize.
-            batches: begins a pass over the cohort.
+            batches: the cohort, once.
             generator: CPU generator of everything random.
         """
         with frozen(objective.network):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -28,33 +28,29 @@ class ClasswiseErrorMinimizing(ClassPattern):
 
     Args:
         step_size: of one step, as a fraction of the budget.
-        sweeps: passes over the cohort in a round.
 
     Raises:
-        ValueError: When ``step_size`` is not above 0 or there are no sweeps.
+        ValueError: When ``step_size`` is not above 0.
     """
 
-    def __init__(self, *, step_size: float = 0.1, sweeps: int = 1) -> None:
-        if step_size <= 0 or sweeps < 1:
-            raise ValueError(f"step_size is {step_size} and sweeps {sweeps}; use a step above 0 and 1 sweep or more")
-        self.step_size, self.sweeps = step_size, sweeps
+    def __init__(self, *, step_size: float = 0.1) -> None:
+        if step_size <= 0:
+            raise ValueError(f"step_size is {step_size}; it must be above 0")
+        self.step_size = step_size
 
-    def learn(
-        self, objective: Objective, batches: Callable[[], Iterator[Batch]], generator: torch.Generator
-    ) -> dict[int, Tensor]:
+    def learn(self, objective: Objective, batches: Iterator[Batch], generator: torch.Generator) -> dict[int, Tensor]:
         self.learned = dict(self.learned or {})
-        for _ in range(self.sweeps):
-            for image, label, lattice in batches():
-                require_class_labels(label)
-                for index in label.unique().tolist():
-                    first = next(iter(self.learned.values()), image[0])
-                    self.learned.setdefault(index, torch.zeros_like(first))
-                steps = lattice.project(self.compute(objective, image, label, lattice, image, generator))
-                gradient = self.gradient(objective, image, label, lattice, steps, generator) * lattice.unit_step.sign()
-                for index in label.unique().tolist():
-                    pattern, own = self.learned[index], gradient[label == index].mean(0, keepdim=True)
-                    step = self.step_size * _resized(own, pattern.shape[1:])[0].sign()
-                    self.learned[index] = (pattern - step).clamp(-1, 1)
+        for image, label, lattice in batches:
+            require_class_labels(label)
+            for index in label.unique().tolist():
+                first = next(iter(self.learned.values()), image[0])
+                self.learned.setdefault(index, torch.zeros_like(first))
+            steps = lattice.project(self.compute(objective, image, label, lattice, image, generator))
+            gradient = self.gradient(objective, image, label, lattice, steps, generator) * lattice.unit_step.sign()
+            for index in label.unique().tolist():
+                pattern, own = self.learned[index], gradient[label == index].mean(0, keepdim=True)
+                step = self.step_size * _resized(own, pattern.shape[1:])[0].sign()
+                self.learned[index] = (pattern - step).clamp(-1, 1)
         return self.learned
 
     def patterns(self, label: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -82,12 +78,10 @@ class OnePixelShortcut(Perturbation):
             raise ValueError(f"ratio is {ratio}; it must be in [0, 1]")
         self.ratio = ratio
 
-    def learn(
-        self, objective: Objective, batches: Callable[[], Iterator[Batch]], generator: torch.Generator
-    ) -> dict[int, Tensor]:
+    def learn(self, objective: Objective, batches: Iterator[Batch], generator: torch.Generator) -> dict[int, Tensor]:
         """Rows by class: a place as a fraction of each axis, then the extreme in each channel."""
         sums: dict[int, Tensor] = {}
-        for image, label, _ in batches():
+        for image, label, _ in batches:
             require_class_labels(label)
             size = next(iter(sums.values())).shape[2:] if sums else image.shape[2:]
             extremes = torch.tensor(list(product((1.0, 0.0), repeat=image.shape[1])), device=image.device)
