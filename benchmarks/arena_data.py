@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from monai_salm.cohorts.demo import write_demo_export
 from monai_salm.io.base import Case, StoredImage
+from monai_salm.records import image_digest
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.surrogates import ResizeView
 from monai_salm.transforms import LoadStoredd
@@ -83,9 +84,10 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
 
     Args:
         settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
-            tested on; ``spare``: how many clean cases the third party has, 0 for none. Either ``archive`` names a
-            MedMNIST archive in ``data`` (then ``spare_split`` is where these come from), or ``demo`` is the seed of a
-            demo cohort (then they come from the cohort of the next seed).
+            tested on; ``spare``: how many clean cases the third party has, 0 for none; those with the pixels of a
+            training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data`` (then
+            ``spare_split`` is where spare cases come from), or ``demo`` is the seed of a demo cohort (then they come
+            from the cohort of the next seed).
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
@@ -103,12 +105,26 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
         raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
     tested = [case for case in cohort.cases if case.split == split]
     train = _part(drawn(cohort, settings["train"], "train"), size)
-    own = _part(drawn(others, spare, spare_split), size) if spare else None
-    return DataSet(tuple(cohort.classes), train, _part(tested, size), own)
+    test = _part(tested, size)
+    own = _part(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size) if spare else None
+    return DataSet(tuple(cohort.classes), train, test, own)
 
 
-def drawn(cohort: Cohort, count: int, split: str) -> list[Case]:
+def _seen(cohort: Cohort, split: str, *parts: Part) -> set[str]:
+    """Ids of the cases of a split whose pixels some other part has too: archives hold images twice."""
+    known = {image_digest(image.stored) for part in parts for image in part.images.values()}
+    own = _part([case for case in cohort.cases if case.split == split], parts[0].size)
+    return {name for name, image in own.images.items() if image_digest(image.stored) in known}
+
+
+def drawn(cohort: Cohort, count: int, split: str, without: Set[str] = frozenset()) -> list[Case]:
     """``count`` cases of a split, as many of each class, in the cohort's order.
+
+    Args:
+        cohort: all cases.
+        count: how many are wanted.
+        split: of the cases.
+        without: ids of cases that are passed over.
 
     Raises:
         ValueError: When a class has too few cases.
@@ -117,9 +133,11 @@ def drawn(cohort: Cohort, count: int, split: str) -> list[Case]:
     chosen = set()
     for label, name in enumerate(cohort.classes):
         members = [case for case in cohort.cases if case.split == split and case.label == label]
-        if len(members) < each or each < 1:
-            raise ValueError(f"class {name} has {len(members)} {split} cases, {each} are asked for; ask for fewer")
-        chosen |= {members[at].sample_id for at in generator.permutation(len(members))[:each]}
+        order = [members[at].sample_id for at in generator.permutation(len(members))]
+        free = [one for one in order if one not in without]
+        if len(free) < each or each < 1:
+            raise ValueError(f"class {name} has {len(free)} {split} cases, {each} are asked for; ask for fewer")
+        chosen |= set(free[:each])
     return [case for case in cohort.cases if case.sample_id in chosen]
 
 

@@ -176,7 +176,7 @@ class Field:
         return {cell: done[job.key] for cell, job in jobs.items()}
 
     def _jobs(self, asked: Sequence[Cell], folder: Path) -> dict[Cell, Job]:
-        makers = victims({"num_classes": len(self.data.classes)})
+        makers, kinds = victims(len(self.data.classes), self.data.train.size), dict[str, str]()
         recipes: dict[str, Callable[..., Recipe]] = {each.name: each.recipe for each in DEFENSES}
         recipes[NO_DEFENSE] = Recipe
         arms: dict[tuple[Any, ...], Arm] = {}
@@ -192,11 +192,14 @@ class Field:
                 tests[other] = self._test(cell.release, folder / f"test{len(tests)}.f32")
             arm, test, make, recipe = arms[shown], tests[other], makers[cell.victim], recipes[cell.defense]
             spare = tuple(range(n_test, test.count))
-            kind = victim_digest(make, torch.zeros(2, 1, *self.data.train.size), len(self.data.classes))
-            decisive = [arm.digest, test.digest, spare, kind, cell.seed, self.recipe, self.task.describe()]
+            if cell.victim not in kinds:
+                probe = torch.zeros(2, 1, *self.data.train.size)
+                kinds[cell.victim] = victim_digest(make, probe, len(self.data.classes))
+            training = self.recipe | self.config.get("recipes", {}).get(cell.victim, {})
+            decisive = [arm.digest, test.digest, spare, kinds[cell.victim], cell.seed, training, self.task.describe()]
             decisive += [described(recipe), versions()]
             key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-            options = {**self.recipe, "seed": cell.seed, "curve_points": 1}
+            options = {**training, "seed": cell.seed, "curve_points": 1}
             found[cell] = Job(key, make, arm, test, self.task, options, False, recipe, spare)
         return found
 

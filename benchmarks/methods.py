@@ -18,6 +18,7 @@ from setting import configured
 from torch import nn
 
 from monai_salm.records import image_digest
+from monai_salm.surrogates import SmallViT, small_densenet121, small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas
 
@@ -206,10 +207,20 @@ def _digest(dataset: CacheDataset) -> str:
     return digest.hexdigest()
 
 
-def victims(overrides: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
-    """Those of the shipped study, and a small DenseNet."""
-    parser = configured("salm_2d_classification", overrides)
-    shipped = {name: parser.get_parsed_content(f"study::victims::{name}") for name in parser["study::victims"]}
-    sizes = {"init_features": 16, "growth_rate": 8, "block_config": (2, 2, 2)}
-    dense = partial(DenseNet, spatial_dims=2, in_channels=1, out_channels=parser["num_classes"], **sizes)
-    return {**shipped, "densenet": dense}
+def victims(classes: int, spatial_size: Sequence[int]) -> dict[str, Callable[[], nn.Module]]:
+    """Networks that see gray images from scratch: those of the shipped study, a small DenseNet, and what the field
+    compares with: ResNet-18, DenseNet-121 and a small vision transformer.
+
+    Args:
+        classes: number of classes.
+        spatial_size: of the images, two or three sizes.
+    """
+    parser = configured(f"salm_{len(spatial_size)}d_classification", {"num_classes": classes})
+    given = {"spatial_dims": len(spatial_size), "in_channels": 1, "out_channels": classes}
+    return {
+        **{name: parser.get_parsed_content(f"study::victims::{name}") for name in parser["study::victims"]},
+        "densenet": partial(DenseNet, **given, init_features=16, growth_rate=8, block_config=(2, 2, 2)),
+        "resnet18": partial(small_resnet, **given, width=64, blocks=(2, 2, 2, 2)),
+        "densenet121": partial(small_densenet121, **given),
+        "vit": partial(SmallViT, **given, spatial_size=tuple(spatial_size)),
+    }

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+
+from monai_salm.verification.training import victim_digest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SIZE = 16
@@ -54,9 +57,11 @@ def load(monkeypatch):
 def data(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     arrays = {}
-    for split, count in (("train", 24), ("val", 12), ("test", 12)):
+    for split, count in (("train", 16), ("test", 12), ("val", 12)):
         labels = np.arange(count, dtype=np.uint8)[:, None] % 2
         images = rng.integers(20, 180, (count, SIZE, SIZE), dtype=np.uint8) + 50 * labels[:, :, None]
+        if split == "val":  # an image that training cases have too, and one that test cases have
+            images[:2] = arrays["train_images"][0], arrays["test_images"][1]
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     folder = tmp_path_factory.mktemp("arena")
     np.savez(folder / "tiny.npz", **arrays)
@@ -114,7 +119,7 @@ def test_the_shipped_grid_asks_for_what_there_is(load):
     found = load("arena_cells").cells(config)
     methods = load("methods")
     assert {cell.method for cell in found} <= {*methods.FITTED, "clean", "blind", "own_clean"}
-    assert {cell.victim for cell in found} <= set(methods.victims({"num_classes": 2}))
+    assert {cell.victim for cell in found} <= set(methods.victims(2, (28, 28)))
     assert {cell.data for cell in found} == set(config["data"]) == set(config["epochs"])
 
 
@@ -159,6 +164,44 @@ def test_spare_cases_are_neither_trained_nor_tested_on(field):
     assert [len(each) for each in digests] == [16, 12, 8]
     assert not digests[0] & digests[1] and not digests[2] & (digests[0] | digests[1])
     assert [int(part.labels.sum()) for part in parts] == [8, 6, 4]
+
+
+def test_images_that_an_archive_holds_twice_are_no_spare_cases(load, data, tmp_path):
+    module, settings = load("arena_data"), CONFIG["data"]["tiny"]
+    most = module.load(settings | {"spare": 10}, data, tmp_path)
+    assert len(most.spare.labels) == 10
+    with pytest.raises(ValueError, match="has 5 val cases, 6 are asked for"):
+        module.load(settings | {"spare": 12}, data, tmp_path)
+
+
+@pytest.mark.data
+def test_spare_cases_of_pneumoniamnist_share_no_image_with_training_and_test_cases(load, data_dir, tmp_path):
+    module = load("arena_data")
+    settings = yaml.safe_load((BENCHMARKS / "arena.yaml").read_text())["data"]["pneumoniamnist"]
+    found = module.load(settings, data_dir, tmp_path)
+    train, test, spare = (
+        {image.stored.tobytes() for image in part.images.values()} for part in (found.train, found.test, found.spare)
+    )
+    assert len(found.spare.labels) == 240 and not spare & (train | test)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (24, 24, 24)])
+def test_every_victim_can_be_trained_and_is_one_of_its_own(load, size):
+    makers = load("methods").victims(3, size)
+    assert set(makers) == {"small_cnn", "resnet10", "densenet", "resnet18", "densenet121", "vit"}
+    digests = {victim_digest(make, torch.rand(2, 1, *size), 3) for make in makers.values()}
+    assert len(digests) == len(makers)
+    pickle.dumps(makers)  # they go to worker processes
+
+
+def test_a_victim_with_a_recipe_of_its_own_is_trained_by_it_and_others_are_not_trained_anew(load, field, tmp_path):
+    cell = load("arena_cells").Cell("tiny", "", "clean", "all", "none", "small_cnn", 0)
+    jobs = []
+    for recipes in ({}, {"small_cnn": {"learning_rate": 0.5}}, {"vit": {"learning_rate": 0.5}}):
+        field.config = CONFIG | {"recipes": recipes}
+        jobs.append(field._jobs([cell], tmp_path)[cell])
+    assert [job.options["learning_rate"] == 0.5 for job in jobs] == [False, True, False]
+    assert jobs[0].key == jobs[2].key != jobs[1].key
 
 
 # -------------------------------------------------------------------- releases
