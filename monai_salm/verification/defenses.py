@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from monai_salm.surrogates import RandomView
 from monai_salm.verification import filters
-from monai_salm.verification.training import Recipe, Task
+from monai_salm.verification.pretraining import SelfSupervised, last_linear
+from monai_salm.verification.training import Learn, Recipe, Task
 
 __all__ = ["DEFENSES", "LEVELS", "Defense", "defenses_of"]
 
@@ -248,14 +249,14 @@ class EarlyStopped(Recipe):
 class Pretrained(Recipe):
     """Starts from a network that was trained on the third party's own clean cases, with their labels."""
 
-    def network(self, make: Callable[[], nn.Module], learn: Callable[[Any], nn.Module]) -> nn.Module:
+    def network(self, make: Callable[[], nn.Module], learn: Learn) -> nn.Module:
         return learn(self.clean)
 
 
 class FrozenEncoder(Pretrained):
     """Trains a new last layer on what such a network sees, and nothing else."""
 
-    def network(self, make: Callable[[], nn.Module], learn: Callable[[Any], nn.Module]) -> nn.Module:
+    def network(self, make: Callable[[], nn.Module], learn: Learn) -> nn.Module:
         return _NewHead(super().network(make, learn))
 
 
@@ -263,10 +264,7 @@ class _NewHead(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
-        heads = [part for part in network.modules() if isinstance(part, nn.Linear)]
-        if not heads:
-            raise ValueError(f"a victim ({type(network).__name__}) has no linear layer; leave out frozen_encoder")
-        heads[-1].requires_grad_(True).reset_parameters()
+        last_linear(network)[1].requires_grad_(True).reset_parameters()
 
     def train(self, mode: bool = True) -> _NewHead:
         """Evaluation mode always: the statistics of a frozen encoder stay as they are."""
@@ -341,6 +339,9 @@ DEFENSES: tuple[Defense, ...] = (
     Defense("clean_20", "20 % own clean cases mixed in", CleanMixed, 1.3, True, needs_clean=True),
     Defense("pretrained", "start from a network trained on own clean cases", Pretrained, 1.5, needs_clean=True),
     _of_classes("frozen_encoder", "a new last layer on such a network", FrozenEncoder, 1.5, needs_clean=True),
+    _of_classes(
+        "self_supervised", "start from a network that learned to tell how images are turned", SelfSupervised, 5.0
+    ),
 )
 
 

@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
 
-__all__ = ["Batches", "Recipe", "Task", "VictimResult", "seeded", "train_network", "victim_digest"]
+__all__ = ["Batches", "Learn", "Recipe", "Task", "VictimResult", "seeded", "train_network", "victim_digest"]
 
 Batches = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(indices of cases, generator of what is random) -> inputs and truth of one batch, on the training's device."""
+
+Learn = Callable[..., nn.Module]
+"""(data as an arm is loaded, task, makes the untrained network) -> the network after an ordinary training; task and
+network are those of the victim unless others are given."""
 
 
 class Task(ABC):
@@ -144,8 +148,8 @@ class Recipe:
         """What is trained on, and what the network is given later, as an arm is loaded."""
         return train, test
 
-    def network(self, make: Callable[[], nn.Module], learn: Callable[[Any], nn.Module]) -> nn.Module:
-        """The network to start from; ``learn`` gives one after ordinary training on what it is given."""
+    def network(self, make: Callable[[], nn.Module], learn: Learn) -> nn.Module:
+        """The network to start from; ``learn`` gives one that was trained on what it is given."""
         return make()
 
     def losses(
@@ -215,7 +219,7 @@ def train_network(
     device, start, recipe = torch.device(device), time.monotonic(), recipe or Recipe()
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay}
 
-    def learn(data: Any) -> nn.Module:
+    def learn(data: Any, task: Task = task, make: Callable[[], nn.Module] = make) -> nn.Module:
         return train_network(task, make, data, data, seed=seed, device=device, curve_points=1, **options).network
 
     train, test = recipe.data(task, train, test)
