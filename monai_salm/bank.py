@@ -140,17 +140,11 @@ class PerturbationBank(Mapping[str, Tensor]):
                 f"{sample_id}: the image is {tuple(stored.shape)}, its perturbation {tuple(record.delta.shape)}; "
                 "apply it to the image as it is stored, before any spatial transform"
             )
-        if image_digest(stored) != record.image_digest:
-            raise ValueError(
-                f"{sample_id}: the image ({as_array(stored).dtype}) is not the one that its perturbation was fitted "
-                "on: values or type differ. Apply it to the stored values before any other transform, or fit again"
-            )
-        if step is not None and not math.isclose(step, record.step, rel_tol=1e-9):
-            raise ValueError(
-                f"{sample_id}: a lattice step is {step:g} stored units here and {record.step:g} in the bank; "
-                "read the image with the window that it was fitted with"
-            )
-        return record.delta
+        return _of_image(record, f"the image ({as_array(stored).dtype})", image_digest(stored), step)
+
+    def load_by_digest(self, sample_id: str, digest: str, *, step: float) -> Tensor:
+        """As :py:meth:`load`, for whoever has no more of the image than its :py:func:`image_digest`."""
+        return _of_image(self.record(sample_id), "the image", digest, step)
 
     def state(self) -> tuple[int, bytes] | None:
         """Round and trainer's state of the last complete round; None before the first.
@@ -377,3 +371,18 @@ def _batches(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _of_image(record: Record, image: str, digest: str, step: float | None) -> Tensor:
+    """The perturbation, if it was fitted on the image of this digest and step."""
+    if digest != record.image_digest:
+        raise ValueError(
+            f"{record.sample_id}: {image} is not the one that its perturbation was fitted on: values or type differ. "
+            "Apply it to the stored values before any other transform, or fit again"
+        )
+    if step is not None and not math.isclose(step, record.step, rel_tol=1e-9):
+        raise ValueError(
+            f"{record.sample_id}: a lattice step is {step:g} stored units here and {record.step:g} in the bank; "
+            "read the image with the window that it was fitted with"
+        )
+    return record.delta

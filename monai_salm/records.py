@@ -7,15 +7,18 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # the process that reads files needs no torch, and starts faster and smaller without
+    from torch import Tensor
 
 TYPES = ("int8", "int16", "int32")
 """A perturbation is kept in the first of these that holds its budget."""
+_SLAB_BYTES = 32 << 20
 COLUMNS = ("sample_id", "dtype", "shape", "levels", "step", "image_digest", "digest", "payload")
 """Names of :py:func:`pack`'s values: text, text, JSON, integer, float, hex, hex, bytes."""
 
@@ -43,6 +46,7 @@ def image_digest(stored: Tensor | np.ndarray) -> str:
     """SHA-256 over type, shape and values of a stored image; equal for tensors and arrays of either byte order.
 
     Example:
+        >>> import torch
         >>> pixels = np.arange(4, dtype=np.int16).reshape(1, 2, 2)
         >>> image_digest(pixels) == image_digest(torch.from_numpy(pixels))
         True
@@ -96,15 +100,28 @@ def unpack(row: tuple[Any, ...]) -> Record:
         intact = False
     if not intact:
         raise ValueError(f"the record of {sample_id!r} does not agree with its digest")
+    import torch
+
     return Record(sample_id, torch.from_numpy(delta), image, levels, step)
 
 
 def as_array(values: Tensor | np.ndarray) -> np.ndarray:
     """The same values as an array, in main memory."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
 def _digest(header: list[Any], values: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
-    digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
+    for part in _parts(values):
+        digest.update(np.ascontiguousarray(part, values.dtype.newbyteorder("<")))
     return digest.hexdigest()
+
+
+def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in C order, (C, *spatial): a volume that lies otherwise in memory is not copied as a whole."""
+    if values.ndim < 2 or values.flags.c_contiguous:
+        yield values
+        return
+    for channel in values:
+        thick = max(1, _SLAB_BYTES * len(channel) // max(channel.nbytes, 1))
+        yield from (channel[start : start + thick] for start in range(0, len(channel), thick))

@@ -238,6 +238,33 @@ class StoredCodec:
         zero = torch.zeros((), dtype=torch.float64, device=stored.device)
         return torch.where(movable, lower, zero).to(dtype), torch.where(movable, upper, zero).to(dtype)
 
+    def allows(self, stored: np.ndarray, delta: np.ndarray) -> bool:
+        """Whether a change keeps :py:meth:`bounds`, those of a budget aside: it needs no torch.
+
+        Args:
+            stored: original values, (C, *spatial); or any part of an image whose slices are scaled alike.
+            delta: lattice steps of the same shape.
+        """
+        moved = delta != 0
+        low, high = self._open_range(stored)
+        if self.slices is not None:
+            low, high = (np.broadcast_to(end, stored.shape)[moved] for end in (low, high))
+        values, steps = stored[moved].astype(np.float64), delta[moved].astype(np.float64)
+        inside = (values >= low) & (steps >= (low - values) / self.step)
+        inside &= (values <= high) & (steps <= (high - values) / self.step)
+        if self.padding is not None:
+            first, last = self.padding
+            below = (values < first) & (steps < (first - values) / self.step)
+            inside &= below | (values > last) & (steps > (last - values) / self.step)
+        return bool(inside.all())
+
+    def of_slices(self, indices: Sequence[int]) -> StoredCodec:
+        """The codec of some slices, along the axis of ``slices``."""
+        if self.slices is None:
+            return self
+        slopes, intercepts = ([found[at] for at in indices] for found in (self.slices.slopes, self.slices.intercepts))
+        return replace(self, slices=SliceScaling(self.slices.axis, tuple(slopes), tuple(intercepts)))
+
     def add(self, stored: np.ndarray, delta: np.ndarray) -> np.ndarray:
         """Stored values of the protected image, in the file's own type.
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from monai_salm import bank as bank_module
+from monai_salm import records
 from monai_salm.bank import PerturbationBank, Record, image_digest
 from monai_salm.records import pack, unpack
 
@@ -200,6 +201,24 @@ def test_load_gives_the_perturbation_of_exactly_this_image(bank: PerturbationBan
         bank.load("a", IMAGE, step=0.25)
     with pytest.raises(KeyError, match="no perturbation for 'b'"):
         bank.load("b", IMAGE)
+
+
+def test_the_digest_of_the_image_is_enough_to_load(bank: PerturbationBank) -> None:
+    bank.commit([Record("a", torch.ones(1, 4, 4).int(), image_digest(IMAGE), 3, 0.5)], round_=0, score=0, state=b"")
+    assert (bank.load_by_digest("a", image_digest(IMAGE), step=0.5) == 1).all()
+    with pytest.raises(ValueError, match="a: the image is not the one"):
+        bank.load_by_digest("a", image_digest(IMAGE + np.int16(1)), step=0.5)
+    with pytest.raises(ValueError, match="step is 0.25 stored units here and 0.5"):
+        bank.load_by_digest("a", image_digest(IMAGE), step=0.25)
+
+
+def test_a_large_volume_is_digested_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = np.arange(7 * 5 * 6, dtype=np.int16).reshape(7, 5, 6)
+    volume = slices.transpose(2, 1, 0)[None, ::-1]
+    whole = image_digest(np.ascontiguousarray(volume))
+    for size in (1, 100, 10**6):
+        monkeypatch.setattr(records, "_SLAB_BYTES", size)
+        assert image_digest(volume) == whole
 
 
 # -------------------------------------------------------------------- opening

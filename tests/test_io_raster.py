@@ -81,7 +81,7 @@ def write(path: Path, content: bytes) -> Path:
 def protect(source: Path) -> tuple[Path, np.ndarray]:
     """The written copy beside ``source``, and what its samples must be."""
     image = raster.read(case_of(source), 2, WINDOW)
-    delta = some_delta(image.stored)
+    delta = some_delta(image.stored) * image.codec.movable(image.stored)
     ((name, content),) = raster.protect(case_of(source), delta, spatial_dims=2, window=WINDOW)
     assert name.as_posix() == f"a/{source.name}"
     written = write(source.with_name(f"protected-{source.name}"), content)

@@ -174,7 +174,7 @@ def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path):
         names[1]: "empty_perturbation",
         names[2]: "other_image",
         names[3]: "outside_budget",
-        names[4]: "outside_budget",
+        names[4]: "delta_outside_bounds",
     }
     assert len(list((tmp_path / "out" / "protected").rglob("*.nii.gz"))) == 1
 

@@ -36,6 +36,17 @@ def images(draw: st.DrawFn) -> tuple[np.ndarray, StoredCodec, Budget]:
     return stored, codec, Budget(levels, "stored")
 
 
+def assert_allowed_as_bounded(stored: np.ndarray, codec: StoredCodec, spread: int, seed: int) -> None:
+    """One voxel moves by a little: ``allows`` says of it what ``bounds`` does, whose budget allows anything."""
+    rng = np.random.default_rng(seed)
+    at = tuple(int(rng.integers(length)) for length in stored.shape)
+    delta = np.zeros(stored.shape, np.int16)
+    delta[at] = rng.integers(-spread, spread + 1)
+    values = torch.from_numpy(stored if stored.dtype.kind == "f" else stored.astype(np.int64))
+    lower, upper = (bound.numpy() for bound in codec.bounds(values, Budget(1.0)))
+    assert codec.allows(stored, delta) == bool(lower[at] <= delta[at] <= upper[at])
+
+
 class TestCodec:
     @given(images(), st.integers(0, 2**31))
     def test_a_snapped_perturbation_keeps_every_promise(self, image, seed):
@@ -68,6 +79,25 @@ class TestCodec:
         lower, upper = codec.bounds(stored, Budget(5, "stored"))
         assert lower.tolist() == [[-5, 0, 0, 0, 0, -5]]
         assert upper.tolist() == [[0, 0, 0, 0, 5, 2]]
+
+    @given(images(), st.integers(0, 2**31), st.integers(1, 40))
+    def test_what_is_allowed_is_what_keeps_the_bounds_of_some_budget(self, image, seed, spread):
+        stored, codec, _ = image
+        assert_allowed_as_bounded(stored, codec, spread, seed)
+
+    @given(st.sampled_from(["float32", "float64"]), st.integers(0, 2**31), st.none() | st.floats(-5, 5))
+    def test_what_is_allowed_in_float_files_is_what_keeps_the_bounds(self, dtype, seed, pad):
+        stored = np.random.default_rng(seed).normal(0, 3, (1, 6, 7)).astype(dtype)
+        stored[0, 0, 0] = np.nan
+        codec = StoredCodec(dtype, (-5.0, 5.0), 1.5, 0.1, padding=None if pad is None else (pad, pad))
+        assert_allowed_as_bounded(stored, codec, 30, seed)
+
+    @given(st.integers(0, 2**31))
+    def test_what_is_allowed_depends_on_the_scaling_of_each_slice(self, seed):
+        stored = np.random.default_rng(seed).integers(0, 40, (1, 3, 4, 3)).astype(np.int16)
+        slices = SliceScaling(2, (1.0, 2.0, 0.5), (0.0, -3.0, 4.0))
+        codec = StoredCodec("int16", (4.0, 20.0), 0.5, 4.0, slices=slices)
+        assert_allowed_as_bounded(stored, codec, 8, seed)
 
     def test_inverted_images_are_bright_where_values_are_low(self):
         codec = StoredCodec("uint8", (0.0, 255.0), inverted=True)

@@ -14,10 +14,11 @@ from exports import write_labels
 from pydicom.data import get_testdata_file
 
 from monai_salm.io import formats
-from monai_salm.io.base import Case, RefusedError, StoredImage
+from monai_salm.io.base import Case, Outline, RefusedError, StoredImage
 from monai_salm.io.dicom import read
 from monai_salm.perturbations.budget import Budget
-from monai_salm.release.labels import load_cohort
+from monai_salm.release.catalog import scan
+from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.release.protect import protect_cohort, read_refusals
 from monai_salm.release.visibility import VISIBILITY, WindowVisibility, read_visibility, summary
 from monai_salm.stored import SliceScaling, StoredCodec
@@ -125,6 +126,19 @@ def test_padding_is_not_what_makes_the_copy_bad():
     assert found.psnr_compressed > plain.psnr_compressed - 3
 
 
+def test_chosen_slices_are_compared_as_in_the_whole_volume_and_each_by_its_own_scaling():
+    image = smooth((20, 60, 50))
+    slices = SliceScaling(0, tuple(1 + 0.1 * np.arange(20)), tuple(np.arange(20.0)))
+    image = StoredImage(image.stored, StoredCodec("int16", (0.0, 1500.0), slices=slices))
+    delta = np.random.default_rng(0).integers(-3, 4, image.stored.shape)
+    delta[0, ::2] = 0
+    axis, chosen = VisibilityGate().slices(Outline(image.stored.shape, image.codec), delta)
+    assert axis == 0 and len(chosen) == 8 and all(index % 2 for index in chosen)
+    part = StoredImage(image.stored[:, chosen], image.codec.of_slices(chosen))
+    assert measure_visibility(part, delta[:, chosen]) == measure_visibility(image, delta)
+    assert VisibilityGate("none").slices(Outline(image.stored.shape, image.codec), delta)[1] == []
+
+
 def test_an_unknown_mode_is_an_error():
     with pytest.raises(ValueError, match="use one of report, refuse, none"):
         VisibilityGate("off")
@@ -166,6 +180,19 @@ class TestRelease:
         lines = (tmp_path / "out" / VISIBILITY).read_text().splitlines()
         assert [json.loads(line)["less_visible"] for line in lines] == [each.less_visible for each in found]
         assert summary(tmp_path / "out") == "visibility: 2 of 4 images are less visible than JPEG 2000 at 5:1"
+
+    def test_what_is_reported_of_a_volume_is_measured_as_on_the_whole_of_it(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        nib.save(nib.Nifti1Image(smooth((24, 44, 40)).stored[0], np.diag([3, 1, 1, 1])), tmp_path / "in/v.nii")
+        catalog = scan(tmp_path / "in", 3)
+        cohort = Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root)
+        image = formats.read(cohort.cases[0], 3)
+        lower, upper = image.codec.bounds(torch.from_numpy(image.stored), Budget.parse("30 stored"))
+        delta = np.where(np.random.default_rng(0).random(lower.shape) < 0.5, lower, upper)
+        delta[:, ::3] = 0
+        self.protect(cohort, {cohort.cases[0].sample_id: delta}, tmp_path / "out", "report")
+        (found,) = read_visibility(tmp_path / "out")
+        assert found.windows == measure_visibility(image, delta)
 
     def test_a_rerun_adds_nothing_and_a_torn_line_is_dropped(self, cohort, bank, tmp_path):
         self.protect(cohort, bank, tmp_path / "out", "report")

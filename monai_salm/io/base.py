@@ -51,6 +51,23 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What is to be known of an image before it is written, which is all but its voxels.
+
+    Args:
+        shape: (1, *spatial), as of ``StoredImage.stored``.
+        codec: how to read the values.
+        spacing: as of ``StoredImage``.
+        digest: ``records.image_digest`` of the voxels; empty where nobody asked for it.
+    """
+
+    shape: tuple[int, ...]
+    codec: StoredCodec
+    spacing: tuple[float, ...] = ()
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Pixels:
     """A PNG or TIFF image as its file holds it.
 
@@ -135,6 +152,25 @@ class FileCheck:
 
     changed: int
     max_abs: float
+
+
+def move(stored: np.ndarray, delta: np.ndarray, codec: StoredCodec) -> np.ndarray:
+    """Stored values of the protected image, or of a part of it.
+
+    Args:
+        stored: original values.
+        delta: lattice steps, integers of the same shape.
+        codec: of these values.
+
+    Raises:
+        RefusedError: ``delta_outside_bounds`` when a voxel moves that must not, or goes where it must not.
+        ValueError: When ``delta`` does not fit.
+    """
+    if stored.shape == delta.shape and not codec.allows(stored, delta):
+        raise RefusedError(
+            "delta_outside_bounds", "the perturbation moves padding or leaves the window; fit again with this window"
+        )
+    return codec.add(stored, delta)
 
 
 def compare(before: np.ndarray, after: np.ndarray, limit: float) -> FileCheck:

@@ -19,14 +19,13 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import Tag
 
 from monai_salm import __version__
-from monai_salm.io.base import Case, RefusedError, Window
+from monai_salm.io.base import Case, RefusedError, Window, move
 from monai_salm.io.dicom_elements import write_elements
 from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, encode
 from monai_salm.io.dicom_read import layout_of
 from monai_salm.io.dicom_support import MANUFACTURER, MODIFYING_EQUIPMENT, check_supported
-from monai_salm.stored import StoredCodec
 
 __all__ = [
     "DECLARED_KEYWORDS",
@@ -112,18 +111,8 @@ def protect(
     for path, frames in layout.frames(delta).items():
         dataset = parse(read_bytes(path))
         check_supported(dataset)
-        planes = [_add(decode(dataset, index), *frame) for index, frame in enumerate(frames)]
+        planes = [move(decode(dataset, index), *frame) for index, frame in enumerate(frames)]
         yield _derive(dataset, np.stack(planes), uids, when)
-
-
-def _add(stored: NDArray[Any], delta: NDArray[Any], codec: StoredCodec) -> NDArray[Any]:
-    try:
-        protected = codec.add(stored, delta)
-    except ValueError:
-        raise RefusedError("delta_outside_bounds", "the perturbation leaves the stored range; fit it again") from None
-    if not (codec.movable(stored) & codec.movable(protected) | (delta == 0)).all():
-        raise RefusedError("delta_outside_bounds", "the perturbation moves padding or leaves the window; fit it again")
-    return protected
 
 
 def _derive(dataset: Dataset, planes: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from monai_salm.io import dicom, nifti, npz, raster, worker
-from monai_salm.io.base import Case, FileCheck, StoredImage, Window
+from monai_salm.io.base import Case, FileCheck, Outline, StoredImage, Window
+from monai_salm.records import image_digest
 
 Deltas = Callable[[Case], np.ndarray]
 """(1, *spatial) lattice steps of a case, integers, in canonical axes."""
@@ -84,6 +85,50 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
 def _read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     image = FORMATS[case.format].read(case, spatial_dims, window)
     return replace(image, stored=np.ascontiguousarray(image.stored))
+
+
+def read_outline(case: Case, spatial_dims: int, window: Window = "auto", *, digest: bool = False) -> Outline:
+    """As :py:func:`read`, but the voxels stay where they were decoded: a series is large, and one copy is enough.
+
+    Args:
+        case: the case.
+        spatial_dims: 2 or 3.
+        window: ``"auto"`` or (low, high) in physical units.
+        digest: whether the digest of the voxels is wanted.
+
+    Raises:
+        RefusedError: When the case cannot be protected.
+    """
+    return worker.call(_read_outline, case, spatial_dims, window, digest)
+
+
+def _read_outline(case: Case, spatial_dims: int, window: Window, digest: bool) -> Outline:
+    image = FORMATS[case.format].read(case, spatial_dims, window)
+    found = image_digest(image.stored) if digest else ""
+    return Outline(image.stored.shape, image.codec, image.spacing, found)
+
+
+def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: Sequence[int]) -> StoredImage:
+    """As :py:func:`read`, some slices of the image only.
+
+    Args:
+        case: the case.
+        spatial_dims: 2 or 3.
+        window: ``"auto"`` or (low, high) in physical units.
+        axis: spatial axis along which they lie, 0 for x; that of ``codec.slices`` where there is one.
+        indices: of the slices, ascending.
+
+    Raises:
+        RefusedError: When the case cannot be protected.
+    """
+    return worker.call(_read_slices, case, spatial_dims, window, axis, tuple(indices))
+
+
+def _read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: tuple[int, ...]) -> StoredImage:
+    image = FORMATS[case.format].read(case, spatial_dims, window)
+    slices = np.moveaxis(image.stored, axis + 1, 0)[list(indices)]  # ndarray.take would copy all of them first
+    stored = np.ascontiguousarray(np.moveaxis(slices, 0, axis + 1))
+    return replace(image, stored=stored, codec=image.codec.of_slices(indices))
 
 
 def units(cases: Iterable[Case]) -> list[tuple[Case, ...]]:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window, compare
+from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window, compare, move
 from monai_salm.io.nifti_layout import (
     LABEL_TYPES,
     SUPPORTED_TYPES,
@@ -133,7 +133,7 @@ def protect(
             raise RefusedError("incomplete_file", f"the file has {layout.volumes} volumes; fit and release all of them")
         for case in inside:
             image, delta = _image(content, layout, case.index, window), np.asarray(deltas(case))
-            protected = layout.axes.to_file(image.codec.add(image.stored, delta)[0])
+            protected = layout.axes.to_file(move(image.stored, delta, image.codec)[0])
             moved = layout.axes.to_file(delta[0]) != 0
             layout.voxels(content, case.index or 0)[moved] = protected[moved]
         yield inside[0].released_name, _compress(content) if is_gzip(source) else bytes(content)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window, compare
+from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window, compare, move
 from monai_salm.stored import StoredCodec
 
 SPLITS = ("train", "val", "test")
@@ -117,7 +117,7 @@ def protect(
     views = {split: _view(members[f"{split}_images"]) for split in RELEASED}
     for case in cases:
         image = read(case, spatial_dims, window)
-        views[case.split][case.index] = image.codec.add(image.stored, np.asarray(deltas(case)))[0]
+        views[case.split][case.index] = move(image.stored, np.asarray(deltas(case)), image.codec)[0]
     del views
     yield cases[0].file_name, _zip(source, members)
 

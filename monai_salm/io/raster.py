@@ -15,7 +15,17 @@ from types import ModuleType
 import numpy as np
 
 from monai_salm.io import png, tiff
-from monai_salm.io.base import MAX_RASTER_BYTES, Case, FileCheck, Pixels, RefusedError, StoredImage, Window, compare
+from monai_salm.io.base import (
+    MAX_RASTER_BYTES,
+    Case,
+    FileCheck,
+    Pixels,
+    RefusedError,
+    StoredImage,
+    Window,
+    compare,
+    move,
+)
 from monai_salm.stored import StoredCodec, auto_window
 
 _MODULES = {"png": png, "tiff": tiff}
@@ -98,7 +108,7 @@ def protect(
     pixels = module.decode(content)
     image = _image(pixels, window)
     samples = pixels.samples.copy()
-    samples[..., : pixels.colors] = image.codec.add(image.stored, delta).transpose(1, 2, 0)
+    samples[..., : pixels.colors] = move(image.stored, delta, image.codec).transpose(1, 2, 0)
     yield PurePosixPath(case.names[0]), module.encode(content, samples)
 
 

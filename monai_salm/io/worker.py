@@ -88,6 +88,7 @@ def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterat
         return
     child, seconds = _current(), _seconds(arguments)
     number = child.ask("open", function, arguments, seconds)
+    del arguments  # they are the child's now
     try:
         while item := child.ask("next", number, (), seconds):
             yield item[0]

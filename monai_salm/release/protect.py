@@ -18,6 +18,7 @@ import atexit
 import hashlib
 import hmac
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,11 +27,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 
 from monai_salm import __version__
 from monai_salm.io import dicom, formats, masks, worker
-from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window
+from monai_salm.io.base import Case, FileCheck, Outline, RefusedError, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import bids, lock
 from monai_salm.release import commit as door
@@ -42,7 +42,7 @@ from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, ManifestRow, read_manifest, sweep
 from monai_salm.release.progress import track
 from monai_salm.release.shards import Shard
-from monai_salm.release.visibility import VISIBILITY, Gate, VisibilityLog
+from monai_salm.release.visibility import VISIBILITY, CaseVisibility, Gate, VisibilityLog
 from monai_salm.stored import StoredCodec
 
 __all__ = [
@@ -206,6 +206,7 @@ class _Writer:
         rename: bool,
     ) -> None:
         self._bank = bank
+        self._load = getattr(bank, "load_by_digest", None)  # a PerturbationBank knows which image it was fitted on
         self._budget = budget
         self._root = root.absolute()
         self._out = output_dir
@@ -227,8 +228,8 @@ class _Writer:
 
     def protect(self, unit: Sequence[Case]) -> list[ManifestRow]:
         """Rows of one unit, written now or before."""
-        images = {case: formats.read(case, self._spatial_dims, self._window) for case in unit}
-        deltas = {case: self._delta(case, images[case].stored, images[case].codec.step) for case in unit}
+        outlines = {case: self._outline(case) for case in unit}
+        deltas = {case: self._delta(case, outlines[case]) for case in unit}
         inputs = self._digest(unit, deltas)
         mask = unit[0].mask
         owners = dict.fromkeys([*map(owner_id, unit), *([mask_id(mask)] if mask else [])])
@@ -241,9 +242,8 @@ class _Writer:
         if len(done) == len(formats.files_of(unit)) + bool(mask) and all(self._is_there(row) for row in done):
             return done
         if self._gate is not None:
-            self._visibility.keep([self._gate(case, images[case], deltas[case]) for case in unit])
-        facts = self._facts(images, deltas)
-        images.clear()  # what follows reads the files again, one at a time
+            self._visibility.keep([self._measure(case, outlines[case], deltas[case]) for case in unit])
+        facts = self._facts(outlines, deltas)
         written = door.commit(self._out, self._staged(unit, deltas, facts), self._shard.part)
         rows = [
             ManifestRow(
@@ -265,23 +265,32 @@ class _Writer:
         self._journal.append(rows)
         return rows
 
+    def _measure(self, case: Case, outline: Outline, delta: np.ndarray) -> CaseVisibility:
+        """How visible a case would be; only what the gate looks at is read."""
+        assert self._gate is not None
+        axis, indices = self._gate.slices(outline, delta)
+        if not indices:
+            return CaseVisibility(case.sample_id, ())
+        image = formats.read_slices(case, self._spatial_dims, self._window, axis, indices)
+        return self._gate(case, image, delta.take(indices, axis + 1))
+
     def _facts(
-        self, images: Mapping[Case, StoredImage], deltas: Mapping[Case, np.ndarray]
+        self, outlines: Mapping[Case, Outline], deltas: Mapping[Case, np.ndarray]
     ) -> dict[Path, tuple[str, int, float, float, int]]:
         """Of each source file: whose it is, levels of the budget, largest change allowed (stored, physical), voxels."""
         facts: dict[Path, tuple[str, int, float, float, int]] = {}
         owned: dict[str, list[Case]] = {}
-        for case in images:
+        for case in outlines:
             owned.setdefault(owner_id(case), []).append(case)
         for owner, cases in owned.items():
-            found = [images[case] for case in cases]
-            levels = max(self._check_bounds(images[case].stored, images[case].codec, deltas[case]) for case in cases)
-            limit = levels * max(image.codec.step for image in found)
-            physical = max(image.codec.physical_limit(self._budget) for image in found)
+            codecs = [outlines[case].codec for case in cases]
+            levels = max(self._check_budget(outlines[case].codec, deltas[case]) for case in cases)
+            limit = levels * max(codec.step for codec in codecs)
+            physical = max(codec.physical_limit(self._budget) for codec in codecs)
             files = formats.files_of(cases)
-            voxels = sum(image.stored.size for image in found) // len(files)
+            voxels = sum(math.prod(outlines[case].shape) for case in cases) // len(files)
             facts |= dict.fromkeys(files, (owner, levels, limit, physical, voxels))
-        mask = next(iter(images)).mask
+        mask = next(iter(outlines)).mask
         if mask is not None:
             facts[mask.file] = (mask_id(mask), 0, 0.0, 0.0, 0)
         return facts
@@ -289,7 +298,7 @@ class _Writer:
     def _staged(
         self,
         unit: Sequence[Case],
-        deltas: Mapping[Case, np.ndarray],
+        deltas: dict[Case, np.ndarray],
         facts: Mapping[Path, tuple[str, int, float, float, int]],
     ) -> Iterator[door.Staged[FileCheck]]:
         changed = Counter(dict.fromkeys(map(owner_id, unit), 0))
@@ -303,7 +312,7 @@ class _Writer:
             return check
 
         options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
-        for file in formats.protect(unit, deltas.__getitem__, uids=self.uids, **options):
+        for file in formats.protect(unit, deltas.pop, uids=self.uids, **options):  # no longer needed here
             name = self._named(file.name, file.source, "images")
             yield door.Staged(name, file.content, partial(verify, source=file.source))
         if not all(changed.values()):  # still before anything is visible
@@ -319,17 +328,23 @@ class _Writer:
         keeps = not self._rename or dicom.looks_like_dicom(source)
         return door.PROTECTED / (name if keeps else keyed_name(self._key, name, folder))
 
-    def _delta(self, case: Case, stored: np.ndarray, step: float) -> np.ndarray:
-        load = getattr(self._bank, "load", None)  # a PerturbationBank also checks that it was fitted on this image
+    def _outline(self, case: Case) -> Outline:
+        return formats.read_outline(case, self._spatial_dims, self._window, digest=self._load is not None)
+
+    def _delta(self, case: Case, outline: Outline) -> np.ndarray:
         try:
-            delta = np.asarray(load(case.sample_id, stored, step=step) if load else self._bank[case.sample_id])
+            if self._load is None:
+                found = self._bank[case.sample_id]
+            else:
+                found = self._load(case.sample_id, outline.digest, step=outline.codec.step)
         except KeyError as error:
             raise RefusedError("no_perturbation", "the bank has no perturbation for this case; fit it first") from error
         except ValueError as error:
             raise RefusedError("other_image", "the perturbation was fitted on another image; fit again") from error
-        if delta.shape != stored.shape or delta.dtype.kind not in "iu":
+        delta = np.asarray(found)
+        if delta.shape != outline.shape or delta.dtype.kind not in "iu":
             raise RefusedError(
-                "other_image", f"perturbation {delta.dtype}{delta.shape} for an image {stored.shape}; fit again"
+                "other_image", f"perturbation {delta.dtype}{delta.shape} for an image {outline.shape}; fit again"
             )
         if not delta.any():
             raise RefusedError(
@@ -337,32 +352,22 @@ class _Writer:
             )
         return delta
 
-    def _check_bounds(self, stored: np.ndarray, codec: StoredCodec, delta: np.ndarray) -> int:
-        """Levels of the budget in this image.
+    def _check_budget(self, codec: StoredCodec, delta: np.ndarray) -> int:
+        """Levels of the budget in this image. (Where voxels may go is for ``io.base.move`` to say, as they do.)
 
         Raises:
-            RefusedError: When the perturbation leaves the budget, the window or the padding's complement.
+            RefusedError: When the perturbation leaves the budget.
         """
         try:
-            levels = codec.levels(self._budget)
-            inside = all(
-                self._inside(stored[:, span], part, delta[:, span]) for span, part in codec.slabs(stored.shape)
-            )
+            levels = codec.slice_levels(self._budget)
         except ValueError as error:
             raise RefusedError("budget", str(error)) from error
-        if not inside:
+        slices = np.moveaxis(delta, codec.slices.axis + 1, 0) if codec.slices else [delta]
+        if any(part.max() > most or part.min() < -most for part, most in zip(slices, levels, strict=True)):
             raise RefusedError(
                 "outside_budget", f"the perturbation leaves the budget of {self._budget}; fit again with it"
             )
-        return int(levels)
-
-    def _inside(self, stored: np.ndarray, codec: StoredCodec, delta: np.ndarray) -> bool:
-        """Whether a perturbation keeps the bounds; what does not move is always inside."""
-        if codec.slices is None:
-            moved = np.flatnonzero(delta != 0)
-            stored, delta = stored.reshape(-1)[moved], delta.reshape(-1)[moved]
-        lower, upper = codec.bounds(torch.from_numpy(stored), self._budget)
-        return not ((delta < lower.numpy()).any() or (delta > upper.numpy()).any())
+        return max(levels)
 
     def _digest(self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray]) -> str:
         settings = [str(self._budget), self._window, self._spatial_dims, __version__]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from monai_salm.io.base import Case, StoredImage
+from monai_salm.io.base import Case, Outline, StoredImage
 from monai_salm.release import commit as door
 
 __all__ = ["VISIBILITY", "CaseVisibility", "Gate", "VisibilityLog", "WindowVisibility", "read_visibility", "summary"]
@@ -68,6 +68,9 @@ class Gate(Protocol):
     @property
     def refuses(self) -> bool:
         """Whether it may refuse a case."""
+
+    def slices(self, outline: Outline, delta: np.ndarray) -> tuple[int, list[int]]:
+        """What it wants to see of an image: a spatial axis, and the slices along it; none if nothing is measured."""
 
     def __call__(self, case: Case, image: StoredImage, delta: np.ndarray) -> CaseVisibility:
         """Raises RefusedError to keep the case out of the release."""

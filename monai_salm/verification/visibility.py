@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from monai_salm.io.base import Case, RefusedError, StoredImage
+from monai_salm.io.base import Case, Outline, RefusedError, StoredImage
 from monai_salm.release.visibility import CaseVisibility, WindowVisibility
 from monai_salm.stored import StoredCodec
 from monai_salm.verification.fidelity import ssim_of
@@ -54,6 +54,15 @@ class VisibilityGate:
     def refuses(self) -> bool:
         """Whether it may refuse a case."""
         return self.mode == "refuse"
+
+    def slices(self, outline: Outline, delta: np.ndarray) -> tuple[int, list[int]]:
+        """Spatial axis and indices of the slices that :py:meth:`__call__` would compare, of an image that has more."""
+        if self.mode == "none":
+            return 0, []
+        if delta.ndim == 3:
+            return 0, [*range(delta.shape[1])]
+        axis = _axis(outline)
+        return axis, _chosen(delta, axis)
 
     def __call__(self, case: Case, image: StoredImage, delta: np.ndarray) -> CaseVisibility:
         """Compare in each window.
@@ -106,14 +115,23 @@ def _planes(image: StoredImage, delta: NDArray[np.integer]) -> list[tuple[np.nda
     codec = image.codec
     planes = [(*pair, codec) for pair in zip(image.stored, delta, strict=True)]  # each color is a picture of its own
     if image.stored.ndim == 4:
-        ((stored, change, _),) = planes
-        axis = int(np.argmax(image.spacing)) if image.spacing else 2
-        axis = codec.slices.axis if codec.slices else axis
-        stored, change = np.moveaxis(stored, axis, 0), np.moveaxis(change, axis, 0)
-        energy = np.square(change.astype(np.float64)).sum((1, 2))
-        chosen = sorted(np.argsort(-energy, kind="stable")[:PLANES])
-        planes = [(stored[at], change[at], codec.of_slice(int(at))) for at in chosen]
+        axis = _axis(image)
+        stored, change = (np.moveaxis(values[0], axis, 0) for values in (image.stored, delta))
+        planes = [(stored[at], change[at], codec.of_slice(at)) for at in _chosen(delta, axis)]
     return [(before[part], change[part], own) for before, change, own in planes for part in [_strongest(change)]]
+
+
+def _axis(image: StoredImage | Outline) -> int:
+    """The spatial axis across the slices of a volume."""
+    if image.codec.slices:
+        return image.codec.slices.axis
+    return int(np.argmax(image.spacing)) if image.spacing else 2
+
+
+def _chosen(delta: NDArray[np.integer], axis: int) -> list[int]:
+    """The slices of a volume with the strongest perturbation."""
+    energy = [np.square(change.astype(np.float64)).sum() for change in np.moveaxis(delta[0], axis, 0)]
+    return sorted(np.argsort(np.negative(energy), kind="stable")[:PLANES].tolist())
 
 
 def _strongest(change: np.ndarray) -> tuple[slice, slice]:
