@@ -242,14 +242,12 @@ class StoredCodec:
         """Whether a change keeps :py:meth:`bounds`, those of a budget aside: it needs no torch.
 
         Args:
-            stored: original values, (C, *spatial); or any part of an image whose slices are scaled alike.
+            stored: original values of one slice, or of an image whose slices are scaled alike.
             delta: lattice steps of the same shape.
         """
-        moved = delta != 0
+        moved = np.flatnonzero(delta != 0)
         low, high = self._open_range(stored)
-        if self.slices is not None:
-            low, high = (np.broadcast_to(end, stored.shape)[moved] for end in (low, high))
-        values, steps = stored[moved].astype(np.float64), delta[moved].astype(np.float64)
+        values, steps = (each.reshape(-1)[moved].astype(np.float64) for each in (stored, delta))
         inside = (values >= low) & (steps >= (low - values) / self.step)
         inside &= (values <= high) & (steps <= (high - values) / self.step)
         if self.padding is not None:

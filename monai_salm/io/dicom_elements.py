@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from pydicom.charset import convert_encodings, default_encoding
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element, empty_value_for_VR
@@ -34,6 +35,8 @@ _CHARACTER_SET = BaseTag(0x00080005)
 _PIXEL_DATA = BaseTag(0x7FE00010)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _SHORT, _IMPLICIT, _LONG = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
+_tag = lru_cache(maxsize=1 << 14)(BaseTag)
+"""To make one takes longer than all else that is done with an element, and files of a kind have the same ones."""
 _TYPE = struct.Struct("<2sH")
 _LONG_HEADER = struct.Struct("<HH2s2xL")
 _TYPES = {
@@ -66,7 +69,7 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
         group, number, length = _IMPLICIT.unpack_from(data, position)
         if (group << 16 | number) not in tags:  # of plain integers: a range looks for others one by one
             break
-        tag = BaseTag(group << 16 | number)
+        tag = _tag(group << 16 | number)
         if not implicit:
             code, length = _TYPE.unpack_from(data, position + 4)
             if code not in _TYPES:

@@ -168,13 +168,12 @@ def _undeclared_changes(
 ) -> Iterator[BaseTag]:
     """Elements at any depth that were added, removed or changed, save mapped UIDs and those declared here or nested."""
     old, new = dict(before.items()), dict(after.items())
-    for tag in sorted((old.keys() | new.keys()) - declared):
+    differ = {tag for tag in old.keys() & new.keys() if _raw(old[tag]) != _raw(new[tag])}
+    for tag in sorted((differ | old.keys() ^ new.keys()) - declared):
         if tag.element == 0:
             continue
         if tag not in old or tag not in new:
             yield tag
-            continue
-        if _raw(old[tag]) == _raw(new[tag]):
             continue
         both_raw = isinstance(old[tag].value, bytes) and isinstance(new[tag].value, bytes)
         one, other = before[tag], after[tag]

@@ -118,12 +118,12 @@ def protect(
 def _derive(dataset: Dataset, planes: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
     with refusing("unwritable", "the derived file cannot be written; export the image again"):
         reference = _source_reference(dataset, uids)
-        evidence = _source_evidence(dataset, reference, uids)
+        evidence = _source_evidence(dataset, reference, uids) if is_enhanced(dataset) else None
         uids.map_dataset(dataset)
         _remove_stale(dataset)
         _set_pixels(dataset, planes)
         _describe(dataset, when)
-        if is_enhanced(dataset):
+        if evidence is not None:
             _describe_frames(dataset, reference, evidence)
         else:
             _describe_image(dataset, reference)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,11 @@ class ProtectedFile:
 
     source: Path
     name: PurePosixPath
-    content: bytes
+    content: bytes | bytearray
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Passed on as a buffer, as arrays are: a pickle that holds the bytes is copied three times on its way."""
+        return ProtectedFile, (self.source, self.name, PickleBuffer(bytearray(self.content)))
 
 
 @dataclass(frozen=True)
