@@ -245,7 +245,14 @@ class StoredCodec:
             stored: original values of one slice, or of an image whose slices are scaled alike.
             delta: lattice steps of the same shape.
         """
-        moved = np.flatnonzero(delta != 0)
+        moved = delta != 0
+        if stored.dtype.kind in "iu":  # far from every edge, which is soon said of whole numbers
+            target = np.add(stored, delta, dtype=_wide(stored, delta), casting="unsafe")
+            sure = self.movable(stored) & self.movable(target)
+            if self.padding is not None:
+                sure &= (stored < self.padding[0]) == (target < self.padding[0])
+            moved &= ~sure
+        moved = np.flatnonzero(moved)
         low, high = self._open_range(stored)
         values, steps = (each.reshape(-1)[moved].astype(np.float64) for each in (stored, delta))
         inside = (values >= low) & (steps >= (low - values) / self.step)
@@ -285,10 +292,9 @@ class StoredCodec:
             protected[moved] = (stored[moved].astype(np.float64) + delta[moved] * self.step).astype(stored.dtype)
             return protected
         protected = np.empty_like(stored)
-        wide = np.int32 if max(stored.dtype.itemsize, delta.dtype.itemsize) < 4 else np.int64
         low, high = self.stored_range or (0, 0)
         for span, _ in self.slabs(stored.shape):
-            values = np.add(stored[:, span], delta[:, span], dtype=wide, casting="unsafe")
+            values = np.add(stored[:, span], delta[:, span], dtype=_wide(stored, delta), casting="unsafe")
             if values.size and (values.min() < low or values.max() > high):
                 raise ValueError(
                     f"protected values {values.min()}..{values.max()} leave the stored range {low}..{high}"
@@ -328,6 +334,11 @@ class StoredCodec:
         if self.slices is None:
             return max(low, self.stored_range[0]), min(high, self.stored_range[1])
         return low.clip(min=self.stored_range[0]), high.clip(max=self.stored_range[1])
+
+
+def _wide(stored: np.ndarray, delta: np.ndarray) -> type:
+    """An integer type that holds their sum."""
+    return np.int32 if max(stored.dtype.itemsize, delta.dtype.itemsize) < 4 else np.int64
 
 
 def auto_window(
