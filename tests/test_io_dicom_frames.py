@@ -312,3 +312,11 @@ def test_segmentation_of_a_multi_frame_image_lies_on_its_frames(tmp_path: Path) 
     frame = pydicom.dcmread(path).pixel_array[1]
     place = [k for k in range(5) if np.array_equal(np.sort(image.stored[0, ..., k].ravel()), np.sort(frame.ravel()))]
     assert labels[0, ..., place[0]].sum() == pixels[1].sum()
+
+
+def test_some_frames_are_those_of_the_whole_volume(tmp_path: Path) -> None:
+    case = case_of(write_enhanced(tmp_path / "a"))
+    image = dicom.read(case, 3)
+    for axis in range(3):
+        found, expected = formats.read_slices(case, 3, "auto", axis, [1, 2]), image.slices(axis, [1, 2])
+        assert np.array_equal(found.stored, expected.stored) and found.codec == expected.codec

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,34 @@ def test_each_slice_is_read_and_moved_by_its_own_slope(tmp_path: Path, name: str
     read = image.codec.slices.to_physical(image.stored)
     flat = np.sort(np.concatenate([values.ravel() for values in physical.values()]))
     assert np.allclose(np.sort(read.ravel()), flat, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+@pytest.mark.parametrize("change", [None, as_pet])
+def test_some_slices_are_those_of_the_whole_volume(tmp_path: Path, name: str, change: Any) -> None:
+    case = case_of(*write_mr_series(tmp_path, ORIENTATIONS[name], change))
+    image = dicom.read(case, 3)
+    for axis in range(3) if change is None else [image.codec.slices.axis]:
+        assert_same(formats.read_slices(case, 3, "auto", axis, [0, 1, 4]), image.slices(axis, [0, 1, 4]))
+
+
+def assert_same(found: StoredImage, expected: StoredImage) -> None:
+    assert np.array_equal(found.stored, expected.stored) and found.stored.flags.c_contiguous
+    assert found.stored.dtype == expected.stored.dtype
+    assert (found.codec, found.spacing, found.windows) == (expected.codec, expected.spacing, expected.windows)
+
+
+def test_only_the_files_of_the_slices_that_are_wanted_are_read(tmp_path: Path) -> None:
+    paths = write_mr_series(tmp_path, ORIENTATIONS["axial"])
+    case = case_of(*paths)
+    expected = dicom.read(case, 3).slices(2, [1, 3])
+    kept = {f"1.2.3.{k + 1}" for k in (1, 3)}
+    for path in paths:  # those of the others are destroyed, and look as before from the outside
+        if str(pydicom.dcmread(path).SOPInstanceUID) not in kept:
+            status = path.stat()
+            path.write_bytes(bytes(status.st_size))
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert_same(dicom.read_slices(case, 3, "auto", 2, [1, 3]), expected)
 
 
 def test_series_with_a_slice_below_one_step_is_refused_not_weakened(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -48,6 +49,12 @@ class StoredImage:
     codec: StoredCodec
     spacing: tuple[float, ...] = ()
     windows: tuple[tuple[float, float], ...] = ()
+
+    def slices(self, axis: int, indices: Sequence[int]) -> StoredImage:
+        """Some slices along a spatial axis, ascending; that of ``codec.slices`` where there is one."""
+        chosen = np.moveaxis(self.stored, axis + 1, 0)[list(indices)]  # ndarray.take would copy all of them first
+        stored = np.ascontiguousarray(np.moveaxis(chosen, 0, axis + 1))
+        return replace(self, stored=stored, codec=self.codec.of_slices(indices))
 
 
 @dataclass(frozen=True)

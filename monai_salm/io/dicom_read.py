@@ -29,7 +29,7 @@ from monai_salm.io.dicom_volume import (
 )
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
-__all__ = ["CT_WINDOW", "Layout", "layout_of", "read"]
+__all__ = ["CT_WINDOW", "Layout", "layout_of", "read", "read_slices"]
 
 CT_WINDOW = (-160.0, 240.0)
 """HU, soft tissue; for CT files that name no window."""
@@ -46,6 +46,8 @@ class Layout:
     Args:
         shape: of the image, (1, *spatial).
         codec: of the image.
+        spacing: of the image.
+        windows: that its files list.
         files: the source of each slice, as they were read.
         order: position in ``files`` of each slice, in spatial order.
         scalings: slope and intercept of each slice, as they were read.
@@ -54,6 +56,8 @@ class Layout:
 
     shape: tuple[int, ...]
     codec: StoredCodec
+    spacing: tuple[float, ...]
+    windows: tuple[tuple[float, float], ...]
     files: tuple[Path, ...]
     order: tuple[int, ...]
     scalings: tuple[tuple[float, float], ...]
@@ -94,6 +98,26 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
             ``constant_image``.
     """
     return _load(case, spatial_dims, window)[0]
+
+
+def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: Sequence[int]) -> StoredImage:
+    """Some slices of an image, ascending along a canonical axis; of slices in files of their own only those are read.
+
+    Raises:
+        RefusedError: As :py:func:`read`.
+    """
+    layout = layout_of(case, spatial_dims, window)
+    orientation = layout.orientation
+    if orientation is None or orientation[2][0] != axis or len(case.files) < len(layout.files):
+        return read(case, spatial_dims, window).slices(axis, indices)
+    direction = int(orientation[2][1])
+    planes = []
+    for place in [layout.order[::direction][index] for index in indices][::direction]:
+        dataset = parse(read_bytes(layout.files[place]))
+        check_supported(dataset, spatial_dims, allow_protected=True)
+        planes.append(decode(dataset))
+    stored = np.ascontiguousarray(to_canonical(np.stack(planes), orientation)[None])
+    return StoredImage(stored, layout.codec.of_slices(indices), layout.spacing, layout.windows)
 
 
 def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:
@@ -147,7 +171,8 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     codec = _codec(headers, stored, orientation, window)
     windows = tuple(dict.fromkeys(each for header in headers for each in _file_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
-    _LAYOUTS[key] = Layout(stored.shape, codec, tuple(files), tuple(order), scalings, orientation)
+    of_image = (stored.shape, codec, image.spacing, windows)
+    _LAYOUTS[key] = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
     if len(_LAYOUTS) > _MAX_LAYOUTS:
         _LAYOUTS.popitem(last=False)
     return image, _LAYOUTS[key]

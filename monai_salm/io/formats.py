@@ -130,10 +130,9 @@ def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indice
 
 
 def _read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: tuple[int, ...]) -> StoredImage:
-    image = FORMATS[case.format].read(case, spatial_dims, window)
-    slices = np.moveaxis(image.stored, axis + 1, 0)[list(indices)]  # ndarray.take would copy all of them first
-    stored = np.ascontiguousarray(np.moveaxis(slices, 0, axis + 1))
-    return replace(image, stored=stored, codec=image.codec.of_slices(indices))
+    if case.format == "dicom":
+        return dicom.read_slices(case, spatial_dims, window, axis, indices)
+    return FORMATS[case.format].read(case, spatial_dims, window).slices(axis, indices)
 
 
 def units(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
