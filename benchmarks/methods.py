@@ -22,8 +22,18 @@ from monai_salm.surrogates import SmallViT, small_densenet121, small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas
 
+CNN = {
+    "network_def::network": {
+        "_target_": "monai_salm.surrogates.SmallCNN",
+        "spatial_dims": "@spatial_dims",
+        "in_channels": "@in_channels",
+        "out_channels": "@num_classes",
+    }
+}
+"""A convolutional network as surrogate: what methods are published with that minimize or maximize a network's loss."""
 NO_SURROGATE = {"mask_ratio": 1.0, "rounds": 1, "surrogate_steps": 0, "transplant": False}
 EM_AS_PUBLISHED = {
+    **CNN,
     "mask_ratio": 1.0,
     "transplant": False,
     "rounds": 15,
@@ -76,6 +86,7 @@ def _on_clean_images(name: str, steps: int, step_size: float, **overrides: Any) 
     """Plain signed steps in every voxel, against a surrogate that one round trained on the clean images."""
     return Method(
         {
+            **CNN,
             "mask_ratio": 1.0,
             "transplant": False,
             "rounds": 1,

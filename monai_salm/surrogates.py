@@ -214,6 +214,18 @@ class TextureReader(nn.Module):
             weight[index + 1 : index + 2] *= -1
 
 
+class TextureClassifier(TextureReader):
+    """Names the class whose texture an image has: the mean over all voxels of what :py:class:`TextureReader` votes.
+
+    Example:
+        >>> TextureClassifier(2, 1, 3)(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).flatten(2).mean(2)
+
+
 def small_resnet(
     spatial_dims: int, in_channels: int, out_channels: int, width: int = 16, blocks: Sequence[int] = (1, 1, 1, 1)
 ) -> ResNet:

@@ -6,18 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CYCLES = (4.0, 8.0)
-"""Cycles per image: coarse enough to survive resampling, and the same whatever size a network sees. The second is used
-only when there are more classes than directions of the first keep apart."""
-BANDWIDTH = 2.0
-"""Standard deviation of a code's spectrum around its center, in cycles per image."""
+CYCLES = (0.29, 0.4)
+"""Cycles per voxel of what a network sees: finer than most anatomy, coarse enough to be there still where voxels are a
+quarter larger. The second is used only when there are more classes than directions of the first keep apart."""
+VOXEL_CYCLES = 0.45
+"""Cycles per voxel of the codes of voxel labels along one axis."""
+VOXEL_ACROSS = 0.2
+"""Cycles per voxel of the first of them across that axis, the others have half as many to half as many more: networks
+trained on clean images respond to fine waves along an axis, but hardly to those that lean (`docs/method.md`)."""
+BANDWIDTH = 0.01
+"""Standard deviation of a code's spectrum around its center, in cycles per voxel: almost a plane wave."""
 CANDIDATES = 1024
-VOXEL_CYCLES = 0.4
-"""Cycles per voxel of the codes of voxel labels along one axis: finer than most anatomy. Clean networks hardly respond
-to every other voxel, (0.5, 0.15), but nor do victims (`docs/method.md`)."""
-VOXEL_SPREAD = 0.2
-"""Most cycles per voxel along the other axes; the first code has none."""
-VOXEL_BANDWIDTH = 0.04
 
 
 def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
@@ -39,12 +38,11 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         >>> codes.shape, sorted(codes.unique().tolist())
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
-    cycles = [torch.fft.fftfreq(size) * size for size in spatial_size]
-    return _textures(cycles, _far_apart(_coarse(len(spatial_size), classes), classes), BANDWIDTH, seed)
+    return _textures(spatial_size, _far_apart(_leveled(len(spatial_size), classes), classes), seed)
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
-    """Textures as of :py:func:`class_codes`, but of a fineness in voxels; the background, class 0, has none.
+    """Textures as of :py:func:`class_codes`, but finer; the background, class 0, has none.
 
     Args:
         spatial_size: size of a patch.
@@ -54,26 +52,25 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
     Returns:
         (classes, 1, *spatial_size) float tensor; the first is zero.
     """
-    cycles = [torch.fft.fftfreq(size) for size in spatial_size]
-    centers = _far_apart(_fine(len(spatial_size)), max(1, classes - 1))
-    codes = _textures(cycles, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
+    codes = _textures(spatial_size, _far_apart(_leaning(len(spatial_size)), max(1, classes - 1)), seed)[: classes - 1]
     return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
 
 
-def _textures(axes: list[Tensor], centers: Tensor, bandwidth: float, seed: int) -> Tensor:
-    """(count, 1, *size) random signs with spectra around ``centers``, in the unit of ``axes``."""
+def _textures(spatial_size: tuple[int, ...], centers: Tensor, seed: int) -> Tensor:
+    """(count, 1, *spatial_size) random signs with spectra around ``centers``, in cycles per voxel."""
     generator = torch.Generator().manual_seed(seed)
-    frequency = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).abs()
+    frequency = torch.stack(torch.meshgrid(*map(torch.fft.fftfreq, spatial_size), indexing="ij"), -1).abs()
     codes = []
     for center in centers:
-        band = torch.exp(-((frequency - center) ** 2).sum(-1) / (2 * bandwidth**2))
+        distance = ((frequency - center) ** 2).sum(-1)
+        band = torch.exp((distance.min() - distance) / (2 * BANDWIDTH**2))  # small images have few frequencies
         noise = torch.randn(frequency.shape[:-1], generator=generator)
         texture = torch.fft.ifftn(torch.fft.fftn(noise) * band).real
         codes.append(torch.where(texture >= 0, 1.0, -1.0))
     return torch.stack(codes)[:, None]
 
 
-def _coarse(dims: int, count: int) -> Tensor:
+def _leveled(dims: int, count: int) -> Tensor:
     """(n, dims) frequencies on the first shell, or on both."""
     directions = torch.randn(CANDIDATES, dims, generator=torch.Generator().manual_seed(0)).abs()
     directions = torch.cat([torch.eye(dims), torch.ones(1, dims), directions])
@@ -81,11 +78,14 @@ def _coarse(dims: int, count: int) -> Tensor:
     return torch.cat([directions * cycles for cycles in (CYCLES if count > dims + 1 else CYCLES[:1])])
 
 
-def _fine(dims: int) -> Tensor:
-    """(n, dims) frequencies, high along one axis; the first is zero along the others."""
-    others = VOXEL_SPREAD * torch.rand(CANDIDATES, dims, generator=torch.Generator().manual_seed(0))
-    others[0] = 0.0
-    return others.scatter(1, torch.arange(CANDIDATES)[:, None] % dims, VOXEL_CYCLES)
+def _leaning(dims: int) -> Tensor:
+    """(n, dims) frequencies, high along one axis and lower across it."""
+    generator = torch.Generator().manual_seed(0)
+    across = torch.randn(CANDIDATES, dims - 1, generator=generator).abs()
+    across *= VOXEL_ACROSS * (0.5 + torch.rand(CANDIDATES, 1, generator=generator)) / across.norm(dim=1, keepdim=True)
+    across[0] = VOXEL_ACROSS * torch.eye(dims - 1)[0]
+    along = torch.full((CANDIDATES, 1), VOXEL_CYCLES)
+    return torch.stack([center.roll(at % dims) for at, center in enumerate(torch.cat([along, across], 1))])
 
 
 def _far_apart(candidates: Tensor, count: int) -> Tensor:
