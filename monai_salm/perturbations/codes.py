@@ -6,16 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CYCLES = (0.29, 0.4)
+CYCLES = (0.25, 0.4)
 """Cycles per voxel of what a network sees: finer than most anatomy, coarse enough to be there still where voxels are a
 quarter larger. The second is used only when there are more classes than directions of the first keep apart."""
+BANDWIDTH = 0.036
+"""Standard deviation of a code's spectrum around its center, in cycles per voxel."""
 VOXEL_CYCLES = 0.45
 """Cycles per voxel of the codes of voxel labels along one axis."""
 VOXEL_ACROSS = 0.2
 """Cycles per voxel of the first of them across that axis, the others have half as many to half as many more: networks
 trained on clean images respond to fine waves along an axis, but hardly to those that lean (`docs/method.md`)."""
-BANDWIDTH = 0.01
-"""Standard deviation of a code's spectrum around its center, in cycles per voxel: almost a plane wave."""
+VOXEL_BANDWIDTH = 0.01
 CANDIDATES = 1024
 
 
@@ -38,7 +39,7 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         >>> codes.shape, sorted(codes.unique().tolist())
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
-    return _textures(spatial_size, _far_apart(_leveled(len(spatial_size), classes), classes), seed)
+    return _textures(spatial_size, _far_apart(_leveled(len(spatial_size), classes), classes), BANDWIDTH, seed)
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
@@ -52,18 +53,19 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
     Returns:
         (classes, 1, *spatial_size) float tensor; the first is zero.
     """
-    codes = _textures(spatial_size, _far_apart(_leaning(len(spatial_size)), max(1, classes - 1)), seed)[: classes - 1]
+    centers = _far_apart(_leaning(len(spatial_size)), max(1, classes - 1))
+    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
     return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
 
 
-def _textures(spatial_size: tuple[int, ...], centers: Tensor, seed: int) -> Tensor:
+def _textures(spatial_size: tuple[int, ...], centers: Tensor, bandwidth: float, seed: int) -> Tensor:
     """(count, 1, *spatial_size) random signs with spectra around ``centers``, in cycles per voxel."""
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.stack(torch.meshgrid(*map(torch.fft.fftfreq, spatial_size), indexing="ij"), -1).abs()
     codes = []
     for center in centers:
         distance = ((frequency - center) ** 2).sum(-1)
-        band = torch.exp((distance.min() - distance) / (2 * BANDWIDTH**2))  # small images have few frequencies
+        band = torch.exp((distance.min() - distance) / (2 * bandwidth**2))  # small images have few frequencies
         noise = torch.randn(frequency.shape[:-1], generator=generator)
         texture = torch.fft.ifftn(torch.fft.fftn(noise) * band).real
         codes.append(torch.where(texture >= 0, 1.0, -1.0))
