@@ -185,6 +185,10 @@ class TextureReader(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
 
     def forward(self, image: Tensor) -> Tensor:
+        return self.votes(image)
+
+    def votes(self, image: Tensor) -> Tensor:
+        """(B, out_channels, *spatial) logits of (B, in_channels, *spatial) images."""
         return self.mean(self.vote(self.filters(image))) + self.bias
 
     @torch.no_grad()
@@ -202,7 +206,7 @@ class TextureReader(nn.Module):
         weight = self.filters[0].weight
         if not len(textures) or any(map(int.__lt__, textures.shape[2:], weight.shape[2:])):
             raise ValueError(
-                f"textures are {tuple(textures.shape)}, filters {tuple(weight.shape[2:])}; use patches that are no "
+                f"textures are {tuple(textures.shape)}, filters {tuple(weight.shape[2:])}; use patches, or a spatial_size, no "
                 "smaller than kernel_size"
             )
         for index in range(0, len(weight), 2):
@@ -223,7 +227,7 @@ class TextureClassifier(TextureReader):
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        return super().forward(image).flatten(2).mean(2)
+        return self.votes(image).flatten(2).mean(2)
 
 
 def small_resnet(

@@ -195,17 +195,30 @@ class TestCodes:
         off_diagonal = (flat @ flat.T / flat.shape[1]).fill_diagonal_(0)
         assert off_diagonal.abs().max() < 0.5
 
+    @staticmethod
+    def peak(code):
+        """Mean frequency of a (*size) texture per axis, in cycles per voxel, of its strongest components."""
+        power = torch.fft.fftn(code).abs().square()
+        cycles = torch.stack(torch.meshgrid(*map(torch.fft.fftfreq, code.shape), indexing="ij"), -1).abs()
+        power = power * (power > 0.1 * power.max())
+        return (power[..., None] * cycles).flatten(0, -2).sum(0) / power.sum()
+
+    @pytest.mark.parametrize("size", [(28, 28), (64, 64), (32, 32, 32)])
+    def test_codes_of_classes_have_the_same_fineness_in_directions_of_their_own(self, size):
+        first, second = (self.peak(code[0]) for code in class_codes(size, 2, seed=1))
+        for peak, axis in ((first, 0), (second, 1)):
+            assert peak.argmax() == axis and abs(peak.norm() - 0.25) < 0.05
+
     @pytest.mark.parametrize(("size", "classes"), [((64, 64), 2), ((64, 64), 3), ((32, 32, 32), 3)])
     def test_codes_of_voxels_are_fine_along_one_axis_and_the_background_has_none(self, size, classes):
         codes = voxel_codes(size, classes, seed=1)
         assert codes.shape == (classes, 1, *size) and not codes[0].any()
-        peaks = []
-        for code in codes[1:, 0]:
-            power = torch.fft.fftn(code).abs().square()
-            cycles = torch.stack(torch.meshgrid(*map(torch.fft.fftfreq, size), indexing="ij"), -1).abs()
-            peaks.append((power[..., None] * cycles).flatten(0, -2).sum(0) / power.sum())
-        assert all(peak.max() > 0.3 > peak.min() for peak in peaks)
+        peaks = [self.peak(code) for code in codes[1:, 0]]
+        assert all(abs(peak.max() - 0.45) < 0.03 > abs(peaks[0].sort(descending=True).values[1] - 0.2) for peak in peaks)
         assert len({int(peak.argmax()) for peak in peaks[: len(size)]}) == min(classes - 1, len(size))
+
+    def test_images_of_few_voxels_have_codes_too(self):
+        assert class_codes((8, 8, 3), 2, seed=1).std() > 0.9 and voxel_codes((3, 3), 2, seed=1)[1].abs().min() == 1
 
 
 class TestMasks:

@@ -20,6 +20,7 @@ from monai_salm.surrogates import (
     SmallCNN,
     SmallViT,
     Surrogate,
+    TextureClassifier,
     TextureReader,
     small_densenet121,
     small_resnet,
@@ -48,7 +49,7 @@ def test_every_voxel_gets_a_gradient_when_the_image_is_reduced():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("make", [SmallCNN, small_resnet])
+@pytest.mark.parametrize("make", [SmallCNN, TextureClassifier, small_resnet])
 def test_surrogates_script_with_equal_output(dims, make):
     surrogate = Surrogate(make(dims, 1, 3), [16] * dims).eval()
     image = torch.rand(2, 1, *[20, 25, 18][:dims])
