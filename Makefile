@@ -47,11 +47,11 @@ lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP)  ## measure the fit's cost and PneumoniaMNIST again (an hour); MONAI_SALM_DATA names the images
+bench: $(STAMP)  ## measure the fit's cost and the small arena again (hours); MONAI_SALM_DATA names the images
 	@test -n "$(MONAI_SALM_DATA)" || { echo "set MONAI_SALM_DATA to the folder of pneumoniamnist.npz" >&2; exit 1; }
 	$(BIN)/python benchmarks/fit_cost.py --output benchmarks/results/fit_cost.json
-	$(BIN)/python benchmarks/pneumoniamnist.py --data $(MONAI_SALM_DATA)/pneumoniamnist.npz \
-	    --split test --output benchmarks/results/pneumoniamnist.json
+	$(BIN)/python benchmarks/arena.py benchmarks/arena_small.yaml --data $(MONAI_SALM_DATA) \
+	    --output benchmarks/results/arena.csv
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -70,13 +70,13 @@ class DataSet:
         classes: their names.
         train: what is protected.
         test: clean, for the test of victims.
-        spare: clean cases of the third party's own; None: it has none.
+        spare: clean cases of the third party's own.
     """
 
     classes: tuple[str, ...]
     train: Part
     test: Part
-    spare: Part | None
+    spare: Part
 
 
 def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
@@ -84,8 +84,8 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
 
     Args:
         settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
-            tested on; ``spare``: how many clean cases the third party has, 0 for none; those with the pixels of a
-            training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data`` (then
+            tested on; ``spare``: how many clean cases the third party has; those with the pixels of a training or test
+            case are passed over. Either ``archive`` names a MedMNIST archive in ``data`` (then
             ``spare_split`` is where spare cases come from), or ``demo`` is the seed of a demo cohort (then they come
             from the cohort of the next seed).
         data: folder of the archives.
@@ -97,7 +97,7 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     size, split, spare = tuple(settings["size"]), settings["split"], settings["spare"]
     if "archive" in settings:
         cohort = load_cohort(data / settings["archive"], spatial_dims=2)
-        others, spare_split = cohort, settings["spare_split"] if spare else ""
+        others, spare_split = cohort, settings["spare_split"]
     else:
         cohort, others = (_demo(work, settings["demo"] + offset) for offset in (0, 1))
         spare_split = "train"
@@ -106,7 +106,7 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     tested = [case for case in cohort.cases if case.split == split]
     train = _part(drawn(cohort, settings["train"], "train"), size)
     test = _part(tested, size)
-    own = _part(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size) if spare else None
+    own = _part(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size)
     return DataSet(tuple(cohort.classes), train, test, own)
 
 

@@ -145,8 +145,8 @@ class Field:
         return _write(path, *(turned(images) if cell.release == TURNED else (images, labels)))
 
     def _test(self, release: str, path: Path) -> Arm:
-        """Test cases, then the third party's own clean ones, if it has any."""
-        parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare) if part]
+        """Test cases, then the third party's own clean ones."""
+        parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare)]
         if release == TURNED:
             parts = [turned(images) for images, _ in parts]
         return _write(path, *(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -154,14 +154,7 @@ class Field:
     # --------------------------------------------------------------- trainings
 
     def train(self, asked: Sequence[Cell], folder: Path, rows: Path, workers: int) -> list[dict[str, Any]]:
-        """Do the trainings that are not done, and give a row of the table for each; arguments of :py:meth:`scored`."""
-        return [
-            asdict(cell) | {name: row[name] for name in MEASURED} | self._of_fit(cell)
-            for cell, row in self.scored(asked, folder, rows, workers).items()
-        ]
-
-    def scored(self, asked: Sequence[Cell], folder: Path, rows: Path, workers: int) -> dict[Cell, Mapping[str, Any]]:
-        """Do the trainings that are not done, and give all scores of each.
+        """Do the trainings that are not done, and give a row of the table for each.
 
         Args:
             asked: cells of this data set.
@@ -173,7 +166,10 @@ class Field:
         done = Rows(rows, {job.key: "/".join(map(str, asdict(cell).values())) for cell, job in jobs.items()})
         print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
         run_jobs(list(jobs.values()), done, workers)  # type: ignore[arg-type]
-        return {cell: done[job.key] for cell, job in jobs.items()}
+        return [
+            asdict(cell) | {name: done[job.key][name] for name in MEASURED} | self._of_fit(cell)
+            for cell, job in jobs.items()
+        ]
 
     def _jobs(self, asked: Sequence[Cell], folder: Path) -> dict[Cell, Job]:
         makers, kinds = victims(len(self.data.classes), self.data.train.size), dict[str, str]()
@@ -217,7 +213,7 @@ class Field:
         if method in WITHOUT_FIT:
             return {}
         found, epsilon = self.fitted(level, method, seed)
-        kept, protected = fidelity(part, found, ratio=METHODS[method].ratio), part.seen(found.deltas)
+        kept, protected = fidelity(part, found), part.seen(found.deltas)
         return {
             "epsilon": epsilon,
             "psnr": kept["psnr"]["mean"],
@@ -245,21 +241,19 @@ def _estimate(jobs: Mapping[Cell, Job], done: Rows, workers: int) -> str:
     return text
 
 
-def fidelity(part: Part, *fits: Fitted, ratio: float | None = None, ssim: bool = True) -> dict[str, Any]:
-    """What fits of one method keep of the images, as :py:meth:`monai_salm.verification.fidelity.Fidelity.result`.
+def fidelity(part: Part, fitted: Fitted, *, ssim: bool = True) -> dict[str, Any]:
+    """What a fit keeps of the images, as :py:meth:`monai_salm.verification.fidelity.Fidelity.result`.
 
     Args:
         part: the images.
-        fits: perturbations of them.
-        ratio: of the mask that the method was asked for.
+        fitted: perturbations of them.
         ssim: measure it, of a sample of the images.
     """
     kept, sample = Fidelity(), ssim_sample(part.images, SSIM_CASES[2] if ssim else 0)
-    for fitted in fits:
-        for name, image in part.images.items():
-            moved = StoredImage(image.codec.add(image.stored, np.asarray(fitted.deltas[name])), image.codec)
-            kept.add(image, moved, ssim=name in sample)
-    return kept.result(ratio)
+    for name, image in part.images.items():
+        moved = StoredImage(image.codec.add(image.stored, np.asarray(fitted.deltas[name])), image.codec)
+        kept.add(image, moved, ssim=name in sample)
+    return kept.result()
 
 
 def _write(path: Path, images: Tensor, labels: Tensor) -> Arm:

@@ -48,29 +48,12 @@ perturbation see the same random views as in all other fits. A mask of "once" wo
 out of all later rounds."""
 
 
-SETTINGS = (
-    "epsilon",
-    "mask_ratio",
-    "rounds",
-    "surrogate_steps",
-    "perturbation_steps",
-    "batch_size",
-    "learning_rate",
-    "transplant",
-)
-"""Config ids that a result says the values of."""
-
-
 @dataclass(frozen=True)
 class Method:
     """How perturbations come about: a trainer of the configuration, with other values; without them there are none."""
 
     overrides: Mapping[str, Any] | None = None
     trainer: str = "train::trainer"
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.overrides is None else self.overrides.get("mask_ratio")
 
 
 def _target(name: str, **options: Any) -> dict[str, Any]:
@@ -163,7 +146,6 @@ class Fitted:
     deltas: Deltas
     seconds: float
     passes: dict[str, float]
-    settings: dict[str, Any]
 
 
 def fit(
@@ -203,9 +185,7 @@ def fit(
     set_determinism(seed=seed)
     trainer = parser.get_parsed_content(method.trainer)
     trainer.run()
-    settings = {key: parser.get_parsed_content(key) for key in SETTINGS}
-    settings |= {"perturbation": repr(trainer.perturbation), "view": str(trainer.objective.view)}
-    return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image, settings)
+    return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image)
 
 
 def _digest(dataset: CacheDataset) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints the README's tables of the demo runs from their result files; `pneumoniamnist.py` prints its own.
+"""Prints the README's tables of the demo runs from their result files; `leaderboard.py` prints the arena's.
 
 python benchmarks/tables.py
 """

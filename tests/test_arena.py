@@ -185,6 +185,34 @@ def test_spare_cases_of_pneumoniamnist_share_no_image_with_training_and_test_cas
     assert len(found.spare.labels) == 240 and not spare & (train | test)
 
 
+@pytest.mark.parametrize(("split", "other"), [("val", "test"), ("test", "val")])
+def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, data, tmp_path, split, other):
+    settings = CONFIG["data"]["tiny"] | {"train": 8, "spare": 4, "split": split, "spare_split": other}
+    found = load("arena_data").load(settings, data, tmp_path)
+    assert found.train.labels.bincount().tolist() == [4, 4] and found.spare.labels.bincount().tolist() == [2, 2]
+    with np.load(data / "tiny.npz") as arrays:
+        for part, name in ((found.train, "train"), (found.spare, other)):
+            known = {image.tobytes() for image in arrays[f"{name}_images"]}
+            assert {image.stored.tobytes() for image in part.images.values()} <= known
+        shown = np.concatenate([image.stored for image in found.test.images.values()])
+        assert (shown == arrays[f"{split}_images"]).all()
+        assert found.test.labels.tolist() == arrays[f"{split}_labels"][:, 0].tolist()
+    with pytest.raises(ValueError, match="class 0 has 8 train cases, 50 are asked for; ask for fewer"):
+        load("arena_data").load(settings | {"train": 100}, data, tmp_path)
+    with pytest.raises(ValueError, match="must be none of train"):
+        load("arena_data").load(settings | {"spare_split": split}, data, tmp_path)
+
+
+def test_a_method_changes_no_more_than_its_mask_ratio_and_every_pass_is_counted(load, field):
+    module, part = load("arena_field"), field.data.train
+    for ratio in (0.1, 0.2, 0.4):
+        fitted, _ = field.fitted("8/255", f"salm_{ratio}", 0)
+        assert 0 < module.fidelity(part, fitted, ssim=False)["mask_fraction"]["mean"] <= ratio + 0.01
+        assert fitted.passes["total"] == 2 + 3
+    noise, _ = field.fitted("8/255", "random_noise", 0)
+    assert module.fidelity(part, noise, ssim=False)["mask_fraction"]["mean"] > 0.9
+
+
 @pytest.mark.parametrize("size", [(28, 28), (24, 24, 24)])
 def test_every_victim_can_be_trained_and_is_one_of_its_own(load, size):
     makers = load("methods").victims(3, size)

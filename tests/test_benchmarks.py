@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' functions on tiny images: they run, resume, and count what they say."""
+"""The benchmarks' functions on tiny images: they run, keep their fits, and count what they say."""
 
 from __future__ import annotations
 
@@ -18,52 +18,6 @@ QUICK = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3}
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> Path:
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 20), ("val", 6), ("test", 6)):
-        labels = np.arange(count, dtype=np.uint8)[:, None] % 2
-        arrays[f"{split}_images"] = rng.integers(0, 200, (count, 28, 28), dtype=np.uint8) + 50 * labels[:, :, None]
-        arrays[f"{split}_labels"] = labels
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, **arrays)
-    return path
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, archive, split):
-    settings = {"archive": archive.name, "size": (28, 28), "train": 8, "split": split, "spare": 0}
-    found = load("arena_data").load(settings, archive.parent, archive.parent)
-    assert found.train.labels.bincount().tolist() == [4, 4] and found.spare is None
-    with np.load(archive) as arrays:
-        assert all((image.stored == arrays["train_images"]).all((1, 2)).any() for image in found.train.images.values())
-        shown = np.concatenate([image.stored for image in found.test.images.values()])
-        assert (shown == arrays[f"{split}_images"]).all()
-        assert found.test.labels.tolist() == arrays[f"{split}_labels"][:, 0].tolist()
-    with pytest.raises(ValueError, match="ask for fewer"):
-        load("arena_data").load(settings | {"train": 100}, archive.parent, archive.parent)
-
-
-def test_all_methods_are_measured_and_nothing_is_done_twice(load, archive, tmp_path, monkeypatch):
-    module, output = load("pneumoniamnist"), tmp_path / "out.json"
-    given = {"seeds": 1, "fits": 1, "train_size": 8, "epochs": 1, "workers": 1, "overrides": QUICK}
-    results = module.Benchmark(archive, output, tmp_path, **given).run()
-    assert results["images"] == {"train": {"0": 4, "1": 4}, "val": {"0": 3, "1": 3}}
-    assert set(results["methods"]) == set(module.COMPARED) and len(results["rows"]["values"]) == 9 * 3
-    assert results["methods"]["salm_0.1"]["passes_per_image"]["total"] == 2 + 3
-    fractions = [results["methods"][f"salm_{ratio}"]["fidelity"]["mask_fraction"]["mean"] for ratio in (0.1, 0.2, 0.4)]
-    assert all(0 < found <= asked + 0.01 for found, asked in zip(fractions, (0.1, 0.2, 0.4), strict=True))
-    assert results["methods"]["random_noise"]["fidelity"]["mask_fraction"]["mean"] > 0.9
-    assert module.table(results).count("\n") == 1 + len(module.COMPARED)
-    text = output.read_text()
-    assert len(text) < 200_000 and str(tmp_path) not in text
-
-    monkeypatch.setattr("monai_salm.verification.jobs.train_network", None)  # would fail if it were called
-    again = module.Benchmark(archive, output, tmp_path, **given).run()
-    assert again["rows"] == results["rows"]
 
 
 @pytest.fixture
@@ -93,7 +47,7 @@ def test_every_method_can_be_fitted_by_name(load, few, tmp_path, size):
         deltas = [found.deltas[item["image"].meta["sample_id"]].int() for item in dataset]
         bound = 255 if name in methods.UNBOUNDED else 8
         assert all(delta.any() and delta.abs().max() <= bound for delta in deltas), name
-        assert found.passes["total"] <= 2 + 3 * 8 and found.settings["epsilon"]
+        assert 0 <= found.passes["total"] <= 2 + 3 * 8 and found.seconds > 0
     with pytest.raises(ValueError, match="makes no perturbations; use one of random_noise"):
         methods.fit("clean", dataset, classes, size, 3, "8/255", tmp_path)
 
@@ -116,7 +70,7 @@ def test_published_error_minimizing_noise_is_not_crippled(load):
     assert em["perturbation::refresh"] == "call"  # or voxels that one round leaves at 0 stay there
 
 
-@pytest.mark.parametrize("shape", [(12, 12), (8, 8, 8)])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 16, 16)])
 def test_fit_and_bare_loop_do_the_same_passes(load, shape):
     module = load("fit_cost")
     work = module.Workload(5, shape, tuple(size // 2 for size in shape))

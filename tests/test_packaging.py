@@ -196,6 +196,8 @@ def test_make_lists_its_targets_and_installs_only_once(tmp_path):
     assert first.count("pip install") == 1 and first.count("monai.bundle run") == 3
     for name in BUNDLES:
         assert f"--config_file bundles/{name}/configs/train.yaml" in first
+    asked = re.findall(r"benchmarks/\S+\.(?:py|yaml)", make("-n", "bench", "MONAI_SALM_DATA=images"))
+    assert len(asked) == 3 and all((ROOT / name).is_file() for name in asked)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".installed").touch()
     assert "pip install" not in make("-n", "demo", "test")
