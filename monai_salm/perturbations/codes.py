@@ -11,12 +11,10 @@ CYCLES = (0.25, 0.4)
 quarter larger. The second is used only when there are more classes than directions of the first keep apart."""
 BANDWIDTH = 0.036
 """Standard deviation of a code's spectrum around its center, in cycles per voxel."""
-VOXEL_CYCLES = 0.45
-"""Cycles per voxel of the codes of voxel labels along one axis."""
-VOXEL_ACROSS = 0.2
-"""Cycles per voxel of the first of them across that axis, the others have half as many to half as many more: networks
-trained on clean images respond to fine waves along an axis, but hardly to those that lean (`docs/method.md`)."""
-VOXEL_BANDWIDTH = 0.01
+VOXEL_CYCLES = {2: (0.45, 0.2), 3: (0.4, 0.0)}
+"""Of voxel labels, by the number of axes: cycles per voxel along one axis and across it. Networks trained on clean slices
+respond to fine waves along an axis, but hardly to those that lean; volumes need what is stronger (`docs/method.md`)."""
+VOXEL_BANDWIDTH = {2: 0.01, 3: 0.04}
 CANDIDATES = 1024
 
 
@@ -53,8 +51,9 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
     Returns:
         (classes, 1, *spatial_size) float tensor; the first is zero.
     """
-    centers = _far_apart(_leaning(len(spatial_size)), max(1, classes - 1))
-    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
+    dims = len(spatial_size)
+    centers = _far_apart(_leaning(dims), max(1, classes - 1))
+    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH[dims], seed)[: classes - 1]
     return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
 
 
@@ -81,13 +80,15 @@ def _leveled(dims: int, count: int) -> Tensor:
 
 
 def _leaning(dims: int) -> Tensor:
-    """(n, dims) frequencies, high along one axis and lower across it."""
+    """(n, dims) frequencies, high along one axis and lower across it; the first has what is asked for, others differ."""
     generator = torch.Generator().manual_seed(0)
+    along, sideways = VOXEL_CYCLES[dims]
     across = torch.randn(CANDIDATES, dims - 1, generator=generator).abs()
-    across *= VOXEL_ACROSS * (0.5 + torch.rand(CANDIDATES, 1, generator=generator)) / across.norm(dim=1, keepdim=True)
-    across[0] = VOXEL_ACROSS * torch.eye(dims - 1)[0]
-    along = torch.full((CANDIDATES, 1), VOXEL_CYCLES)
-    return torch.stack([center.roll(at % dims) for at, center in enumerate(torch.cat([along, across], 1))])
+    size = max(0.0, sideways - 0.1) + 0.2 * torch.rand(CANDIDATES, 1, generator=generator)
+    across *= size / across.norm(dim=1, keepdim=True)
+    across[0] = sideways * torch.eye(dims - 1)[0]
+    centers = torch.cat([torch.full((CANDIDATES, 1), along), across], 1)
+    return torch.stack([center.roll(at % dims) for at, center in enumerate(centers)])
 
 
 def _far_apart(candidates: Tensor, count: int) -> Tensor:
