@@ -12,8 +12,8 @@ quarter larger. The second is used only when there are more classes than directi
 BANDWIDTH = 0.036
 """Standard deviation of a code's spectrum around its center, in cycles per voxel."""
 VOXEL_CYCLES = {2: (0.45, 0.2), 3: (0.4, 0.0)}
-"""Of voxel labels, by the number of axes: cycles per voxel along one axis and across it. Networks trained on clean slices
-respond to fine waves along an axis, but hardly to those that lean; volumes need what is stronger (`docs/method.md`)."""
+"""Of voxel labels, by the number of axes: cycles per voxel along one axis and across it. Networks trained on clean
+slices respond to waves along an axis, hardly to those that lean; volumes need what is stronger (`docs/method.md`)."""
 VOXEL_BANDWIDTH = {2: 0.01, 3: 0.04}
 CANDIDATES = 1024
 
@@ -80,7 +80,7 @@ def _leveled(dims: int, count: int) -> Tensor:
 
 
 def _leaning(dims: int) -> Tensor:
-    """(n, dims) frequencies, high along one axis and lower across it; the first has what is asked for, others differ."""
+    """(n, dims) frequencies, high along one axis and lower across it; the first is as asked for, others differ."""
     generator = torch.Generator().manual_seed(0)
     along, sideways = VOXEL_CYCLES[dims]
     across = torch.randn(CANDIDATES, dims - 1, generator=generator).abs()
