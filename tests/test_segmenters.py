@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -526,3 +528,9 @@ def test_spacing_of_files_reaches_the_victims(released):
     case = released[0].cases[0]
     assert formats.read(case, 3).spacing == (1.0, 1.0, 2.0)
     assert nib.load(case.files[0]).header.get_zooms() == (1.0, 1.0, 2.0)
+
+
+def test_functions_with_functions_inside_are_described_alike_in_every_process():
+    command = "from monai_salm.verification import defenses as d, segmenters as s; print(s.described(d.DEFENSES))"
+    one, other = (subprocess.run([sys.executable, "-c", command], capture_output=True, text=True) for _ in range(2))
+    assert one.stdout == other.stdout != "" and one.returncode == 0

@@ -279,8 +279,10 @@ def described(value: Any) -> str:
     if isinstance(value, functools.partial):
         return f"partial({described([value.func, value.args, value.keywords])})"
     if isinstance(value, types.FunctionType):
-        code = hashlib.sha256(value.__code__.co_code + repr(value.__code__.co_consts).encode()).hexdigest()[:16]
-        return f"{value.__module__}.{value.__qualname__} {code}"
+        return f"{value.__module__}.{value.__qualname__} {described(value.__code__)}"
+    if isinstance(value, types.CodeType):  # constants hold the code of lambdas and comprehensions inside
+        content = value.co_code + described(value.co_consts).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
     kind = value if isinstance(value, type) else type(value)
     settings = {} if isinstance(value, type) else dict(sorted(getattr(value, "__dict__", {}).items()))
     return f"{kind.__module__}.{kind.__qualname__} {described(settings) if settings else ''}".rstrip()
