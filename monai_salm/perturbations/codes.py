@@ -11,10 +11,12 @@ CYCLES = (0.25, 0.4)
 quarter larger. The second is used only when there are more classes than directions of the first keep apart."""
 BANDWIDTH = 0.036
 """Standard deviation of a code's spectrum around its center, in cycles per voxel."""
-VOXEL_CYCLES = {2: (0.45, 0.2), 3: (0.4, 0.0)}
-"""Of voxel labels, by the number of axes: cycles per voxel along one axis and across it. Networks trained on clean
-slices respond to waves along an axis, hardly to those that lean; volumes need what is stronger (`docs/method.md`)."""
-VOXEL_BANDWIDTH = {2: 0.01, 3: 0.04}
+VOXEL_CYCLES = 0.4
+"""Cycles per voxel of the codes of voxel labels along one axis: finer than most anatomy. Clean networks respond less to
+waves that are finer still or lean, but nor do victims learn them as well (`docs/method.md`)."""
+VOXEL_SPREAD = 0.2
+"""Most cycles per voxel along the other axes; the first code has none."""
+VOXEL_BANDWIDTH = 0.04
 CANDIDATES = 1024
 
 
@@ -51,9 +53,8 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
     Returns:
         (classes, 1, *spatial_size) float tensor; the first is zero.
     """
-    dims = len(spatial_size)
-    centers = _far_apart(_leaning(dims), max(1, classes - 1))
-    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH[dims], seed)[: classes - 1]
+    centers = _far_apart(_fine(len(spatial_size)), max(1, classes - 1))
+    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
     return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
 
 
@@ -79,16 +80,11 @@ def _leveled(dims: int, count: int) -> Tensor:
     return torch.cat([directions * cycles for cycles in (CYCLES if count > dims + 1 else CYCLES[:1])])
 
 
-def _leaning(dims: int) -> Tensor:
-    """(n, dims) frequencies, high along one axis and lower across it; the first is as asked for, others differ."""
-    generator = torch.Generator().manual_seed(0)
-    along, sideways = VOXEL_CYCLES[dims]
-    across = torch.randn(CANDIDATES, dims - 1, generator=generator).abs()
-    size = max(0.0, sideways - 0.1) + 0.2 * torch.rand(CANDIDATES, 1, generator=generator)
-    across *= size / across.norm(dim=1, keepdim=True)
-    across[0] = sideways * torch.eye(dims - 1)[0]
-    centers = torch.cat([torch.full((CANDIDATES, 1), along), across], 1)
-    return torch.stack([center.roll(at % dims) for at, center in enumerate(centers)])
+def _fine(dims: int) -> Tensor:
+    """(n, dims) frequencies, high along one axis; the first is zero along the others."""
+    others = VOXEL_SPREAD * torch.rand(CANDIDATES, dims, generator=torch.Generator().manual_seed(0))
+    others[0] = 0.0
+    return others.scatter(1, torch.arange(CANDIDATES)[:, None] % dims, VOXEL_CYCLES)
 
 
 def _far_apart(candidates: Tensor, count: int) -> Tensor:
