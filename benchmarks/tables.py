@@ -6,11 +6,15 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
-import csv
 import json
-import statistics
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from arena_cells import NO_DEFENSE, PLAIN
+from leaderboard import Board, read
+
+from monai_salm.verification.victims import METRIC
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,66 +45,32 @@ def demo(path: Path) -> None:
         print(f"| {arm} | {spread(cell['balanced_accuracy'])} | {spread(cell['auc'])} | {gap(gaps.get(arm))} |")
 
 
-class Arena:
-    """Balanced accuracies of the arena's table, where all cases are released."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open(newline="") as file:
-            self.rows = [row for row in csv.DictReader(file) if row["release"] == "all"]
-
-    def names(self, column: str, **cell: str) -> list[str]:
-        """Values of a column in rows of a cell, in the table's order."""
-        return list(dict.fromkeys(row[column] for row in self.of(**cell)))
-
-    def of(self, **cell: str) -> list[dict[str, str]]:
-        """Rows of a cell."""
-        return [row for row in self.rows if all(row[column] == value for column, value in cell.items())]
-
-    def mean(self, **cell: str) -> float:
-        """Mean over seeds."""
-        return statistics.mean(float(row["balanced_accuracy"]) for row in self.of(**cell))
-
-    def gap(self, method: str, defense: str, victim: str) -> float:
-        """Closed gap of the means, against clean victims with the same defense."""
-        clean = self.mean(method="clean", defense=defense, victim=victim)
-        lost = clean - self.mean(method=method, defense=defense, victim=victim)
-        return lost / (clean - self.mean(method="blind", victim=victim))
-
-    def methods(self) -> None:
-        """Closed gap of every victim that has not fought a method."""
-        victims = self.names("victim", method="salm_0.4", defense="none")
-        plain = {"defense": "none"}
-        accuracies = [f"{self.mean(method='clean', **plain, victim=victim):.3f}" for victim in victims]
-        print(f"\n| method | {' | '.join(victims)} | PSNR | passes |\n|{' --- |' * (len(victims) + 3)}")
-        print(f"| clean: accuracy | {' | '.join(accuracies)} |  |  |")
-        for method in self.names("method", **plain):
-            rows = self.of(method=method, **plain)
-            if rows[0]["psnr"]:
-                seen = {row["victim"] for row in rows}
-                gaps = [f"{self.gap(method, 'none', victim):.2f}" if victim in seen else "" for victim in victims]
-                psnr, passes = (statistics.mean(float(row[column]) for row in rows) for column in ("psnr", "passes"))
-                print(f"| {method} | {' | '.join(gaps)} | {psnr:.1f} | {passes:.1f} |")
-
-    def defenses(self) -> None:
-        """What is left of the default under each defense, over the victims that tried it."""
-        print("\n| defense | balanced accuracy, clean | protected | closed gap |\n| --- | --- | --- | --- |")
-        for defense in self.names("defense", method="salm_0.4"):
-            victims = self.names("victim", method="salm_0.4", defense="jpeg_30")
-            clean, mine = (
-                statistics.mean(self.mean(method=method, defense=defense, victim=victim) for victim in victims)
-                for method in ("clean", "salm_0.4")
-            )
-            gaps = statistics.mean(self.gap("salm_0.4", defense, victim) for victim in victims)
-            print(f"| {defense} | {clean:.3f} | {mine:.3f} | {gaps:.2f} |")
+def arena(board: Board) -> None:
+    """Closed gaps of each method by victim, then of the default under each defense."""
+    level = board.levels[0]
+    clean = board.of(method="clean", defense=NO_DEFENSE, release=PLAIN)
+    victims = list(dict.fromkeys(row["victim"] for row in clean))
+    print(f"\n| method | {' | '.join(victims)} | PSNR | passes |\n|{' --- |' * (len(victims) + 3)}")
+    learned = [[row[METRIC] for row in clean if row["victim"] == victim] for victim in victims]
+    shown = (spread({"mean": mean(each), "std": stdev(each)}) for each in learned)
+    print(f"| clean | {' | '.join(shown)} |  |  |")
+    for row in board.ranking:
+        found = board.gap(level, row["method"])
+        if found is not None:
+            gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
+            print(f"| {row['method']} | {' | '.join(gaps)} | {row['psnr']:.1f} | {row['passes']:.1f} |")
+    found = {name: board.gap(level, "salm_0.4", defense=name) for name in (NO_DEFENSE, *board.defenses)}
+    victims = list(dict.fromkeys(name for defense in board.defenses for name in found[defense]["by_victim"]))
+    print(f"\n| defense | {' | '.join(victims)} |\n|{' --- |' * (len(victims) + 1)}")
+    for defense, part in found.items():
+        print(f"| {defense} | {' | '.join(gap(part['by_victim'][victim]) for victim in victims)} |")
 
 
 def main() -> None:
     """Every report in the results folder."""
     for path in sorted(RESULTS.glob("demo_*.json")):
         demo(path)
-    arena = Arena(RESULTS / "arena.csv")
-    arena.methods()
-    arena.defenses()
+    arena(Board(read(RESULTS / "arena.csv")))
 
 
 if __name__ == "__main__":
