@@ -111,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=int, default=default_workers(torch.device("cpu")), help="default: one per core"
     )
+    parser.add_argument("--device", default="cpu", help="that fits and trainings compute on, such as cuda")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    config = yaml.safe_load(asked.config.read_text())
+    config = yaml.safe_load(asked.config.read_text()) | {"device": asked.device}
     rows = Arena(config, asked.data, asked.work, asked.output, asked.workers).run(asked.only)
     print(f"{len(rows)} trainings: {asked.output}")
 

@@ -50,13 +50,14 @@ class Field:
 
     Args:
         name: of the data set.
-        config: as in ``arena.yaml``.
+        config: as in ``arena.yaml``, and the ``device`` that fits and trainings compute on (default: CPU).
         data: the data set.
         work: folder of the fits.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any], data: DataSet, work: Path) -> None:
         self.name, self.config, self.data, self.work = name, config, data, work
+        self.device = str(config.get("device", "cpu"))
         self._fits: dict[tuple[str, str, int], tuple[Fitted, str]] = {}
         self._described: dict[tuple[str, str, int], dict[str, Any]] = {}
         shipped = configured(BUNDLE, {"num_classes": len(data.classes)})
@@ -85,7 +86,7 @@ class Field:
         part = self.data.spare if seed >= ELSEWHERE else self.data.train
 
         def at(epsilon: str) -> Fitted:
-            overrides = self.config["fit"]
+            overrides = {**self.config["fit"], "device": self.device}
             return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
 
         if method in UNBOUNDED:
@@ -193,9 +194,9 @@ class Field:
                 kinds[cell.victim] = victim_digest(make, probe, len(self.data.classes))
             training = self.recipe | self.config.get("recipes", {}).get(cell.victim, {})
             decisive = [arm.digest, test.digest, spare, kinds[cell.victim], cell.seed, training, self.task.describe()]
-            decisive += [described(recipe), versions()]
+            decisive += [described(recipe), versions(), torch.device(self.device).type]
             key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-            options = {**training, "seed": cell.seed, "curve_points": 1}
+            options = {**training, "seed": cell.seed, "curve_points": 1, "device": self.device}
             found[cell] = Job(key, make, arm, test, self.task, options, False, recipe, spare)
         return found
 

@@ -3,10 +3,11 @@
 
     python benchmarks/fit_cost.py --output benchmarks/results/fit_cost.json
 
-Both sides run the same network on the same batch sizes through the same random views. The bare loop has its images in
-memory as one tensor, resized to the network's input before the clock starts; it steps the surrogate's optimizer and
-computes the gradients of perturbations (of the images' own size), which it throws away: no masks, no lattice, no cases,
-no bank. The two take turns in one process, by default with one thread: with more, time depends on what else runs.
+Both sides run the same network on the same batch sizes through the same random views. The bare loop has its images as
+one tensor in the memory of the device that it computes on, resized to the network's input before the clock starts; it
+steps the surrogate's optimizer and computes the gradients of perturbations (of the images' own size), which it throws
+away: no masks, no lattice, no cases, no bank. The two take turns in one process, by default with one thread: with more,
+time depends on what else runs.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def fit(workload: Workload, dataset: CacheDataset, overrides: Mapping[str, Any])
 def bare(workload: Workload, images: Tensor, labels: Tensor, overrides: Mapping[str, Any]) -> Timed:
     """As many forward and backward passes, and nothing else."""
     parser = _parser(workload, overrides)
-    objective: Objective = parser.get_parsed_content("train::trainer::objective")
+    objective: Objective = parser.get_parsed_content("train::trainer::objective").to(images.device)
     optimizer = parser.get_parsed_content("optimizer")
     network, view, loss_of = objective.network, objective.view, objective.loss
     asked = ("rounds", "surrogate_steps", "perturbation_steps", "batch_size")
@@ -124,12 +125,15 @@ def bare(workload: Workload, images: Tensor, labels: Tensor, overrides: Mapping[
             optimizer.step()
             passes += len(chosen)
         with frozen(network):
-            for at in range(0, len(images), batch_size):
-                image, label = images[at : at + batch_size], labels[at : at + batch_size]
+            at_once = batch_size if images.device.type == "cpu" else len(images)  # as the trainer does
+            for at in range(0, len(images), at_once):
+                image, label = images[at : at + at_once], labels[at : at + at_once]
                 for _ in range(perturbation_steps):
-                    delta = deltas[at : at + batch_size].detach().requires_grad_(True)
+                    delta = deltas[at : at + at_once].detach().requires_grad_(True)
                     torch.autograd.grad(losses(image + network.view(delta), label).sum(), delta)
                     passes += len(image)
+    if images.is_cuda:
+        torch.cuda.synchronize()  # the fit ends with its perturbations on the CPU, and so with all work done
     return Timed(time.perf_counter() - start, time.process_time() - processor, passes, {})
 
 
@@ -141,8 +145,9 @@ def measure(workload: Workload, repetitions: int, overrides: Mapping[str, Any]) 
     """
     items = workload.items()
     dataset = CacheDataset(items, Compose([]), copy_cache=False, progress=False)
-    images = torch.stack([item["image"].as_tensor() for item in items]).float() / 255
-    labels = torch.tensor([item["label"] for item in items])
+    device = overrides.get("device", "cpu")
+    images = (torch.stack([item["image"].as_tensor() for item in items]).float() / 255).to(device)
+    labels = torch.tensor([item["label"] for item in items]).to(device)
     brief = {**overrides, "surrogate_steps": 2, "perturbation_steps": 3, "rounds": 1}
     fit(workload, dataset, brief)
     bare(workload, images, labels, brief)
@@ -185,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="pairs per workload")
     parser.add_argument("--only", type=int, choices=range(len(WORKLOADS)), help="one workload alone")
     parser.add_argument("--threads", type=int, default=1, help="threads of both sides")
+    parser.add_argument("--device", default="cpu", help="of both sides, such as cuda")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     chosen = WORKLOADS if asked.only is None else WORKLOADS[asked.only : asked.only + 1]
@@ -193,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "target_ratio": TARGET,
         "repetitions": asked.repetitions,
-        "workloads": [measure(workload, asked.repetitions, {}) for workload in chosen],
+        "workloads": [measure(workload, asked.repetitions, {"device": asked.device}) for workload in chosen],
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(asked.device),
         "note": [
             "Images are uniform noise: time does not depend on what is in them.",
             "The ratio is that of neighbors in time (fit, bare, fit, bare, ...); it includes the construction of the "

@@ -35,9 +35,10 @@ def configured(bundle: str, overrides: Mapping[str, Any]) -> ConfigParser:
     return parser
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the seconds depend on; nothing that names the machine or its user."""
     return {
+        **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -44,14 +44,14 @@ def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationT
     torch.manual_seed(0)
     surrogate = Surrogate(SmallCNN(2, 1, 2, (4, 8)), (12, 12))
     return PerturbationTrainer(
-        device="cpu",
-        max_epochs=rounds,
         dataset=cases() if dataset is None else dataset,
         objective=Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(2)),
         optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
         budget="8/255",
         bank_file=folder / "bank.sqlite",
         **{
+            "device": "cpu",
+            "max_epochs": rounds,
             "surrogate_steps": 3,
             "batch_size": 4,
             "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps, look=1),
@@ -217,14 +217,13 @@ def voxel_trainer(folder, dims: int = 2, dataset=None, steps=2, tile=8, halo=2, 
     loss = nn.CrossEntropyLoss(reduction="none")
     view = RandomView(dims)
     return PerturbationTrainer(
-        device="cpu",
         dataset=volumes(dims) if dataset is None else dataset,
         objective=VoxelObjective(surrogate, loss, view=view, tile_size=(tile,) * dims, halo=halo),
         optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
         perturbation=method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1),
         budget="8/255",
         bank_file=folder / "bank.sqlite",
-        **{"max_epochs": 2, "surrogate_steps": 3, "batch_size": 4} | options,
+        **{"device": "cpu", "max_epochs": 2, "surrogate_steps": 3, "batch_size": 4} | options,
     )
 
 

@@ -60,7 +60,8 @@ class PerturbationTrainer(Trainer):
         budget: largest change of a voxel, see :py:meth:`Budget.parse`.
         bank_file: where the perturbations go (SQLite); an unfinished fit there is continued.
         surrogate_steps: optimizer steps in a round; 0 for methods that ask no network, or one that knows enough.
-        batch_size: images per step of either kind.
+        batch_size: images per step of either kind. Where whole images have labels, a GPU perturbs more at once, as many
+            as :py:data:`monai_salm.engines.cases.VOXELS_AT_ONCE` allows: fewer, larger steps.
         patch_size: with voxel labels, voxels per axis of what the surrogate trains on; default: the objective's tile.
         transplant: train the surrogate on perturbations moved to other images, see above.
         seed: of everything random; the secret of the release.
@@ -159,7 +160,7 @@ class PerturbationTrainer(Trainer):
         cases = Cases(dataset, self.budget, self._compute_device)
         deltas: dict[str, Tensor] = {}
         for call in range(calls or self.state.epoch):
-            for batch in track(cases.batches(self.batch_size), "perturbing"):
+            for batch in track(self._groups(cases), "perturbing"):
                 deltas |= self._perturb(cases, batch, deltas, ("other", call))
         return deltas
 
@@ -243,18 +244,22 @@ class PerturbationTrainer(Trainer):
         """One call of the perturbation for every case; returns the mean objective on the way."""
         started, before = time.monotonic(), self.objective.passes
         self.objective.reset_mean()
-        groups = self.cases.batches(self.batch_size)
         self.perturbation.survey(
             self.objective,
-            (self._batch(self.cases, batch) for batch in groups),
+            (self._batch(self.cases, batch) for batch in self.cases.batches(self.batch_size)),
             generator=self._generator("survey", self.state.epoch),
         )
-        for batch in groups:
+        for batch in self._groups(self.cases):
             self.deltas |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
             next(self._bar, None)
         self.perturbation_passes += self.objective.passes - before
         self.seconds += time.monotonic() - started
         return self.objective.mean()
+
+    def _groups(self, cases: Cases) -> list[list[int]]:
+        """Cases that are perturbed together: each has a perturbation of its own, whatever is beside it."""
+        alike = self._compute_device.type == "cpu" or cases.voxelwise
+        return cases.batches(self.batch_size if alike else len(cases))
 
     def _perturb(
         self, cases: Cases, batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
@@ -322,7 +327,7 @@ class PerturbationTrainer(Trainer):
             self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.cases.facts}
 
     def _ticks_left(self) -> int:
-        passes = len(self.cases.batches(self.batch_size))
+        passes = len(self._groups(self.cases))
         return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes)
 
 
