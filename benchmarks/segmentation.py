@@ -140,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure(settings, options.methods, options.victims, options.workers)
     for personal in ("dataset_dir", "output_dir", "labels"):
         results["config"].pop(personal, None)
-    results |= {"wall_seconds": time.monotonic() - start, "versions": versions(), "machine": machine("cuda" if torch.cuda.is_available() else "cpu")}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as in the bundle
+    results |= {"wall_seconds": time.monotonic() - start, "versions": versions(), "machine": machine(device)}
     write(results, options.output)
 
 

@@ -20,7 +20,7 @@ from monai_salm.perturbations.markers import LabelMarker
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
-from monai_salm.stored import SliceScaling, StoredCodec
+from monai_salm.stored import SliceScaling, StoredCodec, lattice_of
 from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate, TextureReader
 from monai_salm.transforms.meta import codec_to_meta
 
@@ -147,6 +147,24 @@ def test_every_case_is_perturbed_within_budget_and_ratio(tmp_path):
         delta = fit.bank.load(item["image"].meta["sample_id"], item["image"])
         assert delta.shape == item["image"].shape and delta.dtype == torch.int8
         assert 0 < (delta != 0).float().mean() <= 0.41 and delta.abs().max() <= 8
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32"])
+def test_cases_that_are_stored_alike_are_read_together_as_one_by_one(dtype):
+    codec = StoredCodec(dtype, (20.0, 200.0), padding=(90.0, 95.0))
+    items = cases(3, shapes=((5, 7),))
+    for at, item in enumerate(items):
+        stored = torch.randint(0, 256, (1, 5, 7), generator=torch.Generator().manual_seed(at))
+        meta = item["image"].meta | {"stored_codec": codec_to_meta(codec)}
+        item["image"] = MetaTensor(stored.to(getattr(torch, dtype)), meta=meta)
+    read = Cases(items, Budget.parse("8/255"), torch.device("cpu"))
+    image, label, lattice = read.read([0, 2], Budget.parse("8/255"))
+    assert label.tolist() == [0, 0] and lattice.lower.any()
+    for row, at in enumerate((0, 2)):
+        assert torch.equal(image[row], read.unit(at))
+        expected = lattice_of([read.stored(at)], [codec], Budget.parse("8/255"))
+        for found, one in zip(vars(lattice).values(), vars(expected).values(), strict=True):
+            assert torch.equal(found[row], one[0]) and found.dtype == one.dtype
 
 
 def test_passes_are_those_of_the_configuration(tmp_path):

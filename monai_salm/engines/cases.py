@@ -16,12 +16,13 @@ from monai.utils import CommonKeys
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.base import Batch
+from monai_salm.perturbations.budget import Budget, Lattice
 from monai_salm.perturbations.codes import class_codes, voxel_codes
 from monai_salm.perturbations.voxels import IGNORED
 from monai_salm.records import as_array, image_digest
 from monai_salm.release.progress import track
-from monai_salm.stored import StoredCodec
+from monai_salm.stored import StoredCodec, lattice_of
 from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
 
 CODE_STRENGTH = (1.0, 4.0)
@@ -77,20 +78,32 @@ class Cases:
         return len(self.facts)
 
     def stored(self, at: int) -> Tensor:
-        """(1, *spatial) stored values."""
-        return plain_tensor(self.dataset[at][CommonKeys.IMAGE]).to(self.device)
+        """(1, *spatial) stored values, where they were loaded."""
+        return plain_tensor(self.dataset[at][CommonKeys.IMAGE])
 
     def unit(self, at: int) -> Tensor:
         """(1, *spatial) unit intensities."""
-        return self.facts[at].codec.to_unit(self.stored(at))
+        return self.facts[at].codec.to_unit(self.stored(at).to(self.device))
+
+    def read(self, batch: Sequence[int], budget: Budget) -> Batch:
+        """Unit intensities, labels and lattice of cases of one shape."""
+        stored, codecs = [self.stored(at) for at in batch], [self.facts[at].codec for at in batch]
+        if len(set(codecs)) == 1 and codecs[0].slices is None:  # as in an archive: one reading for all
+            values = torch.stack(stored).to(self.device)
+            steps = torch.full((len(batch), *[1] * (values.ndim - 1)), codecs[0].unit_step, device=self.device)
+            lattice = Lattice(*codecs[0].bounds(values, budget), steps)
+            return codecs[0].to_unit(values), self.labels(batch), lattice
+        stored = [values.to(self.device) for values in stored]
+        image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
+        return image, self.labels(batch), lattice_of(stored, codecs, budget)
 
     def label(self, at: int) -> Tensor:
-        """Class index, or (1, *spatial) class indices."""
-        return _label(self.dataset[at]).to(self.device)
+        """Class index, or (1, *spatial) class indices, where they were loaded."""
+        return _label(self.dataset[at])
 
     def labels(self, batch: Sequence[int]) -> Tensor:
         """(B,) class indices, or (B, 1, *spatial) of cases of one shape."""
-        return torch.stack([self.label(at) for at in batch])
+        return torch.stack([self.label(at) for at in batch]).to(self.device)
 
     def unit_delta(self, at: int, delta: Tensor) -> Tensor:
         """A case's perturbation in unit intensity."""
@@ -151,7 +164,7 @@ class Samples(ABC):
     def __call__(self, batch: Sequence[int], deltas: Mapping[str, Tensor], generator: torch.Generator) -> Sample:
         """Samples of the cases at positions ``batch``, of which ``deltas`` has perturbations by sample id."""
         parts = [self.sample(at, deltas.get(self.cases.facts[at].sample_id), generator) for at in batch]
-        image, delta, label = (torch.stack(part) for part in zip(*parts, strict=True))
+        image, delta, label = (torch.stack(part).to(self.cases.device) for part in zip(*parts, strict=True))
         return image, delta, label
 
     @abstractmethod
@@ -199,10 +212,10 @@ class Patches(Samples):
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
         label = self.cases.label(at)
         corner = self._corner(label[0], generator)
-        stored = self._cut(self.cases.stored(at), corner)
+        stored = self._cut(self.cases.stored(at), corner).to(self.cases.device)
         codec = self.cases.facts[at].codec.part([max(0, first) for first in corner], stored.shape[1:])
         image = self._padded(codec.to_unit(stored), corner, 0)
-        label = self._padded(self._cut(label, corner), corner, IGNORED)
+        label = self._padded(self._cut(label, corner).to(self.cases.device), corner, IGNORED)
         if delta is not None:
             steps = self._cut(delta, corner).to(self.cases.device).float()
             return image, self._padded(steps * codec.unit_steps(steps), corner, 0), label

@@ -25,11 +25,10 @@ from torch.utils.data import Dataset
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
 from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples
-from monai_salm.perturbations.base import Batch, Objective, Perturbation
+from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import Record
 from monai_salm.release.progress import track
-from monai_salm.stored import lattice_of
 from monai_salm.surrogates import TextureReader
 
 SETTLED_OVER = 3
@@ -246,7 +245,7 @@ class PerturbationTrainer(Trainer):
         self.objective.reset_mean()
         self.perturbation.survey(
             self.objective,
-            (self._batch(self.cases, batch) for batch in self.cases.batches(self.batch_size)),
+            (self.cases.read(batch, self.budget) for batch in self.cases.batches(self.batch_size)),
             generator=self._generator("survey", self.state.epoch),
         )
         for batch in self._groups(self.cases):
@@ -265,17 +264,12 @@ class PerturbationTrainer(Trainer):
         self, cases: Cases, batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
     ) -> dict[str, Tensor]:
         facts = [cases.facts[at] for at in batch]
-        image, label, lattice = self._batch(cases, batch)
+        image, label, lattice = cases.read(batch, self.budget)
         start = [deltas.get(fact.sample_id) for fact in facts]
         begin = None if start[0] is None else torch.stack([delta.to(image.device) for delta in start])
         generator = self._generator(*position, facts[0].sample_id)
         found = self.perturbation(self.objective, image, label, lattice, begin, generator=generator)
-        return {fact.sample_id: _compact(delta, fact.levels) for fact, delta in zip(facts, found, strict=True)}
-
-    def _batch(self, cases: Cases, batch: Sequence[int]) -> Batch:
-        stored, codecs = [cases.stored(at) for at in batch], [cases.facts[at].codec for at in batch]
-        image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
-        return image, cases.labels(batch), lattice_of(stored, codecs, self.budget)
+        return {fact.sample_id: _compact(delta, fact.levels) for fact, delta in zip(facts, found.cpu(), strict=True)}
 
     def _settled(self) -> bool:
         if not self.settle or len(self.scores) <= SETTLED_OVER:
@@ -353,7 +347,7 @@ def _derive(*position: Any) -> int:
 
 
 def _compact(delta: Tensor, levels: int) -> Tensor:
-    return delta.to(torch.int8 if levels < 128 else torch.int16 if levels < 32768 else torch.int32).cpu()
+    return delta.to(torch.int8 if levels < 128 else torch.int16 if levels < 32768 else torch.int32)
 
 
 def _save_weights(network: torch.nn.Module, path: Path) -> None:
