@@ -613,6 +613,7 @@ def nested_change(dataset: Dataset) -> None:
         lambda dataset: setattr(dataset, "ImageType", ["ORIGINAL", "PRIMARY"]),
         lambda dataset: setattr(dataset, "preamble", b"MZ" + bytes(126)),
         lambda dataset: setattr(dataset, "Rows", 64),
+        lambda dataset: setattr(dataset["StudyDate"], "VR", "LO"),  # the same bytes
     ],
 )
 def test_verification_finds_what_must_not_be(change: Callable[[Dataset], None]) -> None:

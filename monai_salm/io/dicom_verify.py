@@ -168,7 +168,8 @@ def _undeclared_changes(
 ) -> Iterator[BaseTag]:
     """Elements at any depth that were added, removed or changed, save mapped UIDs and those declared here or nested."""
     old, new = dict(before.items()), dict(after.items())
-    differ = {tag for tag in old.keys() & new.keys() if _raw(old[tag]) != _raw(new[tag])}
+    shared = old.keys() & new.keys()
+    differ = {tag for tag in shared if _raw(old[tag]) != _raw(new[tag]) or _retyped(old[tag].VR, new[tag].VR)}
     for tag in sorted((differ | old.keys() ^ new.keys()) - declared):
         if tag.element == 0:
             continue
@@ -187,6 +188,11 @@ def _undeclared_changes(
 def _raw(element: DataElement | RawDataElement) -> Any:
     """The value as it is, bytes while nobody has decoded the element; without padding."""
     return element.value.rstrip(b" \0") if isinstance(element.value, bytes) else element.value
+
+
+def _retyped(old: str | None, new: str | None) -> bool:
+    """Whether equal bytes mean something else now. Implicit files name no type, and UN stands for any."""
+    return old != new and not {old, new} & {None, "UN"} and len(old) == len(new) == 2  # type: ignore[arg-type]
 
 
 def _is_mapped(old: Any, new: Any) -> bool:
