@@ -17,6 +17,7 @@ from leaderboard import Board, read
 from monai_salm.verification.victims import METRIC
 
 RESULTS = Path(__file__).parent / "results"
+DEFAULT = "salm_0.4"
 
 
 def spread(cell: dict[str, Any] | None) -> str:
@@ -46,7 +47,7 @@ def demo(path: Path) -> None:
 
 
 def arena(board: Board) -> None:
-    """Closed gaps of each method by victim, then of the default under each defense."""
+    """Closed gaps of each method by victim."""
     level = board.levels[0]
     clean = board.of(method="clean", defense=NO_DEFENSE, release=PLAIN)
     victims = list(dict.fromkeys(row["victim"] for row in clean))
@@ -59,18 +60,29 @@ def arena(board: Board) -> None:
         if found is not None:
             gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
             print(f"| {row['method']} | {' | '.join(gaps)} | {row['psnr']:.1f} | {row['passes']:.1f} |")
-    found = {name: board.gap(level, "salm_0.4", defense=name) for name in (NO_DEFENSE, *board.defenses)}
-    victims = list(dict.fromkeys(name for defense in board.defenses for name in found[defense]["by_victim"]))
-    print(f"\n| defense | {' | '.join(victims)} |\n|{' --- |' * (len(victims) + 1)}")
-    for defense, part in found.items():
-        print(f"| {defense} | {' | '.join(gap(part['by_victim'][victim]) for victim in victims)} |")
+
+
+def resistance(board: Board) -> None:
+    """Closed gaps of the default by victim under each defense and each release; "?": clean victims did not learn."""
+    level = board.levels[0]
+    found = {name: board.gap(level, DEFAULT, defense=name) for name in (NO_DEFENSE, *board.defenses)}
+    found |= {name: board.gap(level, DEFAULT, release=name) for name in board.releases}
+    others = [part for name, part in found.items() if name != NO_DEFENSE]
+    victims = list(dict.fromkeys(victim for part in others for victim in part["by_victim"]))
+    print(f"\n| third party | {' | '.join(victims)} |\n|{' --- |' * (len(victims) + 1)}")
+    for name, part in found.items():
+        unsure = "" if part["conclusive"] else "?"
+        print(f"| {name} | {' | '.join(unsure + gap(part['by_victim'][victim]) for victim in victims)} |")
 
 
 def main() -> None:
     """Every report in the results folder."""
     for path in sorted(RESULTS.glob("demo_*.json")):
         demo(path)
-    arena(Board(read(RESULTS / "arena.csv")))
+    board = Board(read(RESULTS / "arena.csv"))
+    arena(board)
+    resistance(board)
+    resistance(Board(read(RESULTS / "arena_defenses.csv")))
 
 
 if __name__ == "__main__":
