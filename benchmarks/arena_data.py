@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arena_slices import write_slices
 from monai.data import CacheDataset
 from torch import Tensor
 
@@ -85,9 +86,9 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     Args:
         settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
             tested on; ``spare``: how many clean cases the third party has; those with the pixels of a training or test
-            case are passed over. Either ``archive`` names a MedMNIST archive in ``data`` (then
-            ``spare_split`` is where spare cases come from), or ``demo`` is the seed of a demo cohort (then they come
-            from the cohort of the next seed).
+            case are passed over. Either ``archive`` names a MedMNIST archive in ``data``, or ``slices`` a Decathlon folder
+            there, whose slices make ``classes`` classes (of both, ``spare_split`` is where spare cases come from), or
+            ``demo`` is the seed of a demo cohort (then they come from the cohort of the next seed).
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
@@ -95,12 +96,13 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
         ValueError: When a class has too few cases.
     """
     size, split, spare = tuple(settings["size"]), settings["split"], settings["spare"]
-    if "archive" in settings:
-        cohort = load_cohort(data / settings["archive"], spatial_dims=2)
-        others, spare_split = cohort, settings["spare_split"]
-    else:
+    if "demo" in settings:
         cohort, others = (_demo(work, settings["demo"] + offset) for offset in (0, 1))
         spare_split = "train"
+    else:
+        archive = data / settings["archive"] if "archive" in settings else _slices(work, data, settings)
+        cohort = others = load_cohort(archive, spatial_dims=2)
+        spare_split = settings["spare_split"]
     if others is cohort and spare_split in ("train", split):
         raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
     tested = [case for case in cohort.cases if case.split == split]
@@ -145,6 +147,12 @@ def _demo(work: Path, seed: int) -> Any:
     folder = work / f"demo-{seed}"
     write_demo_export(folder, 2, seed, progress=False)
     return load_cohort(folder, spatial_dims=2)
+
+
+def _slices(work: Path, data: Path, settings: Mapping[str, Any]) -> Path:
+    path = work / f"{settings['slices']}-{settings['classes']}.npz"
+    write_slices(data / settings["slices"], path, settings["classes"], settings["train"])
+    return path
 
 
 def _part(cases: Sequence[Case], size: tuple[int, ...]) -> Part:

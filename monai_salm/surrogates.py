@@ -160,7 +160,7 @@ class TextureReader(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: channels of the input.
         out_channels: number of classes, background included.
-        features: number of filters.
+        features: number of filters; default: 16, or four per class where that is more.
         kernel_size: odd side of a filter in voxels.
 
     Example:
@@ -169,9 +169,10 @@ class TextureReader(nn.Module):
     """
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, out_channels: int, features: int = 16, kernel_size: int = 7
+        self, spatial_dims: int, in_channels: int, out_channels: int, features: int | None = None, kernel_size: int = 7
     ) -> None:
         super().__init__()
+        features = features or max(16, 4 * out_channels)
         conv = Conv[Conv.CONV, spatial_dims]
         norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
         self.filters = nn.Sequential(
