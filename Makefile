@@ -21,24 +21,24 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,mlflow,pacs,test]"
 	@touch $@
 
-# $(1): 2 or 3, $(2): classification or segmentation, $(3): output folder.
+# $(1): 2 or 3, $(2): classification or segmentation, $(3): bundle, $(4): output folder.
 define run_demo
-	$(BIN)/python -m monai_salm.cohorts.demo --dim $(1) --task $(2) --output $(3)/export
+	$(BIN)/python -m monai_salm.cohorts.demo --dim $(1) --task $(2) --output $(4)/export
 	$(BUNDLE_RUN) \
-	    --config_file bundles/salm_$(1)d_$(2)/configs/train.yaml \
-	    --meta_file bundles/salm_$(1)d_$(2)/configs/metadata.json \
-	    --logging_file bundles/salm_$(1)d_$(2)/configs/logging.conf \
-	    --dataset_dir $(3)/export --output_dir $(3)
+	    --config_file bundles/$(3)/configs/train.yaml \
+	    --meta_file bundles/$(3)/configs/metadata.json \
+	    --logging_file bundles/$(3)/configs/logging.conf \
+	    --dataset_dir $(4)/export --output_dir $(4) --spatial_dims $(1)
 endef
 
 demo: $(STAMP)  ## protect the embedded 2D cohort and prove it (10 minutes): build/demo/report.html
-	$(call run_demo,2,classification,build/demo)
+	$(call run_demo,2,classification,salm_2d_classification,build/demo)
 
 demo-3d: $(STAMP)  ## the same with 3D volumes (20 minutes): build/demo-3d/report.html
-	$(call run_demo,3,classification,build/demo-3d)
+	$(call run_demo,3,classification,salm_3d_classification,build/demo-3d)
 
-demo-seg: $(STAMP)  ## the same with lesions to segment in 3D (an hour): build/demo-seg/report.html
-	$(call run_demo,3,segmentation,build/demo-seg)
+demo-seg: $(STAMP)  ## the same with lesions to segment in slices (half an hour): build/demo-seg/report.html
+	$(call run_demo,2,segmentation,salm_3d_segmentation,build/demo-seg)
 
 test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA names them
 	$(BIN)/python -m pytest

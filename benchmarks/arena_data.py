@@ -86,9 +86,9 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     Args:
         settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
             tested on; ``spare``: how many clean cases the third party has; those with the pixels of a training or test
-            case are passed over. Either ``archive`` names a MedMNIST archive in ``data``, or ``slices`` a Decathlon folder
-            there, whose slices make ``classes`` classes (of both, ``spare_split`` is where spare cases come from), or
-            ``demo`` is the seed of a demo cohort (then they come from the cohort of the next seed).
+            case are passed over. Either ``archive`` names a MedMNIST archive in ``data``, or ``slices`` a Decathlon
+            folder there, whose slices make ``classes`` classes (of both, ``spare_split`` is where spare cases come
+            from), or ``demo`` is the seed of a demo cohort (then they come from the cohort of the next seed).
         data: folder of the archives.
         work: folder where demo cohorts are written.
 

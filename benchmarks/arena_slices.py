@@ -12,9 +12,9 @@ __all__ = ["write_slices"]
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 AXIS, SIDE = 1, 40
-"""The axis of the classes, and the side of a slice in voxels: smaller ones are padded with zeros, larger ones cropped."""
+"""The axis of the classes, and the side of a slice in voxels: smaller ones are padded with zeros, larger cropped."""
 MARGIN = 0.05
-"""Left out at either end of the axis, as a fraction of it; so is a fifth of each class at either end of the class."""
+"""Left out at either end of the axis, as a fraction of it; so is a fifth of every class at either end of its part."""
 
 
 def write_slices(folder: Path, path: Path, classes: int, train: int) -> None:

@@ -12,6 +12,8 @@ from monai.networks.layers import Conv, Pad, Pool
 from monai.networks.nets import DenseNet, ResNet
 from torch import Tensor, nn
 
+from monai_salm.convolution import Filters
+
 
 def resize_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
     """(size_out, size_in) weights of linear resizing with a triangle filter widened against aliasing.
@@ -173,16 +175,18 @@ class TextureReader(nn.Module):
     ) -> None:
         super().__init__()
         features = features or max(16, 4 * out_channels)
-        conv = Conv[Conv.CONV, spatial_dims]
         norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
         self.filters = nn.Sequential(
-            conv(in_channels, features, kernel_size, padding=kernel_size // 2, bias=False),
-            norm(features),
-            nn.ReLU(inplace=True),
+            Filters(spatial_dims, in_channels, features, kernel_size), norm(features), nn.ReLU(inplace=True)
         )
-        self.vote = conv(features, out_channels, 1, bias=False)
-        # Of votes, which have fewer channels than filters. Padded apart: PyTorch pools no axis shorter than the window.
-        self.mean = nn.Sequential(Pad[Pad.CONSTANTPAD, spatial_dims](2, 0.0), Pool[Pool.AVG, spatial_dims](5, stride=1))
+        self.vote = Conv[Conv.CONV, spatial_dims](features, out_channels, 1, bias=False)
+        # Of votes, which have fewer channels than filters, axis by axis. Padded apart: PyTorch pools no axis shorter
+        # than the window.
+        pools = [
+            Pool[Pool.AVG, spatial_dims](window, stride=1)
+            for window in (1 + 4 * torch.eye(spatial_dims)).int().tolist()
+        ]
+        self.mean = nn.Sequential(Pad[Pad.CONSTANTPAD, spatial_dims](2, 0.0), *pools)
         self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
 
     def forward(self, image: Tensor) -> Tensor:

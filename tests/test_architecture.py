@@ -26,6 +26,7 @@ ROOMS = (
     "bank",
     "records",
     "surrogates",
+    "convolution",
     "stored",
     "perturbations",
     "cohorts",
@@ -39,6 +40,7 @@ UNKNOWN_TO = {
     "bank": ("monai", "pydicom", "nibabel"),
     "records": ("monai", "pydicom", "nibabel"),
     "surrogates": ("pydicom", "nibabel", "pathlib"),
+    "convolution": ("monai", "pydicom", "nibabel", "pathlib"),
     "stored": ("monai", "pydicom", "nibabel"),
     "perturbations": ("monai", "pydicom", "nibabel", "pathlib"),
 }

@@ -7,6 +7,7 @@ import importlib
 import pickle
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -201,6 +202,33 @@ def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, data
         load("arena_data").load(settings | {"train": 100}, data, tmp_path)
     with pytest.raises(ValueError, match="must be none of train"):
         load("arena_data").load(settings | {"spare_split": split}, data, tmp_path)
+
+
+def test_slices_of_volumes_are_labeled_by_place_and_no_patient_is_in_two_parts(load, tmp_path):
+    (tmp_path / "Task/imagesTr").mkdir(parents=True)
+    for patient in range(1, 11):  # intensities say who it is, and how far along the axis
+        volume = np.full((50, 20, 6), 100.0, np.float32)
+        volume[..., 1] = np.linspace(0, 100, 20)[:, None].T
+        volume[:patient, :, 0] = 50
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"Task/imagesTr/case_{patient}.nii.gz")
+    write = load("arena_slices").write_slices
+    write(tmp_path / "Task", tmp_path / "slices.npz", 4, 40)
+    made, patients = np.load(tmp_path / "slices.npz"), {}
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        images, labels = made[f"{split}_images"], made[f"{split}_labels"]
+        assert images.shape == (count * 4 * 2, 40, 40) and images.dtype == np.uint8  # two of each class: 48 >= 40
+        assert np.bincount(labels[:, 0]).tolist() == [count * 2] * 4
+        along = images[:, 0, 1] / 255
+        assert all(
+            0.05 + 0.9 * k / 4 <= value + 0.06 and value - 0.06 <= 0.05 + 0.9 * (k + 1) / 4
+            for k, value in zip(labels[:, 0], along, strict=True)
+        )
+        assert (images[:, :, 6:] == 0).all()
+        patients[split] = set((images[:, :, 0] == 128).sum(1).tolist())
+    assert sorted(n for names in patients.values() for n in names) == list(range(1, 11))
+    with pytest.raises(ValueError, match="five or more"):
+        (tmp_path / "none").mkdir()
+        write(tmp_path / "none", tmp_path / "no.npz", 4, 40)
 
 
 def test_a_method_changes_no_more_than_its_mask_ratio_and_every_pass_is_counted(load, field):

@@ -168,6 +168,15 @@ class TestTextureReader:
         assert torch.allclose(weight[0, 0], ramp / ramp.norm(), atol=1e-6)
         assert torch.allclose(weight[2, 0], -ramp / ramp.norm(), atol=1e-6)
 
+    @pytest.mark.parametrize("classes", [2, 5, 30])
+    def test_every_texture_gets_a_filter_however_many_there_are(self, classes):
+        network = TextureReader(2, 1, classes, kernel_size=3)
+        one_hot = torch.eye(classes)[:, None, :, None].expand(-1, 1, -1, 3)  # a texture that no other resembles
+        textures = one_hot.repeat(1, 1, 1, 3) if classes > 2 else torch.rand(2, 1, 9, 9)
+        network.look_for(textures, torch.Generator().manual_seed(0))
+        assert len(network.filters[0].weight) == max(16, 4 * classes)
+        assert len(network.filters[0].weight) // 2 >= classes  # a pair of filters for each
+
     def test_textures_that_fill_no_filter_are_refused(self):
         for textures in (torch.zeros(2, 1, 9, 9), torch.ones(2, 1, 9, 4)):
             with pytest.raises(ValueError, match="no smaller than kernel_size"):

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters: PyTorch's own convolution and its gradients, whatever is frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from monai_salm.convolution import Filters, convolve, image_gradient
+
+SIZES = [(1, 1), (5, 7), (28, 30), (64, 3), (1, 1, 1), (3, 1, 9), (13, 6, 7)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gradient_by_the_image_is_that_of_pytorch(size, kernel_size, channels):
+    weight = torch.randn(4, channels, *[kernel_size] * len(size), dtype=torch.double)
+    image = torch.randn(2, channels, *size, dtype=torch.double, requires_grad=True)
+    result = convolve(image, weight)
+    gradient = torch.randn_like(result)
+    (expected,) = torch.autograd.grad(result, image, gradient)
+    torch.testing.assert_close(image_gradient(gradient, weight), expected)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_filters_are_an_ordinary_convolution_to_training_and_to_perturbations(dims, frozen):
+    filters = Filters(dims, 1, 8, 5).requires_grad_(not frozen)
+    ordinary = [torch.nn.Conv2d, torch.nn.Conv3d][dims - 2](1, 8, 5, padding=2, bias=False)
+    ordinary.weight.data = filters.weight.detach().clone()
+    image = torch.randn(2, 1, *[11, 9, 10][:dims])
+    grads = []
+    for network in (filters, ordinary.requires_grad_(not frozen)):
+        seen = image.clone().requires_grad_(True)
+        network(seen).square().sum().backward()
+        grads.append([seen.grad, network.weight.grad])
+    torch.testing.assert_close(filters(image), ordinary(image))
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    assert (grads[0][1] is None) is frozen
+    if not frozen:
+        torch.testing.assert_close(grads[0][1], grads[1][1])
+
+
+def test_filters_begin_as_the_convolutions_of_pytorch_do():
+    torch.manual_seed(0)
+    weight = Filters(2, 3, 16, 7).weight
+    torch.manual_seed(0)
+    assert torch.equal(weight, torch.nn.Conv2d(3, 16, 7, bias=False).weight)
