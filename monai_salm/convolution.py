@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filters of images whose gradient by the image is fast on a CPU too."""
+"""Filters of images whose gradient by the image is fast on a CPU too, and means of what is nearby."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def image_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
         place = tuple(slice(at, at + k) for at, k in zip(voxel, kernel, strict=True))
         moved[(*voxel, slice(None), slice(None), *place)] = mirrored
     sides = [(k // 2, k // 2 + -size % b) for k, size, b in zip(kernel, spatial, block, strict=True)]
+    # Padded apart: with padding of its own, PyTorch's strided convolution of volumes takes twice as long.
     padded = F.pad(gradient, [width for side in reversed(sides) for width in side])
     convolution = F.conv2d if dims == 2 else F.conv3d
     blocks = convolution(padded, moved.flatten(0, dims), stride=block)
@@ -97,3 +98,24 @@ def image_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
         len(gradient), channels, *(n * b for n, b in zip(counts, block, strict=True))
     )
     return whole[(..., *(slice(size) for size in spatial))]
+
+
+def mean_nearby(image: Tensor, width: int = 5) -> Tensor:
+    """Mean of (B, C, *spatial) over the window of odd ``width`` around each voxel, zeros beyond the image.
+
+    Axis by axis, and padded apart, since PyTorch pools no axis shorter than the window.
+    """
+    image = F.pad(image, [width // 2] * (2 * image.ndim - 4))
+    for axis in range(image.ndim - 2):
+        window = [width if at == axis else 1 for at in range(image.ndim - 2)]
+        image = F.avg_pool2d(image, window, 1) if image.ndim == 4 else F.avg_pool3d(image, window, 1)
+    return image
+
+
+def mean_of_means(image: Tensor, width: int = 5) -> Tensor:
+    """(B, C): mean of :py:func:`mean_nearby` over all voxels, each counted in as many windows as it is part of."""
+    for _ in range(image.ndim - 2):
+        place = torch.arange(image.shape[-1], device=image.device)
+        windows = (place + width // 2 + 1).clamp(max=len(place)) - (place - width // 2).clamp(min=0)
+        image = image @ (windows / (width * len(place))).to(image.dtype)
+    return image

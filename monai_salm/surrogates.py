@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import Conv, Pad, Pool
+from monai.networks.layers import Conv, Pool
 from monai.networks.nets import DenseNet, ResNet
 from torch import Tensor, nn
 
-from monai_salm.convolution import Filters
+from monai_salm.convolution import Filters, mean_nearby, mean_of_means
 
 
 def resize_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
@@ -180,13 +180,6 @@ class TextureReader(nn.Module):
             Filters(spatial_dims, in_channels, features, kernel_size), norm(features), nn.ReLU(inplace=True)
         )
         self.vote = Conv[Conv.CONV, spatial_dims](features, out_channels, 1, bias=False)
-        # Of votes, which have fewer channels than filters, axis by axis. Padded apart: PyTorch pools no axis shorter
-        # than the window.
-        pools = [
-            Pool[Pool.AVG, spatial_dims](window, stride=1)
-            for window in (1 + 4 * torch.eye(spatial_dims)).int().tolist()
-        ]
-        self.mean = nn.Sequential(Pad[Pad.CONSTANTPAD, spatial_dims](2, 0.0), *pools)
         self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -194,7 +187,7 @@ class TextureReader(nn.Module):
 
     def votes(self, image: Tensor) -> Tensor:
         """(B, out_channels, *spatial) logits of (B, in_channels, *spatial) images."""
-        return self.mean(self.vote(self.filters(image))) + self.bias
+        return mean_nearby(self.vote(self.filters(image))) + self.bias
 
     @torch.no_grad()
     def look_for(self, textures: Tensor, generator: torch.Generator) -> None:
@@ -232,7 +225,7 @@ class TextureClassifier(TextureReader):
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.votes(image).flatten(2).mean(2)
+        return mean_of_means(self.vote(self.filters(image))) + self.bias.flatten()
 
 
 def small_resnet(

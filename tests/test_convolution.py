@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filters: PyTorch's own convolution and its gradients, whatever is frozen."""
+"""Filters: PyTorch's own convolution and its gradients, whatever is frozen. Means nearby, and the mean of those."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from monai_salm.convolution import Filters, convolve, image_gradient
+from monai_salm.convolution import Filters, convolve, image_gradient, mean_nearby, mean_of_means
 
 SIZES = [(1, 1), (5, 7), (28, 30), (64, 3), (1, 1, 1), (3, 1, 9), (13, 6, 7)]
 
@@ -47,3 +47,13 @@ def test_filters_begin_as_the_convolutions_of_pytorch_do():
     weight = Filters(2, 3, 16, 7).weight
     torch.manual_seed(0)
     assert torch.equal(weight, torch.nn.Conv2d(3, 16, 7, bias=False).weight)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_means_nearby_are_those_of_a_window_with_zeros_beyond_the_image(size):
+    image = torch.randn(2, 3, *size, dtype=torch.double)
+    window = torch.full((3, 1, *[5] * len(size)), 0.2 ** len(size), dtype=torch.double)
+    convolution = torch.nn.functional.conv2d if len(size) == 2 else torch.nn.functional.conv3d
+    expected = convolution(image, window, padding=2, groups=3)
+    torch.testing.assert_close(mean_nearby(image), expected)
+    torch.testing.assert_close(mean_of_means(image), expected.flatten(2).mean(2))
