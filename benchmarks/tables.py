@@ -7,6 +7,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -46,9 +47,15 @@ def demo(path: Path) -> None:
         print(f"| {arm} | {spread(cell['balanced_accuracy'])} | {spread(cell['auc'])} | {gap(gaps.get(arm))} |")
 
 
-def arena(board: Board) -> None:
-    """Closed gaps of each method by victim."""
-    level = board.levels[0]
+def boards(name: str) -> Iterator[tuple[str, Board]]:
+    """Each data set of one of the arena's tables."""
+    rows = read(RESULTS / f"{name}.csv")
+    for data in dict.fromkeys(row["data"] for row in rows):
+        yield data, Board([row for row in rows if row["data"] == data])
+
+
+def arena(board: Board, level: str) -> None:
+    """Closed gaps of each method by victim at one budget."""
     clean = board.of(method="clean", defense=NO_DEFENSE, release=PLAIN)
     victims = list(dict.fromkeys(row["victim"] for row in clean))
     print(f"\n| method | {' | '.join(victims)} | PSNR | passes |\n|{' --- |' * (len(victims) + 3)}")
@@ -56,8 +63,7 @@ def arena(board: Board) -> None:
     shown = (spread({"mean": mean(each), "std": stdev(each)}) for each in learned)
     print(f"| clean | {' | '.join(shown)} |  |  |")
     for row in board.ranking:
-        found = board.gap(level, row["method"])
-        if found is not None:
+        if row["level"] == level and (found := board.gap(level, row["method"])):
             gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
             print(f"| {row['method']} | {' | '.join(gaps)} | {row['psnr']:.1f} | {row['passes']:.1f} |")
 
@@ -79,10 +85,14 @@ def main() -> None:
     """Every report in the results folder."""
     for path in sorted(RESULTS.glob("demo_*.json")):
         demo(path)
-    board = Board(read(RESULTS / "arena.csv"))
-    arena(board)
-    resistance(board)
-    resistance(Board(read(RESULTS / "arena_defenses.csv")))
+    for name in ("arena", "arena_psnr"):
+        for data, board in boards(name):
+            for level in board.levels:
+                print(f"\n{name}, {data}, {level}")
+                arena(board, level)
+    for name in ("arena", "arena_defenses"):
+        for _, board in boards(name):
+            resistance(board)
 
 
 if __name__ == "__main__":
