@@ -106,7 +106,7 @@ def bare(workload: Workload, images: Tensor, labels: Tensor, overrides: Mapping[
     optimizer = parser.get_parsed_content("optimizer")
     network, view, loss_of = objective.network, objective.view, objective.loss
     asked = ("rounds", "surrogate_steps", "perturbation_steps", "batch_size")
-    rounds, surrogate_steps, perturbation_steps, batch_size = (int(parser[name]) for name in asked)
+    rounds, surrogate_steps, perturbation_steps, batch_size = (parser.get_parsed_content(name) for name in asked)
     batch_size, passes = min(batch_size, len(images)), 0
     generator = torch.Generator().manual_seed(0)
     deltas, images = torch.zeros_like(images), network.view(images)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-QUICK = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3}
+QUICK = {"rounds": 1, "surrogate_steps": "$max(2, @num_classes)", "perturbation_steps": 3}
 
 
 @pytest.fixture
