@@ -150,8 +150,12 @@ def _demo(work: Path, seed: int) -> Any:
 
 
 def _slices(work: Path, data: Path, settings: Mapping[str, Any]) -> Path:
-    path = work / f"{settings['slices']}-{settings['classes']}.npz"
-    write_slices(data / settings["slices"], path, settings["classes"], settings["train"])
+    name, classes, train = (settings[key] for key in ("slices", "classes", "train"))
+    path = work / f"{name}-{classes}-{train}.npz"
+    if not path.is_file():  # written by the first of all processes
+        part = path.with_suffix(".part.npz")
+        write_slices(data / name, part, classes, train)
+        part.replace(path)
     return path
 
 
