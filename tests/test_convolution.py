@@ -26,10 +26,11 @@ def test_the_gradient_by_the_image_is_that_of_pytorch(size, kernel_size, channel
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_filters_are_an_ordinary_convolution_to_training_and_to_perturbations(dims, frozen):
-    filters = Filters(dims, 1, 8, 5).requires_grad_(not frozen)
+    torch.manual_seed(0)
+    filters = Filters(dims, 1, 8, 5).double().requires_grad_(not frozen)
     ordinary = [torch.nn.Conv2d, torch.nn.Conv3d][dims - 2](1, 8, 5, padding=2, bias=False)
     ordinary.weight.data = filters.weight.detach().clone()
-    image = torch.randn(2, 1, *[11, 9, 10][:dims])
+    image = torch.randn(2, 1, *[11, 9, 10][:dims], dtype=torch.double)
     grads = []
     for network in (filters, ordinary.requires_grad_(not frozen)):
         seen = image.clone().requires_grad_(True)
