@@ -87,7 +87,7 @@ def image_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
         place = tuple(slice(at, at + k) for at, k in zip(voxel, kernel, strict=True))
         moved[(*voxel, slice(None), slice(None), *place)] = mirrored
     sides = [(k // 2, k // 2 + -size % b) for k, size, b in zip(kernel, spatial, block, strict=True)]
-    # Padded apart: with padding of its own, PyTorch's strided convolution of volumes takes twice as long.
+    # Padded apart: with padding of its own, PyTorch's strided convolution leaves its fast path.
     padded = F.pad(gradient, [width for side in reversed(sides) for width in side])
     convolution = F.conv2d if dims == 2 else F.conv3d
     blocks = convolution(padded, moved.flatten(0, dims), stride=block)

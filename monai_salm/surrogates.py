@@ -183,10 +183,6 @@ class TextureReader(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.votes(image)
-
-    def votes(self, image: Tensor) -> Tensor:
-        """(B, out_channels, *spatial) logits of (B, in_channels, *spatial) images."""
         return mean_nearby(self.vote(self.filters(image))) + self.bias
 
     @torch.no_grad()
