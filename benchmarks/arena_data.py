@@ -84,11 +84,12 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     """A data set of the arena.
 
     Args:
-        settings: ``size`` of what victims see; ``train``: how many cases, as many of each class; ``split`` that is
-            tested on; ``spare``: how many clean cases the third party has; those with the pixels of a training or test
-            case are passed over. Either ``archive`` names a MedMNIST archive in ``data``, or ``slices`` a Decathlon
-            folder there, whose slices make ``classes`` classes (of both, ``spare_split`` is where spare cases come
-            from), or ``demo`` is the seed of a demo cohort (then they come from the cohort of the next seed).
+        settings: ``size`` of what victims see, three numbers for volumes; ``train``: how many cases, as many of each
+            class; ``split`` that is tested on; ``spare``: how many clean cases the third party has; those with the
+            pixels of a training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data``,
+            or ``slices`` a Decathlon folder there, whose slices make ``classes`` classes (of both, ``spare_split`` is
+            where spare cases come from), or ``demo`` is the seed of a demo cohort (then they come from the cohort of
+            the next seed).
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
@@ -97,7 +98,7 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     """
     size, split, spare = tuple(settings["size"]), settings["split"], settings["spare"]
     if "demo" in settings:
-        cohort, others = (_demo(work, settings["demo"] + offset) for offset in (0, 1))
+        cohort, others = (_demo(work, len(size), settings["demo"] + offset) for offset in (0, 1))
         spare_split = "train"
     else:
         archive = data / settings["archive"] if "archive" in settings else _slices(work, data, settings)
@@ -143,10 +144,10 @@ def drawn(cohort: Cohort, count: int, split: str, without: Set[str] = frozenset(
     return [case for case in cohort.cases if case.sample_id in chosen]
 
 
-def _demo(work: Path, seed: int) -> Any:
-    folder = work / f"demo-{seed}"
-    write_demo_export(folder, 2, seed, progress=False)
-    return load_cohort(folder, spatial_dims=2)
+def _demo(work: Path, dims: int, seed: int) -> Cohort:
+    folder = work / f"demo-{dims}d-{seed}"
+    write_demo_export(folder, dims, seed, progress=False)
+    return load_cohort(folder, spatial_dims=dims)
 
 
 def _slices(work: Path, data: Path, settings: Mapping[str, Any]) -> Path:
@@ -161,7 +162,7 @@ def _slices(work: Path, data: Path, settings: Mapping[str, Any]) -> Path:
 
 def _part(cases: Sequence[Case], size: tuple[int, ...]) -> Part:
     items = [{"image": case, "label": case.label} for case in cases]
-    dataset = CacheDataset(items, LoadStoredd("image", spatial_dims=2), copy_cache=False, progress=False)
+    dataset = CacheDataset(items, LoadStoredd("image", spatial_dims=len(size)), copy_cache=False, progress=False)
     return Part(dataset, size)
 
 

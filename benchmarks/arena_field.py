@@ -42,7 +42,6 @@ OF_FIT = ("epsilon", "psnr", "ssim", "changed", "fit_seconds", "passes", "linear
 """Columns of the fit that a training saw. ``linear_*``: how well a logistic regression reads classes off one half of
 the training cases after it was fitted to the other half: from the protected images (clean ones for the clean method),
 and from the perturbations alone."""
-BUNDLE = "salm_2d_classification"
 
 
 class Field:
@@ -60,7 +59,8 @@ class Field:
         self.device = str(config.get("device", "cpu"))
         self._fits: dict[tuple[str, str, int], tuple[Fitted, str]] = {}
         self._described: dict[tuple[str, str, int], dict[str, Any]] = {}
-        shipped = configured(BUNDLE, {"num_classes": len(data.classes)})
+        bundle = f"salm_{len(data.train.size)}d_classification"
+        shipped = configured(bundle, {"num_classes": len(data.classes)})
         names = ("batch_size", "learning_rate", "weight_decay")
         self.recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names}
         self.recipe["epochs"] = config["epochs"][name]

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.transforms import (
     Compose,
     RandAffined,
@@ -196,6 +197,24 @@ def test_training_learns_and_is_deterministic_with_ordinary_transforms():
     assert first["curve"][-1]["dice"] == first["dice"]
     assert set(first["curve"][0]) == {"epoch", "train_loss", "dice"}
     assert first["curve"][-1]["train_loss"] < first["curve"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_batches_hold_what_the_transforms_give_and_leave_monais_setting(tracked):
+    case, transforms = cases_of()[2], augmentation().set_random_state(seed=3)
+    wanted = transforms({"image": case.image, "label": case.label})
+    assert isinstance(wanted[0]["image"], MetaTensor)
+    batches = Segmentation(CLASSES, PATCH, augmentation()).batches([case], 3, torch.device("cpu"))
+    before = get_track_meta()
+    set_track_meta(tracked)
+    try:
+        found = batches(torch.tensor([0]), torch.Generator())
+        assert get_track_meta() is tracked
+    finally:
+        set_track_meta(before)
+    for values, key in zip(found, ("image", "label"), strict=True):
+        assert type(values) is torch.Tensor
+        assert torch.equal(values, torch.stack([each[key].as_tensor() for each in wanted]).to(values.dtype))
 
 
 def test_one_seed_shows_the_same_patches_in_every_arm():

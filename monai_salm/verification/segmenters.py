@@ -9,7 +9,8 @@ import hashlib
 import math
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance
@@ -144,7 +145,8 @@ class Segmentation(Task):
             transforms.set_random_state(seed=seed)
 
         def batch(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            made = [transforms({"image": data[at].image, "label": data[at].label}) for at in chosen.tolist()]
+            with _untracked():
+                made = [transforms({"image": data[at].image, "label": data[at].label}) for at in chosen.tolist()]
             samples = [each for found in made for each in (found if isinstance(found, list | tuple) else [found])]
             images, labels = (torch.stack([self._patch(each[key], key) for each in samples]) for key in _KEYS)
             return images.to(device), labels.to(device)
@@ -204,6 +206,17 @@ class Segmentation(Task):
         dims = image.ndim - 1
         spacing = Spacing([self.resample] * dims, mode=mode, padding_mode="border")
         return convert_to_tensor(spacing(MetaTensor(image, affine=torch.eye(4))), track_meta=False).to(image.dtype)
+
+
+@contextmanager
+def _untracked() -> Iterator[None]:
+    """MONAI's transforms give plain tensors meanwhile: the same values, without records that take most of the time."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
 
 
 def volume_scores(
