@@ -28,6 +28,7 @@ from monai_salm.release.protect import prepare_output
 BUNDLE = "salm_3d_segmentation"
 ALTERNATING = {
     "transplant": False,
+    "guard_weight": 0.0,
     "rounds": 8,
     "surrogate_steps": 40,
     "perturbation_steps": 10,

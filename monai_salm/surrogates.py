@@ -60,12 +60,16 @@ class Surrogate(nn.Module):
     Args:
         network: classifier of (B, 1, *spatial_size) images, or a network of voxel labels.
         spatial_size: size of its input in voxels; None: it sees every image on the image's own grid.
+        guard: a second network of the same form, which learns the task itself from the clean images, so that what is
+            done to them can be kept from harming such networks; None: there is none.
     """
 
-    def __init__(self, network: nn.Module, spatial_size: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, spatial_size: Sequence[int] | None = None, guard: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.view = nn.Identity() if spatial_size is None else ResizeView(spatial_size)
-        self.network = network
+        self.network, self.guard = network, guard
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network(self.view(image))

@@ -26,9 +26,9 @@ ROOMS = (
     "bank",
     "records",
     "surrogates",
-    "convolution",
     "stored",
     "perturbations",
+    "convolution",
     "cohorts",
 )
 """From the top floor down: a room may import from itself and from those below it."""

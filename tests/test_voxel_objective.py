@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
+from monai_salm.convolution import mean_nearby
 from monai_salm.perturbations.base import frozen
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
@@ -219,6 +220,53 @@ class TestTiles:
         for call in (objective.gradient, objective):
             with pytest.raises(ValueError, match=r"\(2, 1, 12, 12\)"):
                 call(image, delta, torch.ones(shape, dtype=torch.uint8), gen())
+
+
+class TestGuard:
+    """A second network, which learned the task from clean images."""
+
+    def networks(self, dims: int = 2) -> Surrogate:
+        reader, guard = local_network(dims), local_network(dims)
+        with torch.no_grad():
+            for weight in guard.parameters():
+                weight.add_(torch.randn(weight.shape, generator=gen(7), dtype=torch.double) / 2)
+        return Surrogate(reader.network, guard=guard.network).double().eval()
+
+    @pytest.mark.parametrize("tile", [LARGE, 7])
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_its_part_of_the_gradient_has_the_asked_size(self, dims, tile):
+        network, data = self.networks(dims), volumes(SIZES[dims])
+        whole = {"tile_size": (LARGE,) * dims, "halo": 0}
+        alone, guards = (
+            VoxelObjective(Surrogate(each), CROSS_ENTROPY, **whole).gradient(*data, gen())
+            for each in (network.network, network.guard)
+        )
+        objective = VoxelObjective(network, CROSS_ENTROPY, tile_size=(tile,) * dims, halo=2, guard_weight=0.5)
+        part = objective.gradient(*data, gen()) - alone
+        axes = tuple(range(1, part.ndim))
+        assert torch.allclose(part.abs().mean(axes), 0.5 * alone.abs().mean(axes))
+        guards = guards - mean_nearby(guards)
+        for found, expected in zip(part, guards, strict=True):
+            assert difference(found / found.norm(), expected / expected.norm()) < 1e-9
+        assert objective.passes == 2 * len(part) and objective.mean() > 0
+
+    def test_perturbations_harm_it_less(self):
+        network = self.networks()
+        image, _, label = volumes(SIZES[2])
+        bound = torch.full(image.shape, 8, dtype=torch.int16)
+        lattice = Lattice(-bound, bound, torch.full((2, 1, 1, 1), 1 / 255))
+        losses = []
+        for weight in (0.0, 2.0):
+            objective = VoxelObjective(network, CROSS_ENTROPY, tile_size=(64, 64), halo=2, guard_weight=weight)
+            delta = SALM(mask=SparsityMask(ratio=0.5))(objective, image, label, lattice, generator=gen())
+            losses.append(objective.guard_loss(image + delta / 255, label, gen()).sum())
+        assert losses[1] < losses[0]
+
+    def test_a_weight_without_a_guard_or_below_zero_is_refused(self):
+        with pytest.raises(ValueError, match="has no guard"):
+            VoxelObjective(local_network(2), CROSS_ENTROPY, tile_size=(4, 4), guard_weight=0.1)
+        with pytest.raises(ValueError, match=r"guard_weight -0\.1"):
+            VoxelObjective(self.networks(), CROSS_ENTROPY, tile_size=(4, 4), guard_weight=-0.1)
 
 
 class Pointwise(nn.Module):

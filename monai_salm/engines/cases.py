@@ -222,8 +222,9 @@ class Patches(Samples):
         if self.coded:
             shifts = [int(torch.randint(size, (), generator=generator)) for size in self.size]
             codes = self.codes().roll(shifts, tuple(range(2, 2 + len(shifts))))
-            index = label.masked_fill(label == IGNORED, 0).long()
-            return image, self.strength(at, generator) * codes.gather(0, index[None])[0], label
+            inside = label != IGNORED
+            index = (label * inside).long()
+            return image, self.strength(at, generator) * codes.gather(0, index[None])[0] * inside, label
         return image, torch.zeros_like(image), label
 
     def _corner(self, label: Tensor, generator: torch.Generator) -> list[int]:

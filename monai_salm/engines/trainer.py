@@ -203,12 +203,15 @@ class PerturbationTrainer(Trainer):
             return []
         started, before = time.monotonic(), self.objective.passes
         generator = self._generator("step", engine.state.iteration)
-        image, delta, label = self.samples(batchdata, self.deltas, generator)
+        clean, delta, label = self.samples(batchdata, self.deltas, generator)
+        image = clean
         if self.transplant:
             image = image[torch.randperm(len(image), generator=generator).to(image.device)]
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * self._warmth((engine.state.iteration - 1) % engine.state.epoch_length)
         loss = self.objective(image, delta, label, generator).mean()
+        if self.objective.guard_weight:
+            loss = loss + self.objective.guard_loss(clean, label, generator).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -34,6 +34,12 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def mean_size(gradient: Tensor) -> Tensor:
+    """Mean absolute value of each (C, *spatial) of a batch, (B, 1, ...), above 0."""
+    size = gradient.abs().flatten(1).mean(1).reshape(-1, *[1] * (gradient.ndim - 1))
+    return size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
 class Objective(nn.Module):
     """What a perturbation is to minimize: the surrogate's loss on the protected image, seen as a third party would.
 
@@ -44,6 +50,9 @@ class Objective(nn.Module):
         view: random view drawn anew for every evaluation (``draw(batch, generator)`` and ``forward(image, drawn)``).
             None: the image as it is.
     """
+
+    guard_weight: float = 0.0
+    """Part that the surrogate's guard has in the gradient; only voxel labels have one."""
 
     def __init__(self, network: nn.Module, loss: Loss, *, view: nn.Module | None = None) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
-    """Textures as of :py:func:`class_codes`, but finer; the background, class 0, has none.
+    """Textures as of :py:func:`class_codes`, but finer.
 
     Args:
         spatial_size: size of a patch.
@@ -51,11 +51,9 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         seed: secret of the release.
 
     Returns:
-        (classes, 1, *spatial_size) float tensor; the first is zero.
+        (classes, 1, *spatial_size) float tensor.
     """
-    centers = _far_apart(_fine(len(spatial_size)), max(1, classes - 1))
-    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH, seed)[: classes - 1]
-    return torch.cat([torch.zeros(1, 1, *spatial_size), codes])
+    return _textures(spatial_size, _far_apart(_fine(len(spatial_size)), classes), VOXEL_BANDWIDTH, seed)
 
 
 def _textures(spatial_size: tuple[int, ...], centers: Tensor, bandwidth: float, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from monai_salm.perturbations.base import Objective, Perturbation
+from monai_salm.perturbations.base import Objective, Perturbation, mean_size
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 
@@ -74,8 +74,7 @@ class SALM(Perturbation):
         seen = objective.network.view(image)  # the same in every step
         for step in range(1, self.steps + 1):
             gradient = self.gradient(objective, seen, label, lattice, steps * keep, generator)
-            size = gradient.abs().flatten(1).mean(1).reshape(-1, *[1] * (image.ndim - 1))
-            mean = self.momentum * mean + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
+            mean = self.momentum * mean + gradient / mean_size(gradient)
             if not chosen and step >= self.look:
                 keep = self.mask(image, mean, label=label, movable=movable, generator=generator)
                 chosen = self.refresh != "step"

@@ -9,7 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from monai_salm.perturbations.base import Loss, Objective
+from monai_salm.convolution import mean_nearby
+from monai_salm.perturbations.base import Loss, Objective, mean_size
 
 IGNORED = 255
 """Class index of voxels that have no part in the loss: the halo of a tile, and what lies outside of a volume."""
@@ -41,16 +42,24 @@ class VoxelObjective(Objective):
     total stride, and there is no random view (tiles draw their own). Memory of the network is then bounded by
     ``(tile_size + 2 * halo)`` voxels per axis, whatever the volume.
 
+    With a guard, a network that learned the task from clean images, the gradient also has a part that lowers the
+    guard's loss: what is done to an image must not keep such a network from segmenting it. Of that part the mean nearby
+    is taken off, since a brighter lesion would be easier to learn for others too, and each part is scaled by its mean
+    absolute value over the image. A guard that is not local sees no farther than the halo.
+
     Args:
-        network: the surrogate; ``network.network`` maps (B, C, *tile) to (B, n_classes, *tile) logits.
+        network: the surrogate; ``network.network`` maps (B, C, *tile) to (B, n_classes, *tile) logits, and so does
+            ``network.guard``.
         loss: one value per voxel from (B, n_classes, *tile) logits and (B, *tile) class indices, such as
             ``torch.nn.CrossEntropyLoss(reduction="none")``.
         view: random view, which must also know how to move labels (:py:class:`monai_salm.surrogates.RandomView`).
         tile_size: voxels per axis of a tile; smaller volumes are one tile.
         halo: voxels around a tile that the network sees but the tile's loss leaves out.
+        guard_weight: size of the guard's part of the gradient, relative to the surrogate's; 0 asks no guard.
 
     Raises:
-        ValueError: When a tile has no voxels, the halo is negative, or in a call images and labels differ in shape.
+        ValueError: When a tile has no voxels, the halo or the weight is negative, there is no guard to weigh, or in a
+            call images and labels differ in shape.
     """
 
     def __init__(
@@ -61,24 +70,39 @@ class VoxelObjective(Objective):
         view: nn.Module | None = None,
         tile_size: Sequence[int] = (64, 64, 64),
         halo: int = 16,
+        guard_weight: float = 0.0,
     ) -> None:
         super().__init__(network, loss, view=view)
-        if min(tile_size) < 1 or halo < 0:
-            raise ValueError(f"tile_size is {tuple(tile_size)} and halo {halo}; tiles are 1 or more, halos 0 or more")
+        if min(tile_size) < 1 or halo < 0 or guard_weight < 0:
+            raise ValueError(
+                f"tile_size is {tuple(tile_size)}, halo {halo} and guard_weight {guard_weight}; tiles are 1 or more, "
+                "the others 0 or more"
+            )
+        if guard_weight and getattr(network, "guard", None) is None:
+            raise ValueError(f"guard_weight is {guard_weight}, but the surrogate has no guard; give it one, or use 0")
         self.tile_size, self.halo = tuple(int(size) for size in tile_size), int(halo)
+        self.guard_weight = float(guard_weight)
 
     def extra_repr(self) -> str:
-        return f"tile_size={self.tile_size}, halo={self.halo}"
+        guarded = f", guard_weight={self.guard_weight:g}" if self.guard_weight else ""
+        return f"tile_size={self.tile_size}, halo={self.halo}{guarded}"
 
     def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) losses of (B, C, *spatial) images and perturbations with (B, 1, *spatial) class indices."""
-        losses = self._losses(image, delta, label, self._weights(image, label), generator)
+        seen = self._seen(image + delta, label, generator)
+        losses = self._losses(self.network.network, *seen, self._weights(image, label))
         self._note(losses, len(image))
         return losses
 
+    def guard_loss(self, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        """(B,) losses of the guard on clean images."""
+        self.passes += len(image)
+        return self._losses(self.network.guard, *self._seen(image, label, generator), self._weights(image, label))
+
     def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
-        """Gradient of the sum of the losses by ``delta``, accumulated over tiles."""
+        """Gradient of the sum of the losses by ``delta``, accumulated over tiles, with the guard's part."""
         gradient, losses = torch.zeros_like(delta), torch.zeros(len(image), device=image.device)
+        guarding = torch.zeros_like(delta) if self.guard_weight else None
         weights = self._weights(image, label)
         for inner, outer in self.tiles(image.shape[2:]):
             truth = torch.full_like(label[outer], IGNORED)
@@ -86,11 +110,19 @@ class VoxelObjective(Objective):
             truth[within] = label[(..., *inner)]
             part = delta[outer].detach().requires_grad_(True)
             with torch.enable_grad():
-                loss = self._losses(image[outer], part, truth, weights, generator)
-                gradient[outer] += torch.autograd.grad(loss.sum(), part)[0]
+                seen = self._seen(image[outer] + part, truth, generator)
+                loss = self._losses(self.network.network, *seen, weights)
+                gradient[outer] += torch.autograd.grad(loss.sum(), part, retain_graph=guarding is not None)[0]
+                if guarding is not None:
+                    guard_loss = self._losses(self.network.guard, *seen, weights)
+                    guarding[outer] += torch.autograd.grad(guard_loss.sum(), part)[0]
             losses += loss.detach()
         self._note(losses, len(image))
-        return gradient
+        if guarding is None:
+            return gradient
+        self.passes += len(image)
+        guarding = guarding - mean_nearby(guarding)
+        return gradient + self.guard_weight * mean_size(gradient) * (guarding / mean_size(guarding))
 
     def tiles(self, size: Sequence[int]) -> Iterator[tuple[Span, Span]]:
         """Spans of each tile and of the tile with its halo; the tiles cover ``size`` once."""
@@ -103,17 +135,18 @@ class VoxelObjective(Objective):
             )
             yield tuple(map(slice, corner, ends)), (..., *outer)
 
-    def _losses(
-        self, image: Tensor, delta: Tensor, label: Tensor, weights: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        seen = image + delta
-        if self.view is not None:
-            drawn = self.view.draw(len(seen), generator)
-            seen, label = self.view(seen, drawn), self.view.move_labels(label, drawn)
+    def _seen(self, image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random view of images and labels."""
+        if self.view is None:
+            return image, label
+        drawn = self.view.draw(len(image), generator)
+        return self.view(image, drawn), self.view.move_labels(label, drawn)
+
+    def _losses(self, network: nn.Module, seen: Tensor, label: Tensor, weights: Tensor) -> Tensor:
         truth = label[:, 0].long()
         share = weights.gather(1, truth.flatten(1).clamp(max=weights.shape[1] - 1)).reshape(truth.shape)
         truth = truth.masked_fill(truth == IGNORED, _NO_LOSS)
-        return (self.loss(self.network.network(seen), truth) * share).flatten(1).sum(1)
+        return (self.loss(network(seen), truth) * share).flatten(1).sum(1)
 
     @staticmethod
     def _weights(image: Tensor, label: Tensor) -> Tensor:
