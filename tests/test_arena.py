@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from exports import write_labels, write_nifti
 
 from monai_salm.verification.training import victim_digest
 
@@ -202,6 +203,26 @@ def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, data
         load("arena_data").load(settings | {"train": 100}, data, tmp_path)
     with pytest.raises(ValueError, match="must be none of train"):
         load("arena_data").load(settings | {"spare_split": split}, data, tmp_path)
+
+
+def test_three_sizes_ask_for_volumes(load, tmp_path, monkeypatch):
+    def written(folder: Path, dims: int, seed: int, *, progress: bool) -> None:
+        assert dims == 3 and not progress
+        names = [write_nifti(folder / f"{at}.nii.gz", 100 * seed + at).name for at in range(12)]
+        write_labels(
+            folder, [f"{name},{'ab'[at % 2]},{'test' if at < 4 else 'train'}" for at, name in enumerate(names)]
+        )
+
+    module = load("arena_data")
+    monkeypatch.setattr(module, "write_demo_export", written)
+    settings = {"demo": 0, "size": [8, 9, 7], "train": 8, "split": "test", "spare": 4}
+    found = module.load(settings, tmp_path, tmp_path)
+    assert found.train.seen().shape == (8, 1, 8, 9, 7) and found.test.labels.tolist() == [0, 1, 0, 1]
+    config = CONFIG | {"epochs": {"volumes": 1}}
+    field = load("arena_field").Field("volumes", config, found, tmp_path)
+    assert field.task.spatial_size == (8, 9, 7) and field.recipe["batch_size"] == 8
+    fitted, _ = field.fitted("8/255", "salm_0.4", 0)
+    assert all(fitted.deltas[name].shape == (1, 6, 7, 5) for name in found.train.images)
 
 
 def test_slices_of_volumes_are_labeled_by_place_and_no_patient_is_in_two_parts(load, tmp_path):
