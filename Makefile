@@ -37,7 +37,7 @@ demo: $(STAMP)  ## protect the embedded 2D cohort and prove it (10 minutes): bui
 demo-3d: $(STAMP)  ## the same with 3D volumes (20 minutes): build/demo-3d/report.html
 	$(call run_demo,3,classification,salm_3d_classification,build/demo-3d)
 
-demo-seg: $(STAMP)  ## the same with lesions to segment in slices (54 trainings): build/demo-seg/report.html
+demo-seg: $(STAMP)  ## the same with lesions to segment in slices (40 minutes): build/demo-seg/report.html
 	$(call run_demo,2,segmentation,salm_3d_segmentation,build/demo-seg)
 
 test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA names them
