@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from exports import write_labels, write_nifti
+from monai.metrics import SSIMMetric
 
 from monai_salm.io import formats
 from monai_salm.io.base import StoredImage
@@ -71,6 +72,16 @@ def test_ssim_window_fits_small_images(shape):
     assert ssim_of(image, image) == pytest.approx(1.0, abs=1e-5)
     if image.numel() > 1:
         assert ssim_of(image, 1 - image) < 0.9
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 80), (3, 90, 31), (1, 75, 24, 17), (2, 40, 12, 4)])
+def test_ssim_is_that_of_monai_whatever_the_slabs(shape):
+    clean = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    moved = (clean + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
+    size = [min(11, length - (length + 1) % 2) for length in shape[1:]]
+    expected = SSIMMetric(len(shape) - 1, data_range=1.0, win_size=size, reduction="none")(moved[None], clean[None])
+    assert ssim_of(clean, moved) == pytest.approx(float(expected.mean()), abs=2e-5)
+    assert ssim_of(clean, moved) < 0.99
 
 
 def test_rounding_of_a_float_file_is_not_an_error_over_the_budget():
