@@ -160,10 +160,13 @@ def verify(options: argparse.Namespace) -> int:
     print(*found.lines(options.names), sep="\n", flush=True)
     if found.problems or not found.conclusive:
         return INTEGRITY if found.problems else NOT_PROTECTED
+    if options.files_only:
+        return DONE
     from monai_salm import workflows
 
     asked = options.export or options.labels or options.set or options.defenses
-    if options.files_only or not (asked or (options.out / workflows.RUN_CONFIG).is_file()):
+    if not (asked or (options.out / workflows.RUN_CONFIG).is_file()):
+        print(f"only files were checked: a study needs {workflows.RUN_CONFIG} of 'monai-salm protect'")
         return DONE
     bundle, overrides = workflows.load_run(options.out)
     export = options.export or Path(overrides.get("dataset_dir", ""))
