@@ -85,7 +85,7 @@ def main() -> None:
     """Every report in the results folder."""
     for path in sorted(RESULTS.glob("demo_*.json")):
         demo(path)
-    for name in ("arena", "arena_psnr", "arena_classes"):
+    for name in ("arena", "arena_psnr", "arena_classes", "arena_volumes"):
         for data, board in boards(name):
             for level in board.levels:
                 print(f"\n{name}, {data}, {level}")
