@@ -7,7 +7,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,6 +19,8 @@ from monai_salm.verification.victims import METRIC
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = "salm_0.4"
+Column = Callable[[dict[str, Any]], str]
+"""What a table shows of an arm."""
 
 
 def spread(cell: dict[str, Any] | None) -> str:
@@ -40,11 +42,27 @@ def demo(path: Path) -> None:
     stored = f"budget {budget['stored']['min']:g} to {budget['stored']['max']:g} stored units"
     print(f"\n{path.stem}: {results['verdict']}, {quality}, {stored}, {results['passes_per_image']}")
     differences = [row["difference"] for row in results["utility"]]
-    print(f"frozen clean model: {min(differences):+.3f} to {max(differences):+.3f}, seconds {results['timing']}\n")
-    print("| arm | balanced accuracy | AUC | closed gap |\n| --- | --- | --- | --- |")
+    print(f"frozen clean model: {min(differences):+.3f} to {max(differences):+.3f}, seconds {results['timing']}")
+    by_victim = (f"{victim} {gap(part)}" for victim, part in results["closed_gap"]["by_victim"].items())
+    print(f"closed gap by network: {', '.join(by_victim)}\n")
+    columns = of_voxels(results) if results["metric"] == "dice" else of_cases()
+    print(f"| arm | {' | '.join(columns)} | closed gap |\n|{' --- |' * (len(columns) + 2)}")
     for arm, cells in results["summary"].items():
-        cell = cells["all"]
-        print(f"| {arm} | {spread(cell['balanced_accuracy'])} | {spread(cell['auc'])} | {gap(gaps.get(arm))} |")
+        print(f"| {arm} | {' | '.join(show(cells) for show in columns.values())} | {gap(gaps.get(arm))} |")
+
+
+def of_cases() -> dict[str, Column]:
+    """Columns of a task with one class per image."""
+    return {name.replace("_", " "): lambda cells, name=name: spread(cells["all"][name]) for name in (METRIC, "auc")}
+
+
+def of_voxels(results: dict[str, Any]) -> dict[str, Column]:
+    """Columns of a task with one class per voxel."""
+    victims = results["closed_gap"]["by_victim"]
+    dice = {
+        f"Dice, {victim}": lambda cells, victim=victim: spread(cells["by_victim"][victim]["dice"]) for victim in victims
+    }
+    return {**dice, "HD95 (mm)": lambda cells: f"{cells['all']['hd95']['mean']:.0f}"}
 
 
 def boards(name: str) -> Iterator[tuple[str, Board]]:
@@ -83,7 +101,7 @@ def resistance(board: Board) -> None:
 
 def main() -> None:
     """Every report in the results folder."""
-    for path in sorted(RESULTS.glob("demo_*.json")):
+    for path in [*sorted(RESULTS.glob("demo_*.json")), RESULTS / "lesions_3d.json"]:
         demo(path)
     for name in ("arena", "arena_psnr", "arena_classes", "arena_volumes"):
         for data, board in boards(name):

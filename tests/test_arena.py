@@ -385,3 +385,14 @@ def test_the_page_compares_with_the_clean_arm_of_the_same_defense_and_says_what_
     assert found.gap("8/255", "strong", defense="blur_1")["conclusive"] is True
     assert found.gap("8/255", "strong", defense="mixup")["conclusive"] is False
     assert found.gap("8/255", "weak", defense="blur_1") is None
+
+
+def test_tables_show_every_kept_report_and_what_readme_quotes(load, capsys):
+    load("tables").main()
+    said = capsys.readouterr().out
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    for name, arm in (("demo_2d", "random_mask"), ("demo_3d", "random_mask"), ("demo_seg", "label_marker")):
+        table = said.split(f"\n{name}: ")[1].split("\n\n")[1]
+        row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
+        cells = row.split("|")[2:-1]
+        assert len(cells) > 2 and all(cell.strip() in readme for cell in cells), f"{name}: README has other numbers"
