@@ -35,6 +35,7 @@ NO_SURROGATE = {"mask_ratio": 1.0, "rounds": 1, "surrogate_steps": 0, "transplan
 EM_AS_PUBLISHED = {
     **CNN,
     "mask_ratio": 1.0,
+    "psnr": None,
     "transplant": False,
     "rounds": 15,
     "surrogate_steps": 20,
@@ -71,6 +72,7 @@ def _on_clean_images(name: str, steps: int, step_size: float, **overrides: Any) 
         {
             **CNN,
             "mask_ratio": 1.0,
+            "psnr": None,
             "transplant": False,
             "rounds": 1,
             "surrogate_steps": 600,
@@ -120,6 +122,7 @@ METHODS: dict[str, Method] = {
     "salm_0.4": Method({"mask_ratio": 0.4}),
     "salm_0.2": Method({"mask_ratio": 0.2}),
     "salm_0.1": Method({"mask_ratio": 0.1}),
+    "salm_0.4_full": Method({"mask_ratio": 0.4, "psnr": None}),
     "em": Method(EM_AS_PUBLISHED),
     "em_classwise": Method({**EM_AS_PUBLISHED, "perturbation": _target("classwise.ClasswiseErrorMinimizing")}),
     "rem": Method(REM),

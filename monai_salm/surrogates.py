@@ -48,9 +48,16 @@ class ResizeView(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         for axis, size in enumerate(self.spatial_size):
-            if image.shape[axis + 2] != size:
-                weight = resize_matrix(image.shape[axis + 2], size, image.device).to(image.dtype)
-                image = (image.transpose(axis + 2, -1) @ weight.t()).transpose(axis + 2, -1)
+            shape = list(image.shape)
+            length = shape[axis + 2]
+            if length != size:
+                weight = resize_matrix(length, size, image.device).to(image.dtype)
+                if axis + 3 == len(shape):
+                    image = image @ weight.t()
+                else:  # products of matrices as they lie in memory: a transposed image would be copied
+                    shape[axis + 2] = size
+                    rows = image.flatten(0, axis + 1).flatten(2)
+                    image = torch.bmm(weight.expand(len(rows), size, length), rows).reshape(shape)
         return image.contiguous()
 
 

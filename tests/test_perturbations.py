@@ -50,7 +50,7 @@ def methods(ratio: float) -> list[Perturbation]:
     return [
         SALM(mask=SparsityMask(ratio=ratio)),
         SALM(mask=SparsityMask(ratio=ratio, criterion="gradient_input"), refresh="step"),
-        SALM(mask=SparsityMask(ratio=ratio, criterion="random", scope="class")),
+        SALM(mask=SparsityMask(ratio=ratio, criterion="random", scope="class"), psnr=36.0),
         SALM(mask=SparsityMask(ratio=ratio, criterion="foreground", scope="channel")),
         RandomSign(mask=SparsityMask(ratio=ratio, criterion="random")),
     ]
@@ -176,6 +176,37 @@ class TestClosedForm:
             method = SALM(mask=SparsityMask(ratio=0.2, criterion="random"), refresh=refresh)
             delta = method(objective, image, label, lattice, start, generator=gen())
             assert ((delta != 0)[..., 1:].any() == (not same)) and (delta != 0).any()
+
+    @pytest.mark.parametrize("dims", [2, 3])
+    @pytest.mark.parametrize("psnr", [33.0, 36.0, 48.0])
+    def test_every_image_keeps_its_psnr_by_steps_in_proportion_to_the_gradient(self, dims, psnr):
+        shape = (2, 1, *[24, 25, 9][:dims])
+        weight = torch.randn(shape[1:], generator=gen())
+        objective = Objective(Linear(weight), CROSS_ENTROPY)
+        limit = torch.full(shape, 255, dtype=torch.int16)  # a budget of 8/255 in steps of 1/32
+        lattice = Lattice(-limit, limit, torch.tensor([1.0, -1.0]).reshape(2, *[1] * (dims + 1)) * 8 / 255 / 255)
+        steps = SALM(mask=SparsityMask(ratio=1.0), psnr=psnr)(
+            objective, torch.full(shape, 0.5), torch.tensor([0, 1]), lattice, generator=gen()
+        )
+        error = (steps * lattice.unit_step).square().flatten(1).mean(1)
+        assert (-10 * error.log10() >= psnr).all() and (-10 * error.log10() < psnr + 0.1).all()
+        wanted = torch.stack([weight, weight])  # class 0 up, class 1 down, on an inverted image
+        assert torch.equal(steps.sign()[steps != 0], wanted.sign()[steps != 0])
+        for moved, size in zip(steps.abs(), weight.abs().expand(shape), strict=True):
+            below = moved < moved.max() if psnr < 40 else moved > 0
+            assert float((moved[below] / size[below]).std() / (moved[below] / size[below]).mean()) < 0.3
+        assert steps.abs().amax() == 255 or psnr == 48.0
+
+    def test_a_budget_that_keeps_the_psnr_anyway_is_used_up(self):
+        weight = torch.rand(1, 8, 8, generator=gen()) + 0.1
+        image, label, lattice = torch.full((1, 1, 8, 8), 0.5), torch.tensor([0]), box((1, 1, 8, 8), 3)
+        made = [
+            SALM(mask=SparsityMask(ratio=0.5), psnr=psnr)(
+                Objective(Linear(weight), CROSS_ENTROPY), image, label, lattice, generator=gen()
+            )
+            for psnr in (None, 20.0)
+        ]
+        assert torch.equal(*made) and made[0].any()
 
     def test_settings_out_of_range_are_refused(self):
         mask = SparsityMask(ratio=0.4)

@@ -119,8 +119,8 @@ class Perturbation(ABC):
         generator: torch.Generator,
     ) -> Tensor:
         """Gradient of the objective by lattice steps, at the perturbation that would be stored."""
-        gradient = objective.gradient(image, steps.round() * lattice.unit_step, label, generator)
-        return gradient * lattice.unit_step.sign()
+        gradient = objective.gradient(image, steps.round().mul_(lattice.unit_step), label, generator)
+        return gradient.mul_(lattice.unit_step.sign())
 
     @abstractmethod
     def compute(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,8 @@ from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 
 Refresh = Literal["once", "call", "step"]
+_THRESHOLDS, _HALVINGS = 1e3, 12
+"""Range of the thresholds that are looked through, around the largest gradient, and steps of the search: 0.3 %."""
 
 
 class SALM(Perturbation):
@@ -30,6 +33,9 @@ class SALM(Perturbation):
         look: gradients that are seen before a call chooses its mask (at most ``steps``); until then every voxel moves.
         refresh: choose the mask anew in every ``"call"``, at every ``"step"`` of it, or ``"once"``: a start that is not
             zero keeps its support.
+        psnr: least PSNR of each protected image in dB, on its own grid and in its window. Where the budget allows more,
+            voxels move in proportion to the mean of their gradients, and only those with the largest ones by the whole
+            budget: a wave keeps its form, in place of its signs. None: as far as the budget allows.
 
     Raises:
         ValueError: When a number is out of range or ``refresh`` unknown.
@@ -44,6 +50,7 @@ class SALM(Perturbation):
         momentum: float = 0.8,
         look: int = 3,
         refresh: Refresh = "call",
+        psnr: float | None = None,
     ) -> None:
         if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or look < 1:
             raise ValueError(
@@ -53,7 +60,9 @@ class SALM(Perturbation):
         if refresh not in get_args(Refresh):
             raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
-        self.look, self.refresh = min(look, steps), refresh
+        if psnr is not None and not 0 < psnr < math.inf:
+            raise ValueError(f"psnr is {psnr} dB; it must be above 0, or None")
+        self.look, self.refresh, self.psnr = min(look, steps), refresh, psnr
 
     def compute(
         self,
@@ -64,22 +73,38 @@ class SALM(Perturbation):
         start: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        movable = lattice.lower < lattice.upper
+        lower, upper = lattice.lower.to(image.dtype), lattice.upper.to(image.dtype)
+        movable = lower < upper
         stride = self.step_size * lattice.levels
-        keep = movable
         chosen = self.refresh == "once" and bool(start.any())
-        if chosen:
-            keep = start != 0
-        steps, mean = start, torch.zeros_like(start)
+        keep = (start != 0 if chosen else movable).to(image.dtype)
+        steps, mean = start.clone(), torch.zeros_like(start)
         seen = objective.network.view(image)  # the same in every step
         for step in range(1, self.steps + 1):
             gradient = self.gradient(objective, seen, label, lattice, steps * keep, generator)
-            mean = self.momentum * mean + gradient / mean_size(gradient)
+            mean.mul_(self.momentum).add_(gradient.div_(mean_size(gradient)))
             if not chosen and step >= self.look:
-                keep = self.mask(image, mean, label=label, movable=movable, generator=generator)
+                keep = self.mask(image, mean, label=label, movable=movable, generator=generator).to(image.dtype)
                 chosen = self.refresh != "step"
-            steps = lattice.project(steps - stride * mean.sign())
-        return steps * keep
+            torch.clamp(steps.sub_(mean.sign().mul_(stride)), lower, upper, out=steps)
+        steps.mul_(keep)
+        return steps if self.psnr is None else _faithful(steps, mean.abs_(), lattice.unit_step, self.psnr)
+
+
+def _faithful(steps: Tensor, size: Tensor, unit_step: Tensor, psnr: float) -> Tensor:
+    """(B, C, *spatial) steps in proportion to ``size``, up to the threshold at which each image just keeps its PSNR."""
+    most = 10 ** (-psnr / 10)
+    high = size.flatten(1).amax(1).reshape(-1, *[1] * (size.ndim - 1)).clamp(min=torch.finfo(size.dtype).tiny)
+    low, high = high / _THRESHOLDS, high * _THRESHOLDS
+
+    def weakened(threshold: Tensor) -> Tensor:
+        return (size / threshold).clamp_(max=1).mul_(steps)
+
+    for _ in range(_HALVINGS):
+        middle = (low * high).sqrt()
+        error = weakened(middle).round_().mul_(unit_step).square_().flatten(1).mean(1).reshape(middle.shape)
+        low, high = torch.where(error > most, middle, low), torch.where(error > most, high, middle)
+    return weakened(high)
 
 
 class RandomSign(Perturbation):
