@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,15 @@ class TestCodec:
         physical = stored.astype(np.float64) * codec.slope + codec.intercept
         expected = np.clip((physical - codec.window[0]) / codec.width, 0, 1)
         assert np.allclose(codec.to_unit(to_tensor(stored)).numpy(), expected, atol=1e-6)
+
+    @given(images())
+    def test_a_large_image_is_read_in_parts_as_it_would_be_whole(self, image):
+        stored, codec, budget = image
+        whole = codec.to_unit(to_tensor(stored)), *codec.bounds(to_tensor(stored), budget)
+        with patch("monai_salm.stored._SLAB_VOXELS", 5):
+            parts = codec.to_unit(to_tensor(stored)), *codec.bounds(to_tensor(stored), budget)
+        for one, other in zip(whole, parts, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
 
     def test_padding_is_never_crossed_from_either_side(self):
         codec = StoredCodec("int16", (0.0, 100.0), padding=(50, 52))
