@@ -197,6 +197,15 @@ class TestClosedForm:
             assert float((moved[below] / size[below]).std() / (moved[below] / size[below]).mean()) < 0.3
         assert steps.abs().amax() == 255 or psnr == 48.0
 
+    def test_a_gradient_that_is_the_same_in_every_voxel_is_no_special_case(self):
+        surrogate = nn.Module()
+        surrogate.view, surrogate.network = nn.Identity(), lambda seen: torch.stack([m := seen.mean((1, 2, 3)), -m], 1)
+        image = torch.full((2, 1, 6, 6), 0.5)
+        steps = SALM(mask=SparsityMask(ratio=1.0), psnr=50.0)(
+            Objective(surrogate, CROSS_ENTROPY), image, torch.tensor([0, 1]), box(image.shape, 9), generator=gen()
+        )
+        assert (steps[0] >= 0).all() and (steps[1] <= 0).all() and steps.any()
+
     def test_a_budget_that_keeps_the_psnr_anyway_is_used_up(self):
         weight = torch.rand(1, 8, 8, generator=gen()) + 0.1
         image, label, lattice = torch.full((1, 1, 8, 8), 0.5), torch.tensor([0]), box((1, 1, 8, 8), 3)

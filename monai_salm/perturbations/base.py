@@ -120,7 +120,7 @@ class Perturbation(ABC):
     ) -> Tensor:
         """Gradient of the objective by lattice steps, at the perturbation that would be stored."""
         gradient = objective.gradient(image, steps.round().mul_(lattice.unit_step), label, generator)
-        return gradient.mul_(lattice.unit_step.sign())
+        return gradient * lattice.unit_step.sign()
 
     @abstractmethod
     def compute(
