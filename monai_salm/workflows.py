@@ -206,6 +206,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
 
     configs = bundle_path(name) / "configs"
     _check_ids(configs / "train.yaml", [*run_ids, *overrides])
+    said = {key: "$None" if value is None else value for key, value in overrides.items()}  # MONAI drops a plain None
     with warnings.catch_warnings():
         if name in bundle_names():  # ours; of a copy MONAI rightly warns that a config can run any code
             warnings.filterwarnings("ignore", message="parsing config_file")
@@ -215,7 +216,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
                 meta_file=str(configs / "metadata.json"),
                 logging_file=str(configs / "logging.conf"),
                 run_id=run_ids[0],
-                **overrides,
+                **said,
             )
             for run_id in run_ids:
                 workflow.run_id = run_id

@@ -201,26 +201,51 @@ class TestClosedForm:
         surrogate = nn.Module()
         surrogate.view, surrogate.network = nn.Identity(), lambda seen: torch.stack([m := seen.mean((1, 2, 3)), -m], 1)
         image = torch.full((2, 1, 6, 6), 0.5)
-        steps = SALM(mask=SparsityMask(ratio=1.0), psnr=50.0)(
+        steps = SALM(mask=SparsityMask(ratio=1.0), psnr=45.0)(
             Objective(surrogate, CROSS_ENTROPY), image, torch.tensor([0, 1]), box(image.shape, 9), generator=gen()
         )
         assert (steps[0] >= 0).all() and (steps[1] <= 0).all() and steps.any()
 
     def test_a_budget_that_keeps_the_psnr_anyway_is_used_up(self):
-        weight = torch.rand(1, 8, 8, generator=gen()) + 0.1
+        weight = torch.rand(1, 8, 8, generator=gen()) ** 6  # gradients of every size
         image, label, lattice = torch.full((1, 1, 8, 8), 0.5), torch.tensor([0]), box((1, 1, 8, 8), 3)
         made = [
-            SALM(mask=SparsityMask(ratio=0.5), psnr=psnr)(
+            SALM(mask=SparsityMask(ratio=0.9), psnr=psnr)(
                 Objective(Linear(weight), CROSS_ENTROPY), image, label, lattice, generator=gen()
             )
             for psnr in (None, 20.0)
         ]
         assert torch.equal(*made) and made[0].any()
 
+    def test_voxels_with_little_room_are_not_weakened_twice(self):
+        weight = torch.linspace(0.1, 1, 64).reshape(1, 8, 8)
+        limit = torch.full((1, 1, 8, 8), 800, dtype=torch.int16)
+        limit[..., ::2] = 200
+        lattice = Lattice(-limit, limit, torch.full((1, 1, 1, 1), 8 / 255 / 800))
+        steps = SALM(mask=SparsityMask(ratio=1.0), psnr=36.0)(
+            Objective(Linear(weight), CROSS_ENTROPY),
+            torch.full((1, 1, 8, 8), 0.5),
+            torch.tensor([0]),
+            lattice,
+            generator=gen(),
+        )
+        free = steps[..., 1::2]
+        threshold = (weight[..., 1::2] * 800 / free)[free < 800].mean()
+        assert torch.allclose(steps.float(), (weight * 800 / threshold).minimum(limit[0]).round(), atol=1)
+
+    def test_an_image_without_a_gradient_stays_as_it_is_and_harms_no_other(self):
+        weight = torch.rand(1, 8, 8, generator=gen()) * 1e3
+        image = torch.stack([torch.full((1, 8, 8), 0.5), torch.zeros(1, 8, 8)])  # logits too far apart for a loss
+        steps = SALM(mask=SparsityMask(ratio=1.0), psnr=36.0)(
+            Objective(Linear(weight), CROSS_ENTROPY), image, torch.tensor([0, 0]), box(image.shape, 9), generator=gen()
+        )
+        assert not steps[0].any() and steps[1].any()
+
     def test_settings_out_of_range_are_refused(self):
         mask = SparsityMask(ratio=0.4)
-        for options in ({"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 0}, {"refresh": "never"}):
-            with pytest.raises(ValueError):
+        wrong = [{"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 0}, {"refresh": "never"}]
+        for options in (*wrong, *({"psnr": psnr} for psnr in (0, -36, 61, float("nan"), "36", "null"))):
+            with pytest.raises(ValueError, match=str(*options)):
                 SALM(mask=mask, **options)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +14,9 @@ from monai_salm.perturbations.masks import SparsityMask
 
 Refresh = Literal["once", "call", "step"]
 _THRESHOLDS, _HALVINGS = 1e3, 12
-"""Range of the thresholds that are looked through, around the largest gradient, and steps of the search: 0.3 %."""
+"""Thresholds that are looked through are the largest gradient times or by this; steps of the search (0.3 %)."""
+_MOST_PSNR = 60.0
+"""What steps of a thousandth of any budget keep."""
 
 
 class SALM(Perturbation):
@@ -60,8 +61,10 @@ class SALM(Perturbation):
         if refresh not in get_args(Refresh):
             raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
-        if psnr is not None and not 0 < psnr < math.inf:
-            raise ValueError(f"psnr is {psnr} dB; it must be above 0, or None")
+        if psnr is not None and not (isinstance(psnr, int | float) and 0 < psnr <= _MOST_PSNR):
+            raise ValueError(
+                f"psnr is {psnr!r}; it must be above 0 and at most {_MOST_PSNR:g} dB, or None for no bound"
+            )
         self.look, self.refresh, self.psnr = min(look, steps), refresh, psnr
 
     def compute(
@@ -88,23 +91,25 @@ class SALM(Perturbation):
                 chosen = self.refresh != "step"
             torch.clamp(steps.sub_(mean.sign().mul_(stride)), lower, upper, out=steps)
         steps.mul_(keep)
-        return steps if self.psnr is None else _faithful(steps, mean.abs_(), lattice.unit_step, self.psnr)
+        return steps if self.psnr is None else _faithful(steps, mean.abs_(), lattice, self.psnr)
 
 
-def _faithful(steps: Tensor, size: Tensor, unit_step: Tensor, psnr: float) -> Tensor:
+def _faithful(steps: Tensor, size: Tensor, lattice: Lattice, psnr: float) -> Tensor:
     """(B, C, *spatial) steps in proportion to ``size``, up to the threshold at which each image just keeps its PSNR."""
     most = 10 ** (-psnr / 10)
-    high = size.flatten(1).amax(1).reshape(-1, *[1] * (size.ndim - 1)).clamp(min=torch.finfo(size.dtype).tiny)
-    low, high = high / _THRESHOLDS, high * _THRESHOLDS
+    each = (-1, *[1] * (size.ndim - 1))
+    peak = size.flatten(1).amax(1).reshape(each).clamp(min=torch.finfo(size.dtype).tiny)
+    room, reach = steps.abs(), size / peak * lattice.levels
+    low, high = torch.full_like(peak, 1 / _THRESHOLDS), torch.full_like(peak, _THRESHOLDS)
 
-    def weakened(threshold: Tensor) -> Tensor:
-        return (size / threshold).clamp_(max=1).mul_(steps)
+    def keeps(moved: Tensor) -> Tensor:
+        return moved.round().mul_(lattice.unit_step).square_().flatten(1).mean(1).reshape(each) <= most
 
     for _ in range(_HALVINGS):
         middle = (low * high).sqrt()
-        error = weakened(middle).round_().mul_(unit_step).square_().flatten(1).mean(1).reshape(middle.shape)
-        low, high = torch.where(error > most, middle, low), torch.where(error > most, high, middle)
-    return weakened(high)
+        kept = keeps(torch.minimum(room, reach / middle))
+        low, high = torch.where(kept, low, middle), torch.where(kept, middle, high)
+    return torch.where(keeps(room), steps, torch.minimum(room, reach / high) * steps.sign())
 
 
 class RandomSign(Perturbation):
