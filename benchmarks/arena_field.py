@@ -84,9 +84,10 @@ class Field:
 
     def _fit(self, level: str, method: str, seed: int) -> tuple[Fitted, str]:
         part = self.data.spare if seed >= ELSEWHERE else self.data.train
+        bound = {"psnr": None} if level.endswith("dB") else {}  # there the budget alone is to reach the PSNR
 
         def at(epsilon: str) -> Fitted:
-            overrides = {**self.config["fit"], "device": self.device}
+            overrides = {**self.config["fit"], **bound, "device": self.device}
             return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
 
         if method in UNBOUNDED:

@@ -45,15 +45,15 @@ def draw(html: str, results: dict[str, Any]) -> Figure:
         axes.imshow(panel(html, name))
         axes.set_axis_off()
         axes.set_title(title + (f"\n{notes[title]}" if title in notes else "\n"), fontsize=10)
-    for place, arm in enumerate(ARMS):
+    found = {arm: [row[METRIC] for row in results["arms"] if row["arm"] == arm] for arm in ARMS}
+    for place, (arm, values) in enumerate(found.items()):
         label, color, marker = ARM_STYLES[arm]
-        values = [row[METRIC] for row in results["arms"] if row["arm"] == arm]
         spread = np.linspace(-0.15, 0.15, len(values))
         plot.plot(place + spread, values, marker, color=color, ms=5, alpha=0.7)
         plot.plot([place - 0.3, place + 0.3], [mean(values)] * 2, color=color, lw=2.5)
     plot.axhline(results["chance"], color="#111827", lw=1, ls="--")
     plot.set_xticks(range(len(ARMS)), [ARM_STYLES[arm][0].replace(" ", "\n") for arm in ARMS], fontsize=9)
-    plot.set_ylim(0.4, 1.02)
+    plot.set_ylim(min(results["chance"], *map(min, found.values())) - 0.05, 1.02)
     plot.spines[["top", "right"]].set_visible(False)
     plot.set_title("networks trained on each:\nbalanced accuracy on clean cases", fontsize=10)
     return figure

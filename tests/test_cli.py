@@ -321,6 +321,11 @@ def test_protect_writes_and_verify_alone_works_from_what_it_kept(run, export, st
     assert code == cli.DONE and "verdict: protected" in said and "report.html" in said
 
 
+def test_a_setting_of_null_is_no_longer_the_one_of_the_bundle(run, export, stub, tmp_path):
+    run("protect", export, tmp_path / "out", "--bundle", stub, "--set", "verdict=null")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {"verdict": "None"}
+
+
 def test_verify_hands_the_defenses_to_the_study(run, export, stub, tmp_path, monkeypatch):
     out, given = tmp_path / "out", []
     assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
