@@ -60,11 +60,11 @@ class SALM(Perturbation):
             )
         if refresh not in get_args(Refresh):
             raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
-        self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
         if psnr is not None and not (isinstance(psnr, int | float) and 0 < psnr <= _MOST_PSNR):
             raise ValueError(
                 f"psnr is {psnr!r}; it must be above 0 and at most {_MOST_PSNR:g} dB, or None for no bound"
             )
+        self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
         self.look, self.refresh, self.psnr = min(look, steps), refresh, psnr
 
     def compute(
