@@ -103,12 +103,12 @@ def main() -> None:
     """Every report in the results folder."""
     for path in [*sorted(RESULTS.glob("demo_*.json")), RESULTS / "lesions_3d.json"]:
         demo(path)
-    for name in ("arena", "arena_psnr", "arena_classes", "arena_volumes"):
+    for name in ("arena_default", "arena", "arena_psnr", "arena_classes", "arena_volumes"):
         for data, board in boards(name):
             for level in board.levels:
                 print(f"\n{name}, {data}, {level}")
                 arena(board, level)
-    for name in ("arena", "arena_defenses"):
+    for name in ("arena_default", "arena", "arena_defenses"):
         for _, board in boards(name):
             resistance(board)
 
