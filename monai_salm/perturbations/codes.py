@@ -43,7 +43,10 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
-    """Textures as of :py:func:`class_codes`, but finer.
+    """Textures as of :py:func:`class_codes`, but finer; of volumes the background, class 0, has none.
+
+    On slices a texture of the background keeps clean networks from losing by those of the others; on volumes they lose
+    little as it is, and victims would learn the classes in spite of it (`docs/method.md`).
 
     Args:
         spatial_size: size of a patch.
@@ -51,9 +54,12 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
         seed: secret of the release.
 
     Returns:
-        (classes, 1, *spatial_size) float tensor.
+        (classes, 1, *spatial_size) float tensor; of volumes the first is zero.
     """
-    return _textures(spatial_size, _far_apart(_fine(len(spatial_size)), classes), VOXEL_BANDWIDTH, seed)
+    blank = 1 if len(spatial_size) == 3 else 0
+    centers = _far_apart(_fine(len(spatial_size)), max(1, classes - blank))
+    codes = _textures(spatial_size, centers, VOXEL_BANDWIDTH, seed)[: classes - blank]
+    return torch.cat([torch.zeros(blank, 1, *spatial_size), codes])
 
 
 def _textures(spatial_size: tuple[int, ...], centers: Tensor, bandwidth: float, seed: int) -> Tensor:
