@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the process that reads files needs no torch, and starts fas
     from monai_salm.perturbations.budget import Budget, Lattice
 
 _SLAB_VOXELS = 1 << 20
-"""What is computed at once of a large image: in parts that the processor's cache holds it takes a fifth of the time."""
+"""What is computed at once of a large image, so that the processor's cache holds it (of slices scaled alike)."""
 FLOAT_STEPS = 4096
 """Float files have no smallest step of their own; their window is cut into as many steps as 12-bit images have."""
 

@@ -76,6 +76,7 @@ class SALM(Perturbation):
         start: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
+        # Bounds and mask in the images' own type: every step of mixed types would convert them again.
         lower, upper = lattice.lower.to(image.dtype), lattice.upper.to(image.dtype)
         movable = lower < upper
         stride = self.step_size * lattice.levels
