@@ -177,7 +177,7 @@ def constant_but_for_padding(dataset: Dataset) -> None:
         ("unused_bits_set", {"change": unsigned_12_bits_with_more}),
         ("modality_lut", {"ModalityLUTSequence": Sequence([Dataset()])}),
         ("invalid_rescale", {"RescaleSlope": 0}),
-        ("private_pixel_copy", {"change": private_copy}),
+        ("pixel_copy", {"change": private_copy}),
         ("constant_image", {"change": constant}),
         ("constant_image", {"change": constant_but_for_padding}),
         ("truncated_pixel_data", {"Rows": 130}),
@@ -473,7 +473,8 @@ def test_derived_instance_says_what_was_done(rich: Path) -> None:
     assert other.Manufacturer == "someone else" and own.Manufacturer == "monai_salm"
     assert own.PurposeOfReferenceCodeSequence[0].CodeValue == "109103"
     assert str(own.ContributionDateTime) == "20260102030405+0000"
-    assert (after.InstanceCreationDate, after.InstanceCreationTime) == ("20260102", "030405")
+    assert before.TimezoneOffsetFromUTC == "-0500"
+    assert (after.InstanceCreationDate, after.InstanceCreationTime) == ("20260101", "220405")
     assert after.SeriesDescription == "Kopf nativ [protected]"
     assert reason(lambda: dicom.check_supported(dicom_parse.parse(content))) == "already_protected"
 

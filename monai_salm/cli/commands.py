@@ -147,9 +147,11 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     cohort = load_cohort(
         options.export, options.labels, **grid, require_deidentified=gate, like=options.like, budget=budget
     )
+    if not (options.no_verify or options.fit_only or options.like):
+        cohort.tested()
     plan = make_plan(cohort, options.out, **grid, budget=budget, mask_ratio=settings["mask_ratio"])
     print(*plan.lines(), sep="\n")
-    return NOT_PROTECTED if plan.refused else DONE
+    return NOT_PROTECTED if plan.refused or plan.refused_at_writing else DONE
 
 
 def verify(options: argparse.Namespace) -> int:

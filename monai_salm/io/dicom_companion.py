@@ -10,7 +10,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_parse import check_syntax, read_header, refusing
+from monai_salm.io.dicom_parse import check_syntax, holds_pixels, read_header, refusing
 from monai_salm.io.dicom_seg import SEG_CLASSES
 from monai_salm.io.dicom_support import check_identity
 
@@ -38,6 +38,8 @@ COMPANION_CLASSES = frozenset(
         uid.SpatialFiducialsStorage,
     }
 )
+LARGE_PRIVATE_BYTES = 1 << 16
+"""From this size on a private element of a companion may be an image: one of 256 x 256 pixels, each a byte."""
 _MANAGEMENT = "1.2.840.10008.3.1.2."
 """SOP classes of studies, patients and procedure steps: a reference to one leads to no file."""
 
@@ -59,7 +61,20 @@ def read_companion(path: Path) -> tuple[str, frozenset[str]]:
         check_identity(header)
         if header.pixel_element and header.SOPClassUID not in SEG_CLASSES:
             raise RefusedError("companion_with_pixels", "the file holds pixels, which its kind has no place for")
+        if holds_pixels(header) or any(_may_be_image(header)):
+            detail = "a sequence or a large private element may hold an unprotected image; remove it first"
+            raise RefusedError("companion_with_pixels", detail)
         return str(header.SOPInstanceUID), frozenset(_references(header))
+
+
+def _may_be_image(dataset: Dataset) -> Iterator[bool]:
+    for element in dataset:
+        if element.VR == "SQ":
+            for item in element.value or ():
+                yield from _may_be_image(item)
+        else:
+            value = element.value
+            yield element.tag.is_private and isinstance(value, bytes) and len(value) >= LARGE_PRIVATE_BYTES
 
 
 def _references(dataset: Dataset) -> Iterator[str]:

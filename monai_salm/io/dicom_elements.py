@@ -136,6 +136,8 @@ def write_elements(dataset: Dataset) -> Iterator[bytes]:
     elements = dict(dataset.items())
     for tag in sorted(elements, key=int):
         element, group = elements[tag], tag >> 16
+        if tag == 0 and not element.value:
+            continue  # zeros behind the last element, which fill a file up to whole blocks
         if group in (0, 2):
             raise ValueError("an element of the file meta or of a command is among those of the image")
         if tag & 0xFFFF == 0 and group > 6:

@@ -7,6 +7,7 @@ Sources: PS3.3 C.7.6.16 (functional groups), C.7.6.16.2.6 (derivation), C.8.16.1
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from pydicom import uid
 from pydicom.dataset import Dataset
@@ -98,24 +99,25 @@ def order_files(headers: Sequence[Dataset]) -> list[int]:
     return [0]
 
 
-def groups(dataset: Dataset) -> list[Dataset]:
-    """The functional groups: those that all frames share, then those of each frame."""
-    return [
-        item
+def groups(dataset: Dataset) -> tuple[list[Dataset], list[Dataset]]:
+    """The functional groups: the one that all frames share, if there is one, and those of each frame."""
+    shared, frames = (
+        list(dataset.get(keyword) or ())
         for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-        for item in dataset.get(keyword) or ()
-    ]
+    )
+    return shared, frames
 
 
 def frame_types(dataset: Dataset) -> Iterator[Dataset]:
     """Every item that holds a FrameType."""
-    for group in groups(dataset):
+    for group in chain(*groups(dataset)):
         for keyword in _FRAME_TYPES:
             yield from group.get(keyword) or ()
 
 
 def add_derivation(dataset: Dataset, make: Callable[[], Dataset]) -> None:
-    """Append an item to the derivation of every frame: in the shared group, unless frames have one of their own."""
-    shared, *frames = groups(dataset)
-    for group in frames if any("DerivationImageSequence" in frame for frame in frames) else [shared]:
+    """Append an item to the derivation of every frame: in a shared group, unless frames have one of their own."""
+    shared, frames = groups(dataset)
+    own = not shared or any("DerivationImageSequence" in frame for frame in frames)
+    for group in frames if own else shared:
         group.DerivationImageSequence = Items([*(group.get("DerivationImageSequence") or ()), make()])

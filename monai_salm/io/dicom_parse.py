@@ -17,6 +17,7 @@ from pydicom import uid
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset, read_partial
+from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
@@ -25,6 +26,9 @@ from monai_salm.io.dicom_endian import to_little_endian
 
 __all__ = [
     "MAX_DEPTH",
+    "byte_values",
+    "holds_items",
+    "holds_pixels",
     "identify",
     "looks_like_dicom",
     "parse",
@@ -49,6 +53,10 @@ LARGE_PRIVATE_BYTES = 4096
 """From this size on a private element may be a copy of the pixels."""
 MAX_DEPTH = 32
 """Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
+_ITEMS = (b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0")
+"""How an item and the end of a sequence begin (PS3.5 7.5), little endian."""
+_NESTED_PIXELS = b"\xe0\x7f\x10\x00"
+_ICON = 0x00880200
 _LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
 
@@ -159,6 +167,46 @@ def read_outline(path: str | os.PathLike[str]) -> Dataset:
         if tag.is_private and len(element.value or ()) < LARGE_PRIVATE_BYTES:
             del header[tag]
     return header
+
+
+def holds_items(value: object) -> bool:
+    """Whether the value of what is called a sequence can be one: bytes that nobody decoded begin with an item.
+
+    Of private elements, and of those without a type, a dictionary tells only what others mean by the tag; pydicom would
+    decode their bytes all the same, and write something else.
+    """
+    return not (isinstance(value, bytes) and value) or value.startswith(_ITEMS)
+
+
+def holds_pixels(dataset: Dataset, *, nested: bool = False) -> bool:
+    """Whether an item of a sequence has pixel data; icons, which no copy keeps, do not count.
+
+    Args:
+        dataset: with its sequences as they were read; those without such pixels stay so.
+        nested: whether it is an item itself.
+    """
+    if nested and any(tag in dataset for tag in PIXEL_TAGS):
+        return True
+    for tag, element in list(dataset.items()):
+        value = element.value
+        if tag == _ICON or isinstance(value, bytes) and not (_NESTED_PIXELS in value and holds_items(value)):
+            continue
+        items = dataset[tag].value
+        if isinstance(items, bytes):  # of a type that nobody knows, but with items, and such a tag among its bytes
+            return True
+        if isinstance(items, Items) and any(holds_pixels(item, nested=True) for item in items):
+            return True
+    return False
+
+
+def byte_values(dataset: Dataset) -> Iterator[tuple[BaseTag, bytes]]:
+    """What nobody has decoded, at any depth, save icons; a sequence as a whole where its items were not looked for."""
+    for tag, element in dataset.items():
+        if isinstance(element.value, bytes):
+            yield tag, element.value
+        elif isinstance(element.value, Items) and tag != _ICON:
+            for item in element.value:
+                yield from byte_values(item)
 
 
 def _check_depth(dataset: Dataset, depth: int = 0) -> None:

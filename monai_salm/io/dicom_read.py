@@ -169,7 +169,7 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     if orientation is not None:
         stored = to_canonical(stored, orientation)[None]
     codec = _codec(headers, stored, orientation, window)
-    windows = tuple(dict.fromkeys(each for header in headers for each in _file_windows(header)))
+    windows = tuple(dict.fromkeys(each for header in headers for each in _listed_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
     of_image = (stored.shape, codec, image.spacing, windows)
     _LAYOUTS[key] = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
@@ -261,6 +261,14 @@ def _file_windows(header: Dataset) -> list[tuple[float, float]]:
             if width > shrink
         ]
         return [(low, high) for low, high in ends if np.isfinite([low, high]).all()]
+
+
+def _listed_windows(header: Dataset) -> list[tuple[float, float]]:
+    """As :py:func:`_file_windows`, for what only looks at them: none where they are broken."""
+    try:
+        return _file_windows(header)
+    except RefusedError:
+        return []
 
 
 def _numbers(value: float | Sequence[float] | None) -> list[float]:

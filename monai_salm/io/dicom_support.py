@@ -10,7 +10,14 @@ from pydicom.tag import Tag
 
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
-from monai_salm.io.dicom_parse import LARGE_PRIVATE_BYTES, check_syntax, refusing
+from monai_salm.io.dicom_parse import (
+    LARGE_PRIVATE_BYTES,
+    PIXEL_TAGS,
+    byte_values,
+    check_syntax,
+    holds_pixels,
+    refusing,
+)
 from monai_salm.io.dicom_volume import rescale_of
 
 __all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_identity", "check_supported"]
@@ -70,7 +77,7 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
         RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``already_protected``, ``missing_uid``,
             ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
             ``unsupported_pixel_format``, ``unsupported_photometric``, ``supplemental_palette``, ``embedded_overlay``,
-            ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``private_pixel_copy``, or ``unreadable`` when
+            ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``pixel_copy``, or ``unreadable`` when
             an attribute of the image is broken.
     """
     with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
@@ -80,7 +87,7 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
         _check_pixel_format(header)
         _check_overlays(header)
         _check_values(header)
-        _check_private(header)
+        _check_copies(header)
 
 
 def _check_class(header: Dataset, spatial_dims: int) -> None:
@@ -151,11 +158,22 @@ def _check_values(header: Dataset) -> None:
         raise RefusedError("invalid_rescale", "rescale slope or intercept is not finite, or the slope is 0")
 
 
-def _check_private(header: Dataset) -> None:
-    """A private element as long as the image is taken for a copy of its pixels: it would leave unprotected."""
+def _check_copies(header: Dataset) -> None:
+    """A second copy of the pixels would leave unprotected: nested ones, and a private element as long as they are.
+
+    Where the pixels are there, also an element that holds them, such as the original file as a whole.
+    """
     pixels = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
     size = pixels * int(header.BitsAllocated) // 8
-    for tag, element in header.items():
-        value = element.value if tag.is_private else None
-        if isinstance(value, bytes) and size <= len(value) <= size + 1 and size >= LARGE_PRIVATE_BYTES:
-            raise RefusedError("private_pixel_copy", "a private element is as long as the pixels; remove it first")
+    if holds_pixels(header):
+        raise RefusedError("pixel_copy", "a sequence holds another image; remove it first")
+    if size < LARGE_PRIVATE_BYTES:
+        return
+    own = header.get("PixelData")
+    for tag, value in byte_values(header):
+        if tag in PIXEL_TAGS or len(value) < size:
+            continue
+        if tag.is_private and len(value) <= size + 1:
+            raise RefusedError("pixel_copy", "a private element is as long as the pixels; remove it first")
+        if own and own in value:
+            raise RefusedError("pixel_copy", "an element besides the pixel data holds the pixels; remove it first")

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydicom.tag import BaseTag
 
 from monai_salm.io.base import FileCheck, RefusedError, compare
 from monai_salm.io.dicom_frames import FRAME_TAGS, frame_headers, frame_types, groups, is_enhanced
-from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
+from monai_salm.io.dicom_parse import holds_items, parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import decode
 from monai_salm.io.dicom_seg import read_seg_header
 from monai_salm.io.dicom_support import check_supported
@@ -135,16 +136,18 @@ def _check_frames(before: Dataset, after: Dataset) -> None:
     for old_type, new_type in zip(frame_types(before), frame_types(after), strict=True):
         marked = ["DERIVED", *list(old_type.get("FrameType") or ())[1:]]
         _require(list(new_type.FrameType)[: len(marked)] == marked, "a FrameType is not that of a derived frame")
+    shared, frames = map(len, groups(after))
     added = []
-    for old_group, new_group in zip(groups(before), groups(after), strict=True):
+    for old_group, new_group in zip(chain(*groups(before)), chain(*groups(after)), strict=True):
         old, new = (list(group.get("DerivationImageSequence") or ()) for group in (old_group, new_group))
         kept = [
             _undeclared_changes(*pair, REMOVED_TAGS, REMOVED_TAGS) for pair in zip(old, new[: len(old)], strict=True)
         ]
         _require(not any(map(list, kept)), "what derived a frame before has changed")
         added.append(len(new) == len(old) + 1)
-    shared, *frames = added
-    _require(shared != any(frames) and shared != all(frames), "the derivation of a frame is missing")
+    of_all, of_each = added[:shared], added[shared:]
+    once = any(of_all) != any(of_each) and any(of_all) != all(of_each)
+    _require(once and len(of_each) == frames > 0, "the derivation of a frame is missing")
 
 
 def _check_identity(before: Dataset, after: Dataset) -> None:
@@ -176,9 +179,11 @@ def _undeclared_changes(
         if tag not in old or tag not in new:
             yield tag
             continue
-        both_raw = isinstance(old[tag].value, bytes) and isinstance(new[tag].value, bytes)
+        values = old[tag].value, new[tag].value
+        both_raw = all(isinstance(value, bytes) for value in values)
         one, other = before[tag], after[tag]
-        if one.VR == other.VR == "SQ" and len(one.value) == len(other.value):
+        sequences = holds_items(values[0]) and holds_items(values[1]) and one.VR == other.VR == "SQ"
+        if sequences and len(one.value) == len(other.value):
             for old_item, new_item in zip(one.value, other.value, strict=True):
                 yield from _undeclared_changes(old_item, new_item, nested, nested)
         elif not (one.VR == other.VR == "UI" and _is_mapped(one.value, other.value)) and (both_raw or one != other):

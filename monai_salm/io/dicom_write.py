@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from copy import deepcopy
-from datetime import datetime
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -51,17 +52,18 @@ DECLARED_KEYWORDS = frozenset(
     SmallestPixelValueInSeries LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane
     LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod IconImageSequence
     MACParametersSequence DigitalSignaturesSequence PixelData ExtendedOffsetTable ExtendedOffsetTableLengths
-    ContentQualification SourceImageEvidenceSequence
+    ContentQualification SourceImageEvidenceSequence RetrieveURL RetrieveURI
     """.split()
 )
 """What a protected file may have changed, besides instance UIDs, retired group lengths and the file meta."""
 
-# Small copies of the unprotected image, statements about the old bytes, and positions in the old encoding.
+# Small copies of the unprotected image, statements about the old bytes, positions in the old encoding, and addresses,
+# which hold the old UIDs.
 _REMOVED = frozenset(
     """
     IconImageSequence MACParametersSequence DigitalSignaturesSequence SmallestPixelValueInSeries
     LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane ExtendedOffsetTable
-    ExtendedOffsetTableLengths
+    ExtendedOffsetTableLengths RetrieveURL RetrieveURI
     """.split()
 )
 REMOVED_TAGS = frozenset(Tag(keyword) for keyword in _REMOVED)
@@ -110,8 +112,12 @@ def protect(
         raise RefusedError("nothing_changed", "the perturbation is zero everywhere: the copy would not be protected")
     for path, frames in layout.frames(delta).items():
         dataset = parse(read_bytes(path))
+        elements = dict(dataset.items())
         check_supported(dataset)
         planes = [move(decode(dataset, index), *frame) for index, frame in enumerate(frames)]
+        for tag, element in list(dataset.items()):
+            if element is not elements[tag]:  # decoded to be looked at; it would be written in another form
+                dataset[tag] = elements[tag]
         yield _derive(dataset, np.stack(planes), uids, when)
 
 
@@ -242,9 +248,19 @@ def _mark_lossy(dataset: Dataset, ratio: float) -> None:
 
 def _describe(dataset: Dataset, when: datetime) -> None:
     dataset.ImageType = _derived_type(dataset.get("ImageType"))
-    dataset.InstanceCreationDate = when.strftime("%Y%m%d")
-    dataset.InstanceCreationTime = when.strftime("%H%M%S")
+    local = when.astimezone(_zone(dataset))
+    dataset.InstanceCreationDate = local.strftime("%Y%m%d")
+    dataset.InstanceCreationTime = local.strftime("%H%M%S")
     _append_text(dataset, "SeriesDescription", SERIES_SUFFIX, "LO", 64)
+
+
+def _zone(dataset: Dataset) -> tzinfo:
+    """That of the times in the file (PS3.3 C.12.1.1.8); UTC where it does not tell."""
+    said = re.fullmatch(r"([+-])(\d\d)([0-5]\d)", str(dataset.get("TimezoneOffsetFromUTC") or "").strip())
+    if said is None or int(said[2]) > 14:
+        return timezone.utc
+    offset = timedelta(hours=int(said[2]), minutes=int(said[3]))
+    return timezone(offset if said[1] == "+" else -offset)
 
 
 def _describe_image(dataset: Dataset, reference: Dataset) -> None:

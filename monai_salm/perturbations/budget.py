@@ -98,7 +98,7 @@ class Budget:
         if modality and self.modalities and modality not in self.modalities:
             raise ValueError(
                 f"epsilon {self.said or self} is for {' and '.join(self.modalities)}, and an image is {modality}; "
-                "give a budget for each kind of image, such as '4/255 window'"
+                "protect images of this kind on their own, with a budget for them such as '4/255 window'"
             )
 
     def check_window(self, window: object) -> None:

@@ -44,8 +44,8 @@ class VoxelObjective(Objective):
 
     With a guard, a network that learned the task from clean images, the gradient also has a part that lowers the
     guard's loss: what is done to an image must not keep such a network from segmenting it. That part has a say in the
-    background alone, and its mean nearby is taken off: what makes a lesion clearer to the guard makes it easier to learn
-    for others too. Each part is scaled by its mean absolute value over the image. A guard that is not local sees no
+    background alone, and its mean nearby is taken off: what makes a lesion clearer to the guard makes it easier for
+    others to learn. Each part is scaled by its mean absolute value over the image. A guard that is not local sees no
     farther than the halo.
 
     Args:

@@ -350,19 +350,25 @@ def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
     if folder.is_file():
         yield folder
         return
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            path = Path(entry.path)
-            if entry.is_dir(follow_symlinks=False) and findings.enters(path):
-                yield from _walk(path, findings)
-            elif entry.is_dir(follow_symlinks=False):
-                detail = "only folders of subjects are taken from a BIDS tree; protect this one as its own export"
-                findings.refuse([findings.name(path)], RefusedError("no_subject", detail))
-            elif not entry.is_file(follow_symlinks=False):
-                detail = "links, devices and sockets are never followed; copy the file itself"
-                findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))
-            elif entry.name.lower() not in IGNORED and not findings.tells_labels(path):
-                yield path
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        detail = f"the folder cannot be opened ({error.strerror}); check its permissions"
+        findings.refuse([findings.name(folder)], RefusedError("unreadable_file", detail))
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False) and findings.enters(path):
+            yield from _walk(path, findings)
+        elif entry.is_dir(follow_symlinks=False):
+            detail = "only folders of subjects are taken from a BIDS tree; protect this one as its own export"
+            findings.refuse([findings.name(path)], RefusedError("no_subject", detail))
+        elif not entry.is_file(follow_symlinks=False):
+            detail = "links, devices and sockets are never followed; copy the file itself"
+            findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))
+        elif entry.name.lower() not in IGNORED and not findings.tells_labels(path):
+            yield path
 
 
 def _unknown(path: Path, head: bytes) -> RefusedError:

@@ -18,7 +18,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from monai_salm.io.base import Case, Mask
-from monai_salm.io.dicom_parse import MAX_DEPTH, too_deep
+from monai_salm.io.dicom_parse import MAX_DEPTH, holds_items, too_deep
 
 __all__ = [
     "KEPT_UID_KEYWORDS",
@@ -110,7 +110,7 @@ class UidMap:
             raise too_deep()
         for tag, element in list(dataset.items()):
             vr = element.VR if element.VR not in (None, "UN") else _type_of(dataset, tag)
-            if vr == "SQ":
+            if vr == "SQ" and holds_items(element.value):
                 for item in dataset[tag].value or ():
                     self._map(item, depth + 1)
             elif vr == "UI" and is_mapped_uid_tag(tag):
@@ -191,14 +191,19 @@ def pseudonym(text: str) -> str:
         >>> pseudonym("1.2.3")
         'case-c47f5b18b8a430e6'
     """
-    return f"case-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"case-{hashlib.sha256(_name_bytes(text)).hexdigest()[:16]}"
 
 
 def keyed_name(key: bytes, name: PurePosixPath, folder: str) -> PurePosixPath:
     """A name for a released file that tells nothing of its name in the export, save how it ends (``.nii.gz``)."""
-    digest = hmac.new(key, f"name:{name}".encode(), hashlib.sha256).hexdigest()[:32]
+    digest = hmac.new(key, _name_bytes(f"name:{name}"), hashlib.sha256).hexdigest()[:32]
     ending = next((ending for ending in _ENDINGS if name.name.lower().endswith(ending)), "")
     return PurePosixPath(folder, digest + ending)
+
+
+def _name_bytes(text: str) -> bytes:
+    """Of a text that may be a file's name; where that is not UTF-8, the system gives its bytes as surrogates."""
+    return text.encode(errors="surrogateescape")
 
 
 def owner_id(case: Case) -> str:

@@ -94,6 +94,22 @@ class Cohort:
         """Released cases for choices during the study; empty where the table names none."""
         return tuple(case for case in self.cases if case.split == "val" and case.sample_id not in self.held_out_ids)
 
+    def tested(self, split: str = "test") -> tuple[Case, ...]:
+        """Cases that a study tests on: those held out, or with ``"val"`` the ones for choices.
+
+        Raises:
+            ValueError: When the split is another, or has no case.
+        """
+        if split not in ("test", "val"):
+            raise ValueError(f"eval_split is {split!r}; use 'test' or 'val'")
+        cases = self.held_out if split == "test" else self.val
+        if not cases:
+            raise ValueError(
+                f"no case is held out for split {split!r}; name some in the label table's column 'split' (left alone, "
+                "each class needs cases of two patients or more), or do not verify"
+            )
+        return cases
+
 
 def load_cohort(
     dataset_dir: Path | str,

@@ -26,13 +26,11 @@ def sound_cases(
         cases: of the export.
         spatial_dims: 2 or 3.
         window: ``"auto"`` or (low, high) in physical units.
-        budget: refuse an image in which it is less than one stored step.
+        budget: refuse an image in which it is less than one stored step, or which it is not meant for.
 
     Returns:
         The cases that are sound, the voxels of each class by sample id, and what is refused.
 
-    Raises:
-        ValueError: When the budget is for another modality than that of an image.
     """
     kept: list[Case] = []
     class_voxels: dict[str, tuple[int, ...]] = {}
@@ -67,7 +65,6 @@ def _check_case(case: Case, spatial_dims: int, window: Window) -> Sound:
 
 
 def _check_budget(codec: StoredCodec, budget: Budget) -> None:
-    budget.check_modality(codec.modality)  # an error of the whole run: the budget is the user's
     try:
         codec.levels(budget)
     except ValueError as error:

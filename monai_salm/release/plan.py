@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from monai_salm.release.companions import belonging
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
+from monai_salm.transforms.meta import to_signed
 
 SAMPLES = 8
 """Units of each format that are tried."""
@@ -39,6 +40,7 @@ class _Rate:
     written: int = 0
     voxels: int = 0
     seconds: float = 0.0
+    refused: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Plan:
         free_bytes: free on the disk of the output folder.
         seconds: to write and check the files, from the samples; None where none could be tried.
         tried: how many files and bytes the samples had.
+        refused_at_writing: samples that could not be written, by reason.
     """
 
     files: dict[tuple[str, str], tuple[int, int]]
@@ -62,6 +65,7 @@ class Plan:
     free_bytes: int
     seconds: float | None
     tried: tuple[int, int]
+    refused_at_writing: dict[str, int]
 
     def lines(self) -> Iterator[str]:
         """The plan for a terminal."""
@@ -70,6 +74,9 @@ class Plan:
             yield f"  {form} {state}: {count} files, {_size(size)}"
         refused = ", ".join(f"{count} {reason}" for reason, count in sorted(self.refused.items()))
         yield f"  refused: {refused or 'nothing'}"
+        if self.refused_at_writing:
+            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(self.refused_at_writing.items()))
+            yield f"  refused when tried: {listed}; of those that were not tried more may be"
         if self.copy_bytes is None or self.seconds is None:
             yield "  disk and time: not known, no image could be tried"
             return
@@ -130,6 +137,7 @@ def make_plan(
         shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free,
         seconds if known else None,
         tried,
+        dict(sum((rate.refused for rate in rates.values()), Counter())),
     )
 
 
@@ -141,7 +149,8 @@ class _Noise:
         self._random = np.random.default_rng(0)
 
     def __call__(self, image: StoredImage) -> np.ndarray:
-        lower, upper = (bound.numpy() for bound in image.codec.bounds(torch.from_numpy(image.stored), self._budget))
+        stored = torch.from_numpy(to_signed(image.stored))
+        lower, upper = (bound.numpy() for bound in image.codec.bounds(stored, self._budget))
         delta = np.where(self._random.random(image.stored.shape) < 0.5, lower, upper)
         delta[self._random.random(image.stored.shape) > self._ratio] = 0
         return delta if delta.any() else upper
@@ -161,7 +170,10 @@ def _try(units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, wi
             reading = time.monotonic() - start
             deltas = {case: noise(image) for case, image in images.items()}
             written = sum(len(file.content) for file in formats.protect(unit, deltas.__getitem__, **options))
-        except (RefusedError, ValueError):  # told of by the run itself
+        except RefusedError as error:
+            rate.refused[error.reason] += 1
+            continue
+        except ValueError:  # told of by the run itself
             continue
         rate.seconds += time.monotonic() - start + reading
         rate.written += written

@@ -160,7 +160,7 @@ class VictimStudy:
         start = time.monotonic()
         twins = self._twins()
         train = [case for case in self.cohort.train if case.sample_id in twins]
-        held_out = self._held_out()
+        held_out = list(self.cohort.tested(self.eval_split))
         door.open_output(self.output_dir)
         door.clear_staging(self.output_dir)
         with self._scratch() as folder:
@@ -250,8 +250,6 @@ class VictimStudy:
     def _check_arguments(self) -> None:
         if len(self.spatial_size) != self.spatial_dims:
             raise ValueError(f"spatial_size {self.spatial_size} does not have {self.spatial_dims} numbers")
-        if self.eval_split not in ("test", "val"):
-            raise ValueError(f"eval_split is {self.eval_split!r}; use 'test' or 'val'")
         if not self.victims or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a study needs a victim and different seeds; got {list(self.victims)} and {self.seeds}")
         if self.recipe["epochs"] < 1 or self.recipe["batch_size"] < 1 or not self.recipe["learning_rate"] > 0:
@@ -280,15 +278,6 @@ class VictimStudy:
                 "the cohort changed or protect did not finish, run protect again"
             )
         return twins
-
-    def _held_out(self) -> list[Case]:
-        cases = self.cohort.held_out if self.eval_split == "test" else self.cohort.val
-        if not cases:
-            raise ValueError(
-                f"no case is held out for split {self.eval_split!r}; name some in the label table's column 'split' "
-                "(each class needs cases of two patients or more)"
-            )
-        return list(cases)
 
     def _check_classes(self, cases: Sequence[Case], present: Mapping[str, frozenset[int]], what: str) -> None:
         found = frozenset().union(*(present[case.sample_id] for case in cases))
