@@ -319,7 +319,7 @@ class PerturbationBank(Mapping[str, Tensor]):
         if self.fingerprint is not None and found != self.fingerprint:
             raise ValueError(
                 f"{self.path} was fitted with fingerprint {found[:12]!r}, now it is {self.fingerprint[:12]!r}: "
-                "the configuration changed. Use a new output folder, or the old configuration"
+                "the configuration or the images changed. Use a new output folder, or the old ones"
             )
 
     def _one(self, query: str, *arguments: Any) -> Any:

@@ -209,10 +209,10 @@ class TextureReader(nn.Module):
         """
         textures = textures[textures.flatten(1).any(1)]
         weight = self.filters[0].weight
-        if not len(textures) or any(map(int.__lt__, textures.shape[2:], weight.shape[2:])):
+        if not len(textures) or textures.ndim != weight.ndim or min(textures.shape[2:]) < max(weight.shape[2:]):
             raise ValueError(
-                f"textures are {tuple(textures.shape)}, filters {tuple(weight.shape[2:])}; use patches, "
-                "or a spatial_size, no smaller than kernel_size"
+                f"textures are {tuple(textures.shape[2:])}, filters {tuple(weight.shape[2:])}; use patches, "
+                "or a spatial_size, of as many axes and no smaller than kernel_size"
             )
         for index in range(0, len(weight), 2):
             texture = textures[index // 2 % len(textures)]

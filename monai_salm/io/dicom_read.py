@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
 from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers
-from monai_salm.io.dicom_parse import parse, read_bytes, refusing
+from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import decode, stored_dtype, stored_range
 from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import (
@@ -29,7 +29,7 @@ from monai_salm.io.dicom_volume import (
 )
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
-__all__ = ["CT_WINDOW", "Layout", "layout_of", "read", "read_slices"]
+__all__ = ["CT_WINDOW", "Layout", "layout_of", "read", "read_slices", "read_spacing"]
 
 CT_WINDOW = (-160.0, 240.0)
 """HU, soft tissue; for CT files that name no window."""
@@ -118,6 +118,19 @@ def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indice
         planes.append(decode(dataset))
     stored = np.ascontiguousarray(to_canonical(np.stack(planes), orientation)[None])
     return StoredImage(stored, layout.codec.of_slices(indices), layout.spacing, layout.windows)
+
+
+def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
+    """mm along each canonical axis, from the headers.
+
+    Raises:
+        RefusedError: As ``read_header`` and ``order_volume``.
+    """
+    headers = [frame for path in case.files for frame in frame_headers(read_header(path))]
+    if spatial_dims == 2:
+        return spacing_of(headers, None)
+    headers = [headers[index] for index in order_volume(headers)]
+    return spacing_of(headers, orientation_of(headers[0], headers[-1]))
 
 
 def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:

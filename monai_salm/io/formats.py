@@ -113,6 +113,25 @@ def _read_outline(case: Case, spatial_dims: int, window: Window, digest: bool) -
     return Outline(image.stored.shape, image.codec, image.spacing, found)
 
 
+def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
+    """``spacing`` of the image of a case, by headers alone.
+
+    Args:
+        case: the case.
+        spatial_dims: 2 or 3.
+
+    Raises:
+        RefusedError: When a header is broken.
+    """
+    if case.format not in ("dicom", "nifti"):
+        return ()
+    return worker.call(_read_spacing, case, spatial_dims)
+
+
+def _read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
+    return (dicom if case.format == "dicom" else nifti).read_spacing(case, spatial_dims)
+
+
 def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: Sequence[int]) -> StoredImage:
     """As :py:func:`read`, some slices of the image only.
 

@@ -160,6 +160,15 @@ def verify(source: Path, written: Path, limit: float) -> FileCheck:
     return FileCheck(sum(check.changed for check in checks), max(check.max_abs for check in checks))
 
 
+def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
+    """mm along each canonical axis, from the header.
+
+    Raises:
+        RefusedError: As :py:func:`count_volumes`.
+    """
+    return layout_of(case.files[0], read_head(case.files[0]), spatial_dims).spacing
+
+
 @dataclass(frozen=True)
 class Grid:
     """Where a file's voxels lie: shape in the file's own axes, and the (4, 4) affine from voxel index to mm."""

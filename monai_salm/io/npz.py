@@ -2,7 +2,8 @@
 """Archives in the MedMNIST layout: ``{train,val,test}_{images,labels}`` in one ``.npz``.
 
 One file holds many cases, so an archive is released as a whole: the protected copy has the same members in the same
-order; the voxels of the train and val images are patched, every other byte (test images, labels, array headers) stays.
+order; the voxels of the train and val images are patched, their labels and array headers stay byte for byte. Test
+images are never released: their two members are there, with no image in them.
 Volumes (N, D, H, W) carry no orientation and keep their axes.
 """
 
@@ -119,7 +120,7 @@ def protect(
         image = read(case, spatial_dims, window)
         views[case.split][case.index] = move(image.stored, np.asarray(deltas(case)), image.codec)[0]
     del views
-    yield cases[0].file_name, _zip(source, members)
+    yield cases[0].file_name, _zip(source, members | _emptied(members))
 
 
 def verify(source: Path, written: Path, limit: float) -> FileCheck:
@@ -131,13 +132,14 @@ def verify(source: Path, written: Path, limit: float) -> FileCheck:
         limit: largest change allowed, in stored units.
 
     Raises:
-        RefusedError: When members other than train and val images differ, a voxel moved by more than ``limit``, or an
-            image of train or val did not change.
+        RefusedError: When members other than train and val images differ, a test image is there, a voxel moved by more
+            than ``limit``, or an image of train or val did not change.
     """
     before, after = _members(source), _members(written)
     if list(before) != list(after):
         raise RefusedError("verification_failed", f"members are {list(after)}, the source has {list(before)}")
     released = [f"{split}_images" for split in RELEASED]
+    before |= _emptied(before)
     for key in before:
         start = _offset(before[key]) if key in released else len(before[key])
         if before[key][:start] != after[key][:start] or len(before[key]) != len(after[key]):
@@ -146,6 +148,17 @@ def verify(source: Path, written: Path, limit: float) -> FileCheck:
     for old, new in ((_view(before[key]), _view(after[key])) for key in released):
         checks += [compare(image, protected, limit) for image, protected in zip(old, new, strict=True)]
     return FileCheck(sum(check.changed for check in checks), max(check.max_abs for check in checks))
+
+
+def _emptied(members: dict[str, bytearray]) -> dict[str, bytearray]:
+    """The members of test, without a single case."""
+    found = {}
+    for key in KEYS:
+        if not key.startswith(RELEASED):
+            stream = io.BytesIO()
+            np.save(stream, _view(members[key])[:0], allow_pickle=False)
+            found[key] = bytearray(stream.getvalue())
+    return found
 
 
 def _check(split: str, images: np.ndarray, label: np.ndarray, spatial_dims: int) -> None:

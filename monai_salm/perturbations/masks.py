@@ -44,8 +44,8 @@ class SparsityMask:
     """
 
     def __init__(self, *, ratio: float, criterion: Criterion = "gradient", scope: Scope = "image") -> None:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"mask ratio is {ratio}; it must be in (0, 1], where 1 touches every voxel")
+        if not (isinstance(ratio, int | float) and 0 < ratio <= 1):
+            raise ValueError(f"mask ratio is {ratio!r}; it must be in (0, 1], where 1 touches every voxel")
         self.ratio = float(ratio)
         self.criterion = _checked("mask criterion", criterion, Criterion)
         self.scope = _checked("mask scope", scope, Scope)

@@ -32,8 +32,9 @@ from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import DATASET_FILE, Found, VoxelLabels, class_names, pair
 
-IGNORED = ("dicomdir", "labels.csv")
+IGNORED = ("dicomdir", "labels.csv", ".ds_store", "thumbs.db")
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
+APPLE_DOUBLE = b"\x00\x05\x16\x07"  # how files begin that macOS puts beside others on foreign disks, ``._name``
 _PATIENT = re.compile(r"(?i)(?<![a-z0-9])(?:sub|subject|patient|pat|pt)(?:[-_][a-z0-9]+|\d[a-z0-9]*)")
 
 
@@ -237,9 +238,10 @@ class _Findings:
             self.refuse(case.names, OTHER_CHANNELS, case.sample_id)
 
     def _add_other(self, path: Path, head: bytes) -> None:
-        if not self.bids:
+        if self.bids:
+            bids.check_companion(path, self.name(path))
+        elif not head.startswith(APPLE_DOUBLE):
             raise _unknown(path, head)
-        bids.check_companion(path, self.name(path))
 
     def _add_npz(self, path: Path) -> None:
         archive = PurePosixPath(self.name(path))

@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of PNG and TIFF images: classes by folder, and whether an export is one of grayscale or of RGB images.
 
-Class folders are ``benign/a.png``, or ``train/benign/a.png`` where folders name the splits.
+Class folders are ``benign/a.png``, or ``train/benign/a.png`` where folders name the splits, in any of the usual words.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from monai_salm.io import nifti, raster, worker
 from monai_salm.io.base import Case, RefusedError
-from monai_salm.release.table import SPLITS, LabelRow
+from monai_salm.release.table import LabelRow
 
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Split by the name of a folder, in lower case."""
+_LIKE_A_SPLIT = re.compile(
+    r"(?<![a-z])(train|training|val|valid|validation|test|testing|eval|evaluation|holdout|fold|split)(?![a-z])"
+)
 SOURCE = "the class folders"
 OTHER_CHANNELS = RefusedError(
     "other_channels", "a network takes either grayscale or RGB images, and most of this export are of the other kind"
@@ -25,6 +35,10 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
 
     Args:
         dataset_dir: the export.
+
+    Raises:
+        ValueError: When a folder that holds others is named like a split (``test_set``), but none that is known: taken
+            for a class, it would release images that are meant to test on.
     """
     rows: list[LabelRow] = []
     for path, head in _heads(dataset_dir):
@@ -33,12 +47,23 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         if not raster.sniff(head):
             continue
         *folders, _ = path.relative_to(dataset_dir).parts
-        split = folders.pop(0) if len(folders) > 1 and folders[0] in SPLITS else None
+        split = SPLIT_FOLDERS.get(folders[0].lower()) if len(folders) > 1 else None
+        folders = folders[1:] if split else folders
         if not folders:
             return None
         name = path.relative_to(dataset_dir).as_posix()
         rows.append(LabelRow(len(rows) + 1, name, folders[0], split, source=SOURCE))
+    _refuse_unknown_splits(rows)
     return rows if len({row.label for row in rows}) > 1 else None
+
+
+def _refuse_unknown_splits(rows: Sequence[LabelRow]) -> None:
+    first = [row.case.split("/")[0].lower() for row in rows if row.split is None and row.case.count("/") > 1]
+    if any(map(_LIKE_A_SPLIT.search, first)):
+        raise ValueError(
+            "a folder of class folders is named like a split, but not as one that is known; call splits train, val and "
+            "test, or write a label table"
+        )
 
 
 def count_channels(dataset_dir: Path | str) -> int:

@@ -98,7 +98,7 @@ class Cohort:
         """Cases that a study tests on: those held out, or with ``"val"`` the ones for choices.
 
         Raises:
-            ValueError: When the split is another, or has no case.
+            ValueError: When the split is another, or has no case of a class.
         """
         if split not in ("test", "val"):
             raise ValueError(f"eval_split is {split!r}; use 'test' or 'val'")
@@ -108,7 +108,20 @@ class Cohort:
                 f"no case is held out for split {split!r}; name some in the label table's column 'split' (left alone, "
                 "each class needs cases of two patients or more), or do not verify"
             )
+        missing = set(range(self.voxelwise, len(self.classes))) - self._classes_of(cases)
+        if missing:
+            names = ", ".join(self.classes[label] for label in sorted(missing))
+            raise ValueError(
+                f"no case of class {names} is held out for split {split!r} ({len(cases)} of others are); give each "
+                "class cases of two patients or more, name some in the label table's column 'split', or do not verify"
+            )
         return cases
+
+    def _classes_of(self, cases: Sequence[Case]) -> set[int]:
+        if not self.voxelwise:
+            return {case.label for case in cases}
+        counts = [self.class_voxels[case.sample_id] for case in cases]
+        return {label for each in counts for label, count in enumerate(each) if count}
 
 
 def load_cohort(
@@ -226,8 +239,8 @@ def label_cases(
         classes: names of the classes in their order, of which the cases may lack some; default: those that occur.
 
     Raises:
-        ValueError: When rows name nothing in the export or contradict each other, fewer than two classes remain, or
-            one of them is not in ``classes``.
+        ValueError: When rows name nothing in the export or contradict each other, fewer than two classes remain, one
+            that they name has no usable case, or one of them is not in ``classes``.
     """
     if isinstance(rows, VoxelLabels):
         if classes is not None and tuple(classes) != catalog.classes:
@@ -250,6 +263,12 @@ def label_cases(
     found = tuple(sorted({label for _, label in named}, key=natural))
     if classes is None:
         _check_classes(named, found)
+        lost = {row.label for row in rows or ()} - set(found)
+        if lost:
+            raise ValueError(
+                f"{len(lost)} of {len(found) + len(lost)} classes that the labels name have no usable case; see what "
+                "was refused, and repair it or take these classes out of the labels"
+            )
     elif set(found) - set(classes):
         raise ValueError(_OTHER_CLASSES)
     classes = found if classes is None else tuple(classes)

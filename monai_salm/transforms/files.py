@@ -26,7 +26,7 @@ from monai_salm.release.catalog import Catalog
 from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import KEY
-from monai_salm.transforms.meta import check_same_shape, codec_to_meta, meta_of, stored_array, to_signed
+from monai_salm.transforms.meta import affine_of, check_same_shape, codec_to_meta, meta_of, stored_array, to_signed
 
 __all__ = ["LoadMask", "LoadStored", "SaveStored", "case_of"]
 
@@ -35,7 +35,9 @@ class LoadStored(Transform):
     """Stored values of an image, exactly as its file holds them, on its own grid with canonical axes.
 
     Unlike ``monai.transforms.LoadImage`` it applies no rescale slope and loses no bit; ``uint16`` becomes ``int32``,
-    which torch can compute with. The metadata get ``sample_id``, ``stored_codec`` and ``intensity="stored"``.
+    which torch can compute with. The metadata get ``sample_id``, ``stored_codec`` and ``intensity="stored"``; their
+    affine has the voxels' size on these axes (RAS+ for volumes), so that ``Spacing`` and ``Orientation`` know them, but
+    no origin and no rotation: to bring images of other readers onto this grid, load those with MONAI.
 
     Args:
         spatial_dims: 2 for images, 3 for volumes.
@@ -80,7 +82,7 @@ class LoadStored(Transform):
         stored = convert_to_tensor(image.stored, track_meta=get_track_meta())
         if isinstance(stored, MetaTensor):
             meta = {"sample_id": case.sample_id, "stored_codec": codec_to_meta(image.codec), "intensity": "stored"}
-            stored.meta = {**stored.meta, **meta}
+            stored.meta = {**stored.meta, **meta, "affine": affine_of(image.spacing)}
         return stored
 
 
@@ -113,7 +115,8 @@ class LoadMask(Transform):
         """
         mask = convert_to_tensor(read_mask(source, self.spatial_dims), track_meta=get_track_meta())
         if isinstance(mask, MetaTensor):
-            mask.meta = {**mask.meta, "sample_id": source.sample_id}
+            affine = affine_of(formats.read_spacing(source, self.spatial_dims))
+            mask.meta = {**mask.meta, "sample_id": source.sample_id, "affine": affine}
         return mask
 
 

@@ -72,6 +72,11 @@ def codec_of(img: NdarrayOrTensor, given: CodecLike | None) -> StoredCodec:
     return codec_from_meta(given if meta is None else meta)
 
 
+def affine_of(spacing: tuple[float, ...]) -> Tensor:
+    """(4, 4) from voxel to mm on canonical axes, with the first voxel in the origin; 1 mm where a size is not known."""
+    return torch.diag(torch.tensor([*spacing, *[1.0] * (4 - len(spacing))], dtype=torch.float64))
+
+
 def plain_tensor(img: NdarrayOrTensor) -> Tensor:
     """The values in a type that torch computes with, without the metadata, which slow arithmetic down."""
     values = convert_to_tensor(img, track_meta=get_track_meta())
