@@ -139,6 +139,45 @@ def test_an_image_too_coarse_for_the_budget_is_refused_and_the_others_stay(tmp_p
     assert "below one stored step" in catalog.refusals[0].detail
 
 
+def test_an_image_that_the_budget_is_not_meant_for_is_refused_and_the_others_stay(tmp_path):
+    write_series(tmp_path / "a", "A")
+    shutil.copy(get_testdata_file("MR_small.dcm", download=False), tmp_path)
+    catalog = scan(tmp_path, 2, budget=Budget.parse("ct-body"))
+    assert len(catalog.cases) == 4 and reasons(catalog) == {"budget": 1}
+    assert "is for CT, and an image is MR" in catalog.refusals[0].detail
+
+
+def test_names_that_are_not_utf_8_are_names_too(tmp_path):
+    write_nifti(tmp_path / "good.nii")
+    (tmp_path / os.fsdecode(b"M\xfcller.txt")).write_text("no image")
+    catalog = scan(tmp_path, 3)
+    assert len(catalog.cases) == 1 and reasons(catalog) == {"unknown_file": 1}
+
+
+def test_a_folder_that_cannot_be_opened_is_refused_and_the_others_stay(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "good.nii")
+    (tmp_path / "closed").mkdir()
+    opened = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":  # the tests may run as root, who can open everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    catalog = scan(tmp_path, 3)
+    assert len(catalog.cases) == 1 and reasons(catalog) == {"unreadable_file": 1}
+    assert "Permission denied" in catalog.refusals[0].detail and "closed" not in catalog.refusals[0].detail
+
+
+def test_what_macos_leaves_behind_is_no_image_and_no_refusal(tmp_path):
+    write_nifti(tmp_path / "good.nii.gz")
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1" + bytes(200))
+    (tmp_path / "._good.nii.gz").write_bytes(b"\x00\x05\x16\x07" + bytes(200))
+    catalog = scan(tmp_path, 3)
+    assert len(catalog.cases) == 1 and not catalog.refusals
+
+
 def test_an_archive_is_refused_as_a_whole(tmp_path):
     write_nifti(tmp_path / "ok.nii", shape=(9, 9))
     path = write_npz(tmp_path / "a.npz")

@@ -14,10 +14,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exports import edit_dicom, write_labels, write_nifti, write_segmentation, write_series
 from test_protect import bank_of, nifti_cohort, protect, tree
 
+from monai_salm.io import formats
+from monai_salm.io.base import RefusedError
 from monai_salm.release import commit as door
 from monai_salm.release import lock
 from monai_salm.release.catalog import scan
@@ -305,6 +308,38 @@ def test_a_plan_counts_and_writes_nothing(tmp_path):
     assert 0.8 * written < plan.copy_bytes < 1.3 * written
     text = "\n".join(plan.lines())
     assert "nothing was written" in text and "Fit and study are not in it" in text and str(tmp_path) not in text
+
+
+def test_a_plan_can_be_made_of_unsigned_images_whose_window_reaches_beyond_them(tmp_path):
+    def change(dataset) -> None:
+        dataset.PixelRepresentation = 0
+        dataset.PixelData = (np.frombuffer(dataset.PixelData, "<u2") % 4096).tobytes()
+
+    for name in ("A", "B"):
+        for path in write_series(tmp_path / name, name, 3):
+            edit_dicom(path, change)
+    write_labels(tmp_path, ["A,a,train", "B,b,train"])
+    window = (-2000.0, 70000.0)
+    cohort = load_cohort(tmp_path, spatial_dims=3, window=window)
+    plan = make_plan(cohort, tmp_path.parent / "out", spatial_dims=3, window=window, budget="2 stored", mask_ratio=0.4)
+    assert plan.tried[0] == 6 and not plan.refused_at_writing
+
+
+def test_a_plan_tells_what_could_not_be_written(tmp_path, monkeypatch):
+    for name in ("A", "B"):
+        write_series(tmp_path / name, name, 3)
+    write_labels(tmp_path, ["A,a,train", "B,b,train"])
+    cohort = load_cohort(tmp_path, spatial_dims=3)
+    real = formats.protect
+
+    def protect_but_one(unit, deltas, **options):
+        if unit[0] == cohort.cases[0]:
+            raise RefusedError("unwritable", "broken")
+        return real(unit, deltas, **options)
+
+    monkeypatch.setattr(formats, "protect", protect_but_one)
+    plan = make_plan(cohort, tmp_path.parent / "out", spatial_dims=3, window="auto", budget="2 stored", mask_ratio=0.4)
+    assert plan.refused_at_writing == {"unwritable": 1} and "1 unwritable" in "\n".join(plan.lines())
 
 
 # ------------------------------------------------------------------------- gates

@@ -347,6 +347,28 @@ def test_text_of_pillow_is_kept(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), expect[0])
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "test")])
+def test_class_folders_know_the_usual_words_for_splits(tmp_path, train, test):
+    for name in (f"{train}/benign/a.png", f"{train}/malign/b.png", f"{test}/benign/c.png", "Validation/benign/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, GRAY)
+    found = {Path(row.case).stem: (row.label, row.split) for row in class_folders(tmp_path)}
+    expected = {"a": "train", "b": "train", "c": "test", "d": "val"}
+    assert {name: split for name, (_, split) in found.items()} == expected
+    assert {label for label, _ in found.values()} == {"benign", "malign"}
+
+
+@pytest.mark.parametrize("other", ["test_set", "images-test", "fold 2"])
+def test_class_folders_of_an_unknown_split_are_an_error(tmp_path, other):
+    for name in ("train/benign/a.png", "train/malign/b.png", f"{other}/benign/c.png", "testis/left/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, GRAY)
+    with pytest.raises(ValueError, match="named like a split"):
+        class_folders(tmp_path)
+    (tmp_path / other / "benign" / "c.png").unlink()
+    assert {row.label for row in class_folders(tmp_path)} == {"benign", "malign", "testis"}
+
+
 def test_class_folders_tell_labels_and_splits(tmp_path):
     for name in ("train/benign/a.png", "train/malign/b/c.tif", "test/benign/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

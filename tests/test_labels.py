@@ -231,3 +231,21 @@ def test_missing_labels_are_told_before_any_image_is_decoded(tmp_path, monkeypat
     monkeypatch.setattr(formats, "read", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="has no labels.csv"):
         load_cohort(tmp_path, spatial_dims=3)
+
+
+def test_a_class_without_any_usable_case_is_told_at_once():
+    named = [*rows("aabb"), LabelRow(9, "bad.nii", "c")]
+    with pytest.raises(ValueError, match="1 of 3 classes that the labels name have no usable case"):
+        label_cases(catalog(4), named)
+
+
+def test_a_study_needs_cases_of_each_class_to_test_on():
+    cohort = label_cases(catalog(6), rows("aabbaa", ["train", "train", "train", "train", "test", "test"]))
+    with pytest.raises(ValueError, match=r"no case of class b is held out for split 'test' \(2 of others are\)"):
+        cohort.tested()
+    with pytest.raises(ValueError, match="no case is held out for split 'val'"):
+        cohort.tested("val")
+    with pytest.raises(ValueError, match="use 'test' or 'val'"):
+        cohort.tested("train")
+    cohort = label_cases(catalog(6), rows("aabbab", ["train", "train", "train", "train", "test", "test"]))
+    assert {case.sample_id for case in cohort.tested()} == {"case-4", "case-5"}

@@ -14,7 +14,16 @@ import torch
 from exports import class_map, write_decathlon, write_nifti, write_npz, write_series
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch, set_track_meta
 from monai.data.utils import pickle_hashing
-from monai.transforms import Compose, Flipd, Orientationd, Rotate90d, Spacingd
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    Flipd,
+    Invertd,
+    LoadImaged,
+    Orientationd,
+    Rotate90d,
+    Spacingd,
+)
 from monai.utils import TransformBackends
 from pydicom import dcmread
 
@@ -428,6 +437,47 @@ def test_a_pipeline_with_spatial_transforms_inverts_to_the_stored_values(
         assert equal(pipeline.inverse(out)["image"], formats.read(item["image"], 3).stored)
 
 
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PIR"])
+def test_voxel_sizes_and_axes_are_known(tmp_path: Path, axcodes: str) -> None:
+    """As of an image that MONAI reads; the label file of a cohort agrees."""
+    sizes = {"R": 1.5, "L": -1.5, "A": 2.0, "P": -2.0, "S": 4.0, "I": -4.0}
+    affine = np.zeros((4, 4))
+    for axis, code in enumerate(axcodes):
+        affine[{"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}[code], axis] = sizes[code]
+    affine[:, 3] = 30, 20, 10, 1
+    for folder, values in (("imagesTr", np.arange(8 * 9 * 5) % 251), ("labelsTr", np.arange(8 * 9 * 5) % 3)):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b"):
+            image = nib.Nifti1Image(values.reshape(8, 9, 5).astype(np.uint8), affine)
+            nib.save(image, tmp_path / folder / f"{name}.nii.gz")
+    table = "".join(f"imagesTr/{name}.nii.gz,labelsTr/{name}.nii.gz\n" for name in "ab")
+    (tmp_path / "labels.csv").write_text(f"case,mask\n{table}")
+    keys, case = ["image", "label"], load_cohort(tmp_path, spatial_dims=3).cases[0]
+    ours = Compose([LoadStoredd("image", spatial_dims=3), LoadMaskd("label", spatial_dims=3)])
+    grid = Compose([Orientationd(keys, axcodes="RAS", labels=None), Spacingd(keys, pixdim=1.0, mode="nearest")])
+    other = Compose([LoadImaged(keys), EnsureChannelFirstd(keys)])
+    paths = {"image": tmp_path / "imagesTr/a.nii.gz", "label": tmp_path / "labelsTr/a.nii.gz"}
+    found, expected = grid(ours({"image": case, "label": case})), grid(other(paths))
+    for key in keys:
+        assert found[key].shape == expected[key].shape and found[key].pixdim.tolist() == [1.0, 1.0, 1.0]
+        assert equal(found[key], np.asarray(expected[key]).astype(found[key].numpy().dtype))
+
+
+def test_predictions_go_back_to_the_grid_of_the_image(export: Catalog, bank: PerturbationBank) -> None:
+    pipeline = Compose(
+        [
+            LoadStoredd("image", spatial_dims=3),
+            ApplyPerturbationd("image", bank),
+            StoredToUnitd("image"),
+            Rotate90d("image"),
+        ]
+    )
+    item = pipeline(items(export)[0])
+    item["pred"] = item["image"] * 2
+    back = Invertd("pred", pipeline, orig_keys="image", nearest_interp=False)(item)["pred"]
+    assert torch.equal(back.as_tensor(), torch.rot90(item["pred"].as_tensor(), -1, (1, 2)))
+
+
 def test_network_inputs_can_be_resampled(export: Catalog, bank: PerturbationBank) -> None:
     pipeline = Compose(
         [
@@ -609,6 +659,7 @@ def test_masks_are_loaded_on_the_grid_of_their_images(tmp_path, track):
             assert equal(item["label"], class_map(seed=index)[None])
             if track:
                 assert item["label"].meta["sample_id"] == item["image"].meta["sample_id"] == case.sample_id
+                assert torch.equal(item["label"].affine, item["image"].affine)
     finally:
         set_track_meta(True)
 

@@ -165,8 +165,7 @@ class VictimStudy:
         door.clear_staging(self.output_dir)
         with self._scratch() as folder:
             material = Material(self._settings(), train, held_out, twins, folder)
-            self._check_classes(train, material.present, "training cases that were protected")
-            self._check_classes(held_out, material.present, f"held-out cases ({self.eval_split})")
+            self._check_classes(train, material.present)
             jobs = self._jobs(material.arms, material.test)
             ledger = Ledger(self.output_dir)
             run_jobs(list(jobs.values()), ledger, self.workers)
@@ -250,6 +249,7 @@ class VictimStudy:
     def _check_arguments(self) -> None:
         if len(self.spatial_size) != self.spatial_dims:
             raise ValueError(f"spatial_size {self.spatial_size} does not have {self.spatial_dims} numbers")
+        self.cohort.tested(self.eval_split)
         if not self.victims or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a study needs a victim and different seeds; got {list(self.victims)} and {self.seeds}")
         if self.recipe["epochs"] < 1 or self.recipe["batch_size"] < 1 or not self.recipe["learning_rate"] > 0:
@@ -279,13 +279,13 @@ class VictimStudy:
             )
         return twins
 
-    def _check_classes(self, cases: Sequence[Case], present: Mapping[str, frozenset[int]], what: str) -> None:
+    def _check_classes(self, cases: Sequence[Case], present: Mapping[str, frozenset[int]]) -> None:
         found = frozenset().union(*(present[case.sample_id] for case in cases))
         missing = [self.cohort.classes[index] for index in self.learning.learned if index not in found]
         if missing:
             raise ValueError(
-                f"there are no {what} of class {', '.join(missing)} ({len(cases)} cases in all); add cases, or leave "
-                "the class out of the labels"
+                f"there are no training cases that were protected of class {', '.join(missing)} ({len(cases)} cases in "
+                "all); add cases, or leave the class out of the labels"
             )
 
     # ---------------------------------------------------------------- trainings
