@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the process that reads files needs no torch, and starts fas
 
 _SLAB_VOXELS = 1 << 20
 """What is computed at once of a large image, so that the processor's cache holds it (of slices scaled alike)."""
+_INT32_MAX = 2**31 - 1
 FLOAT_STEPS = 4096
 """Float files have no smallest step of their own; their window is cut into as many steps as 12-bit images have."""
 
@@ -231,7 +232,7 @@ class StoredCodec:
             parts = [self.bounds(part, budget) for part in stored.reshape(-1).split(_SLAB_VOXELS)]
             lower, upper = (torch.cat(each).reshape(stored.shape) for each in zip(*parts, strict=True))
             return lower, upper
-        most = self.levels(budget)
+        most = min(self.levels(budget), _INT32_MAX)
         levels = self.slices.spread(self.slice_levels(budget), stored) if self.slices else torch.tensor(most)
         low, high = self._open_range(stored)
         values = stored.double()
@@ -344,6 +345,11 @@ class StoredCodec:
         if self.slices is None:
             return max(low, self.stored_range[0]), min(high, self.stored_range[1])
         return low.clip(min=self.stored_range[0]), high.clip(max=self.stored_range[1])
+
+
+def to_signed(stored: np.ndarray) -> np.ndarray:
+    """The same numbers in a type that torch computes with."""
+    return stored.astype({"uint16": np.int32, "uint32": np.int64}.get(stored.dtype.name, stored.dtype), copy=False)
 
 
 def _wide(stored: np.ndarray, delta: np.ndarray) -> type:

@@ -227,7 +227,7 @@ def test_a_large_volume_is_digested_in_parts_with_the_same_result(monkeypatch: p
 def test_opening_with_another_configuration_names_the_way_out(bank: PerturbationBank) -> None:
     for create in (False, True):
         assert PerturbationBank(bank.path, fingerprint="config", create=create).fingerprint == "config"
-        with pytest.raises(ValueError, match="the configuration changed. Use a new output folder"):
+        with pytest.raises(ValueError, match="the configuration or the images changed. Use a new output folder"):
             PerturbationBank(bank.path, fingerprint="other", create=create)
     assert len(PerturbationBank(bank.path)) == 0
 

@@ -205,6 +205,8 @@ def test_bad_datasets_are_named(tmp_path):
         trainer(tmp_path, dataset=[])
     with pytest.raises(ValueError, match="only once"):
         trainer(tmp_path, dataset=cases(2) + cases(2))
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        trainer(tmp_path, device="cuda:99")
     with pytest.raises(ValueError, match="1 or more"):
         trainer(tmp_path, rounds=0)
 

@@ -531,7 +531,7 @@ def test_missing_classes_and_arguments_of_the_other_task_are_named(released, out
     protect_cohort(
         lacking, swap(lacking), budget=BUDGET, output_dir=tmp_path / "lacking", spatial_dims=3, window=WINDOW
     )
-    with pytest.raises(ValueError, match=r"no held-out cases \(test\) of class dark"):
+    with pytest.raises(ValueError, match=r"no case of class dark is held out for split 'test'"):
         study(lacking, tmp_path / "lacking").run()
 
 

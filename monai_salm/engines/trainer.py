@@ -72,7 +72,8 @@ class PerturbationTrainer(Trainer):
 
     Raises:
         ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or the bank holds
-            a fit with another configuration; and when the weights are not of this network.
+            a fit with another configuration; when the weights are not of this network, and when the device cannot be
+            used.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class PerturbationTrainer(Trainer):
         self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
         self.model_file, self.transplant, self.patch_size = model_file, transplant, patch_size
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
-        self._compute_device = torch.device(device)
+        self._compute_device = _usable(device)
         self.surrogate_file = surrogate_file
         self.trains = surrogate_steps > 0 and surrogate_file is None
         if surrogate_file is not None:
@@ -358,6 +359,14 @@ def _save_weights(network: torch.nn.Module, path: Path) -> None:
     part = path.with_suffix(".part")
     torch.save(network.state_dict(), part)
     os.replace(part, path)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"device {str(device)!r} cannot be used on this machine; use 'cpu', or none") from error
+    return torch.device(device)
 
 
 def _load_weights(network: torch.nn.Module, path: Path) -> None:

@@ -43,10 +43,9 @@ class VoxelObjective(Objective):
     ``(tile_size + 2 * halo)`` voxels per axis, whatever the volume.
 
     With a guard, a network that learned the task from clean images, the gradient also has a part that lowers the
-    guard's loss: what is done to an image must not keep such a network from segmenting it. That part has a say in the
-    background alone, and its mean nearby is taken off: what makes a lesion clearer to the guard makes it easier for
-    others to learn. Each part is scaled by its mean absolute value over the image. A guard that is not local sees no
-    farther than the halo.
+    guard's loss: what is done to an image must not keep such a network from segmenting it. Of that part the mean nearby
+    is taken off, since a brighter lesion would be easier to learn for others too, and each part is scaled by its mean
+    absolute value over the image. A guard that is not local sees no farther than the halo.
 
     Args:
         network: the surrogate; ``network.network`` maps (B, C, *tile) to (B, n_classes, *tile) logits, and so does
@@ -122,7 +121,7 @@ class VoxelObjective(Objective):
         if guarding is None:
             return gradient
         self.passes += len(image)
-        guarding = (guarding - mean_nearby(guarding)) * (label == 0)
+        guarding = guarding - mean_nearby(guarding)
         return gradient + self.guard_weight * mean_size(gradient) * (guarding / mean_size(guarding))
 
     def tiles(self, size: Sequence[int]) -> Iterator[tuple[Span, Span]]:

@@ -23,7 +23,7 @@ from monai_salm.release.companions import belonging
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
-from monai_salm.transforms.meta import to_signed
+from monai_salm.stored import to_signed
 
 SAMPLES = 8
 """Units of each format that are tried."""

@@ -18,7 +18,7 @@ from monai.utils import TraceKeys, TransformBackends, convert_to_dst_type
 from monai_salm.bank import PerturbationBank, image_digest
 from monai_salm.perturbations.budget import Budget
 from monai_salm.perturbations.masks import Criterion, Scope, SparsityMask
-from monai_salm.stored import StoredCodec, lattice_of
+from monai_salm.stored import StoredCodec, lattice_of, to_signed
 from monai_salm.transforms.meta import (
     CodecLike,
     check_same_shape,
@@ -27,7 +27,6 @@ from monai_salm.transforms.meta import (
     plain_array,
     plain_tensor,
     stored_array,
-    to_signed,
 )
 
 __all__ = ["ApplyPerturbation", "ApplySparsityMask", "ComputeSparsityMask", "SnapToStored", "StoredToUnit"]

@@ -26,7 +26,8 @@ from monai_salm.release.catalog import Catalog
 from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import KEY
-from monai_salm.transforms.meta import affine_of, check_same_shape, codec_to_meta, meta_of, stored_array, to_signed
+from monai_salm.stored import to_signed
+from monai_salm.transforms.meta import affine_of, check_same_shape, codec_to_meta, meta_of, stored_array
 
 __all__ = ["LoadMask", "LoadStored", "SaveStored", "case_of"]
 

@@ -107,11 +107,6 @@ def stored_array(img: NdarrayOrTensor, codec: StoredCodec) -> np.ndarray:
     )
 
 
-def to_signed(stored: np.ndarray) -> np.ndarray:
-    """The same numbers in a type that torch computes with."""
-    return stored.astype({"uint16": np.int32, "uint32": np.int64}.get(stored.dtype.name, stored.dtype), copy=False)
-
-
 def check_same_shape(what: str, values: Any, other: str, reference: Any) -> None:
     if tuple(values.shape) != tuple(reference.shape):
         raise ValueError(f"{what} is {tuple(values.shape)}, {other} {tuple(reference.shape)}; they must have one shape")
