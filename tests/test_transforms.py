@@ -528,6 +528,8 @@ def test_batches_of_every_dataset_decollate_and_invert(
     assert batch["image"].shape == (4, 1, 16, 16, 4) and batch["label"].tolist() == [0, 1, 2, 3]
     assert batch["image_mask"].dtype == torch.bool
     assert batch["image"].meta["sample_id"] == [case.sample_id for case in export.cases]
+    with pytest.raises(ValueError, match="decollate_batch"):
+        StoredToUnitd("image")(batch)
     for case, item in zip(export.cases, decollate_batch(batch), strict=True):
         clean = formats.read(case, 3)
         assert codec_from_meta(item["image"].meta["stored_codec"]) == clean.codec

@@ -69,7 +69,10 @@ def codec_of(img: NdarrayOrTensor, given: CodecLike | None) -> StoredCodec:
     meta = meta_of(img, "stored_codec")
     if meta is None and given is None:
         raise ValueError("the image has no 'stored_codec': load it with LoadStored, or give the codec in the call")
-    return codec_from_meta(given if meta is None else meta)
+    said = given if meta is None else meta
+    if isinstance(said, Mapping) and isinstance(said.get("dtype"), list | tuple):
+        raise ValueError("this is a batch of images; take it apart first, with monai.data.decollate_batch")
+    return codec_from_meta(said)
 
 
 def affine_of(spacing: tuple[float, ...]) -> Tensor:
