@@ -486,13 +486,14 @@ def test_pneumoniamnist_is_fitted_and_written(data_dir, tmp_path):
     with np.load(data_dir / "pneumoniamnist.npz") as before, np.load(written) as after:
         assert set(before.files) == set(after.files)
         for key in before.files:
-            assert before[key].dtype == after[key].dtype and before[key].shape == after[key].shape
+            kept = 0 if key.startswith("test") else len(before[key])
+            assert before[key].dtype == after[key].dtype and (kept, *before[key].shape[1:]) == after[key].shape
             if key in ("train_images", "val_images"):
                 change = after[key].astype(int) - before[key]
                 assert 0 < abs(change).max() <= LEVELS
                 assert (change != 0).reshape(len(change), -1).mean(1).max() <= 0.4 + 1 / 784
-            else:
-                assert before[key].tobytes() == after[key].tobytes(), f"{key} is not released and must stay"
+            elif kept:
+                assert before[key].tobytes() == after[key].tobytes(), f"{key} must stay"
 
 
 # ------------------------------------------------------------------------------------- the whole job, voxel labels
@@ -572,7 +573,7 @@ def test_another_setting_on_the_same_output_is_an_error_and_inference_goes_on(vo
     jobs.append(command(VOXELS, None, config="inference.yaml", **sizes, **places))
     *changed, inference = one_by_one(jobs, voxels.export.parent)
     for name, result in zip(CHANGES, changed, strict=True):
-        assert result.returncode == 1 and "the configuration changed" in result.stderr, f"{name}:\n{result.stderr}"
+        assert result.returncode == 1 and "the configuration or the images changed" in result.stderr, f"{name}:\n{result.stderr}"
     assert inference.returncode == 0, inference.stderr
     said = [line for line in inference.stdout.splitlines() if line.startswith("Dice of the surrogate")]
     assert len(said) == 1 and 0 <= float(said[0].rsplit(":")[1]) <= 1
@@ -781,6 +782,7 @@ def test_the_readme_of_a_bundle_names_run_ids_that_exist():
         text = (workflows.bundle_path(name) / "docs" / "README.md").read_text()
         for run_id in ("fit", "protect", "verify"):
             assert f"`{run_id}`" in text and isinstance(ids[run_id], list)
-        assert ids["run"] == [*ids["fit"], *ids["protect"], *ids["verify"]], f"{name}: the whole is not its stages"
+        first, *stages = ids["run"]
+        assert "tested" in first and stages == [*ids["fit"], *ids["protect"], *ids["verify"]], name
         for expression in ids["run"]:
             ast.parse(expression.removeprefix("$").replace("@", "").replace("::", "."))
