@@ -573,7 +573,8 @@ def test_another_setting_on_the_same_output_is_an_error_and_inference_goes_on(vo
     jobs.append(command(VOXELS, None, config="inference.yaml", **sizes, **places))
     *changed, inference = one_by_one(jobs, voxels.export.parent)
     for name, result in zip(CHANGES, changed, strict=True):
-        assert result.returncode == 1 and "the configuration or the images changed" in result.stderr, f"{name}:\n{result.stderr}"
+        assert result.returncode == 1, name
+        assert "the configuration or the images changed" in result.stderr, f"{name}:\n{result.stderr}"
     assert inference.returncode == 0, inference.stderr
     said = [line for line in inference.stdout.splitlines() if line.startswith("Dice of the surrogate")]
     assert len(said) == 1 and 0 <= float(said[0].rsplit(":")[1]) <= 1
