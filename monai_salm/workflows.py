@@ -184,7 +184,13 @@ def like_overrides(output_dir: Path, said: Mapping[str, Any]) -> tuple[str, dict
         if said[name] != before.get(name):
             raise ValueError(f"{name} is that of the earlier release, whose surrogate was fitted so; leave it out")
     kept = {name: value for name, value in before.items() if name not in _OF_EACH_RUN}
-    key = {"key_file": before.get("key_file") or str(output_dir.absolute() / KEY)}
+    key_file = Path(before.get("key_file") or output_dir.absolute() / KEY)
+    if not key_file.is_file():
+        raise ValueError(
+            f"the key of the earlier release is not at {key_file}; put it back there: with another key the copies "
+            "would not belong together"
+        )
+    key = {"key_file": str(key_file)}
     return bundle, kept | key | dict(said) | {"like": str(output_dir.absolute())}
 
 

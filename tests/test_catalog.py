@@ -150,8 +150,9 @@ def test_an_image_that_the_budget_is_not_meant_for_is_refused_and_the_others_sta
 def test_names_that_are_not_utf_8_are_names_too(tmp_path):
     write_nifti(tmp_path / "good.nii")
     (tmp_path / os.fsdecode(b"M\xfcller.txt")).write_text("no image")
+    shutil.copy(tmp_path / "good.nii", tmp_path / os.fsdecode(b"M\xfcller.nii"))  # the copy would keep the name
     catalog = scan(tmp_path, 3)
-    assert len(catalog.cases) == 1 and reasons(catalog) == {"unknown_file": 1}
+    assert len(catalog.cases) == 1 and reasons(catalog) == {"unknown_file": 1, "file_name": 1}
 
 
 def test_a_folder_that_cannot_be_opened_is_refused_and_the_others_stay(tmp_path, monkeypatch):

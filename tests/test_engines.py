@@ -185,6 +185,19 @@ def test_without_surrogate_steps_the_network_stays_and_the_fit_is_another(tmp_pa
         trainer(tmp_path, rounds=2, surrogate_steps=1)
 
 
+def test_another_setting_of_the_loss_is_another_fit(tmp_path):
+    network = Surrogate(SmallCNN(2, 1, 2, (4, 8)), (12, 12))
+    loss, weighted = (
+        torch.nn.CrossEntropyLoss(reduction="none", weight=weight) for weight in (None, torch.tensor([1.0, 9.0]))
+    )
+    trainer(tmp_path, objective=Objective(network, loss))
+    with pytest.raises(ValueError, match="configuration"):
+        trainer(tmp_path, objective=Objective(network, weighted))
+    smoothed = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="configuration"):
+        trainer(tmp_path, objective=Objective(network, smoothed))
+
+
 def test_other_cases_get_perturbations_without_touching_the_bank(tmp_path):
     fit = trainer(tmp_path)
     fit.run()

@@ -121,6 +121,23 @@ def test_every_addition_is_found(out, name):
     assert kinds(out) == {"added"}
 
 
+def test_folders_that_hold_nothing_or_stand_for_files_are_found(out):
+    (out / "protected" / "empty").mkdir()
+    assert kinds(out) == {"added"}
+    (out / "protected" / "empty").rmdir()
+    (out / "report.html").mkdir()
+    assert kinds(out) == {"changed"}
+
+
+def test_a_lost_signing_key_is_not_replaced(tmp_path):
+    out = write_release(tmp_path)
+    assert (out / "private" / "signing.key").is_file()
+    (out / "private" / "signing.key").unlink()
+    with pytest.raises(ValueError, match="recipients know its public key"):
+        write_release(tmp_path)
+    assert not (out / "private" / "signing.key").exists()
+
+
 def test_links_and_pipes_in_place_of_files_are_found(out):
     path = out / "protected" / "imagesTr" / "v00.nii.gz"
     kept = path.rename(out.parent / "kept")

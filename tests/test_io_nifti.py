@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import os
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -312,3 +313,18 @@ def test_real_volumes_keep_everything_but_their_moved_voxels(tmp_path):
         assert copy.header.binaryblock == original.header.binaryblock
         np.testing.assert_array_equal(copy.affine, original.affine)
         assert nifti.verify(source, written, image.codec.step).changed == 3
+
+
+@pytest.mark.parametrize("pixdim", [(0, 2, 3, 4), (-1, 2, 3, 4), (7, -2, 3, 4)])
+def test_what_other_readers_repair_in_a_header_is_read_as_they_do(tmp_path, pixdim):
+    """A handedness of 0 means 1 (nifti1.h), and sizes of voxels are positive."""
+    image = nib.Nifti1Image(np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6), None)
+    image.header.set_qform(np.array([[-2.0, 0, 0, 9], [0, 0, -4, 8], [0, 3, 0, 7], [0, 0, 0, 1]]), 1)
+    content = bytearray(image.to_bytes())
+    struct.pack_into("<4f", content, 76, *pixdim)
+    (tmp_path / "a.nii").write_bytes(content)
+    expected = nib.as_closest_canonical(nib.load(tmp_path / "a.nii"))
+    case = Case("case-0", "nifti", (tmp_path / "a.nii",), ("a.nii",), "p")
+    found = nifti.read(case, 3, "auto")
+    assert np.array_equal(found.stored[0], np.asanyarray(expected.dataobj))
+    assert np.allclose(found.spacing, expected.header.get_zooms())

@@ -204,6 +204,11 @@ def damaged(content: bytes) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
+def exif_with(tag: int) -> bytes:
+    """An Exif block with one tag."""
+    return chunk(b"eXIf", b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, tag, 4, 1, 8) + bytes(4))
+
+
 GRAY = make_png(LEVELS[..., None])
 RGB = np.stack([LEVELS] * 3, axis=2)
 REFUSED = {
@@ -224,6 +229,14 @@ REFUSED = {
         make_png(LEVELS[..., None], before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)))),
         "embedded_preview",
     ),
+    "raw_profile": (
+        make_png(LEVELS[..., None], before=chunk(b"tEXt", b"Raw profile type exif\0\n8\n")),
+        "embedded_preview",
+    ),
+    "long_plain_text": (make_png(LEVELS[..., None], before=chunk(b"tEXt", b"a\0" + b"x" * 1100)), "embedded_preview"),
+    "private_chunk": (make_png(LEVELS[..., None], before=chunk(b"orIg", bytes(1100))), "embedded_preview"),
+    "maker_note": (make_png(LEVELS[..., None], before=exif_with(37500)), "embedded_preview"),
+    "preview_in_place": (make_png(LEVELS[..., None], before=exif_with(513)), "embedded_preview"),
     "trailing": (GRAY + b"PK", "trailing_data"),
     "truncated": (GRAY[:-20], "truncated_file"),
     "checksum": (damaged(GRAY), "broken_file"),
@@ -238,7 +251,7 @@ REFUSED = {
     "sub_images": (make_tiff(LEVELS[..., None], t330=8), "embedded_preview"),
     "photoshop": (make_tiff(LEVELS[..., None], t34377=8), "embedded_preview"),
     "premultiplied": (make_tiff(RGB[..., :2], t338=1), "alpha_channel"),
-    "untold": (make_tiff(LEVELS[..., None], extra=bytes([1]) * 20000), "trailing_data"),
+    "untold": (make_tiff(LEVELS[..., None], extra=bytes([1]) * 1100), "trailing_data"),
     "big_tiff": (b"II+\0\x08\0\0\0" + bytes(64), "big_tiff"),
     "cut_tiff": (make_tiff(LEVELS[..., None])[:-30], "truncated_file"),
     "overlap": (make_tiff(LEVELS[..., None], t273=40), "broken_header"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from monai_salm.io import formats
 from monai_salm.io.base import Case
 from monai_salm.release.catalog import Catalog, Refusal
-from monai_salm.release.labels import Cohort, LabelRow, label_cases, load_cohort, read_labels
+from monai_salm.release.labels import Cohort, LabelRow, count_classes, label_cases, load_cohort, read_labels
 
 
 def table(tmp_path: Path, text: str | bytes) -> Path:
@@ -249,3 +249,18 @@ def test_a_study_needs_cases_of_each_class_to_test_on():
         cohort.tested("train")
     cohort = label_cases(catalog(6), rows("aabbab", ["train", "train", "train", "train", "test", "test"]))
     assert {case.sample_id for case in cohort.tested()} == {"case-4", "case-5"}
+
+
+def test_accents_may_be_composed_or_not(tmp_path):
+    decomposed, whole = "Mu\u0308ller", "M\u00fcller"
+    cases = (
+        Case("case-0", "nifti", (Path("/x"),), (decomposed,), "p0"),
+        Case("case-1", "nifti", (Path("/y"),), ("b",), "p1"),
+    )
+    cohort = label_cases(Catalog(Path("/export"), cases, (), {}), [LabelRow(2, whole, "a"), LabelRow(3, "b", "b")])
+    assert [case.label for case in cohort.cases] == [0, 1]
+
+
+def test_an_archive_is_known_whatever_its_ending(tmp_path):
+    write_npz(tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
+    assert count_classes(tmp_path) == len(load_cohort(tmp_path).classes)

@@ -140,6 +140,26 @@ class TestCommand:
         write_labels(tmp_path / "third", ["s8,a"])
         assert protect(tmp_path / "third", tmp_path / "out3", "--like", str(tmp_path / "out")) == DONE
 
+    def test_a_case_of_any_earlier_release_is_refused(self, earlier, export, tmp_path, capsys):
+        second = tmp_path / "second"
+        assert protect(export, second, "--like", str(earlier[1])) == DONE
+        write_series(tmp_path / "third/s8", "s8", 2, patient="P8")
+        shutil.copytree(earlier[0] / "s0", tmp_path / "third/s0")
+        write_labels(tmp_path / "third", ["s8,b", "s0,a"])
+        assert protect(tmp_path / "third", tmp_path / "out3", "--like", str(second)) == NOT_PROTECTED
+        assert [each.reason for each in read_refusals(tmp_path / "out3")] == ["already_released"] * 4
+        (second / "private/like.json").write_text('{"like": "/nowhere"}')
+        assert protect(tmp_path / "third", tmp_path / "out4", "--like", str(second)) == BAD_INPUT
+        assert "follows a release that is not at" in capsys.readouterr().err
+
+    def test_without_the_key_of_the_earlier_release_nothing_is_written(self, earlier, export, tmp_path, capsys):
+        copy = tmp_path / "copy"
+        shutil.copytree(earlier[1], copy)
+        (copy / "private/release.key").unlink()
+        assert protect(export, tmp_path / "out", "--like", str(copy)) == BAD_INPUT
+        assert "the key of the earlier release is not at" in capsys.readouterr().err
+        assert not (copy / "private/release.key").exists() and not (tmp_path / "out/protected").exists()
+
     def test_a_case_of_the_earlier_release_is_refused(self, earlier, export, tmp_path):
         shutil.copytree(earlier[0] / "s0", export / "s0")
         write_labels(export, ["s7,b", "s0,a"])

@@ -103,6 +103,12 @@ def test_the_released_dataset_json_lists_what_is_released(tmp_path):
 
 def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
     cohort, out = decathlon(tmp_path / "in", 4, "ttvx"), tmp_path / "out"
+    table = tmp_path / "in" / "dataset.json"
+    content = json.loads(table.read_text())
+    content["training"][0]["patient"] = content["name"] = "v0, whose name is kept apart"
+    content["unlabeled"] = ["./imagesTr/v09.nii.gz"]
+    content["name"] = "Heads"
+    table.write_text(json.dumps(content))
     rows = protect(cohort, bank_of(cohort), out, rename=True)
     assert not [row.file for row in rows if "v0" in row.file or "Tr" in row.file]
     assert [row.file.split("/")[0] for row in rows[:2]] == ["images", "labels"]

@@ -549,6 +549,36 @@ def test_spacing_of_files_reaches_the_victims(released):
     assert nib.load(case.files[0]).header.get_zooms() == (1.0, 1.0, 2.0)
 
 
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, image):
+        return image * self.factor
+
+    def of(self, image):
+        return image * self.factor
+
+
+def closure(factor):
+    return lambda image: image * factor
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda image: torch.sqrt(image), lambda image: torch.zeros_like(image)),
+        (lambda image, factor=1: image * factor, lambda image, factor=2: image * factor),
+        (lambda image, *, factor=1: image * factor, lambda image, *, factor=2: image * factor),
+        (closure(0), closure(1)),
+        (Scaled(0).of, Scaled(1).of),
+        (torch.sqrt, torch.zeros_like),
+    ],
+)
+def test_functions_that_do_different_things_are_described_differently(one, other):
+    assert described(one) != described(other) and described(one) == described(one)
+
+
 def test_functions_with_functions_inside_are_described_alike_in_every_process():
     command = "from monai_salm.verification import defenses as d, segmenters as s; print(s.described(d.DEFENSES))"
     one, other = (subprocess.run([sys.executable, "-c", command], capture_output=True, text=True) for _ in range(2))

@@ -73,7 +73,7 @@ def test_a_decathlon_folder_becomes_a_cohort_with_masks(tmp_path):
     cohort = load_cohort(write_decathlon(tmp_path, 4, test=2), spatial_dims=3)
     assert cohort.voxelwise and cohort.classes == ("background", "Core", "Rim") and count_classes(tmp_path) == 3
     assert names(cohort.cases) == [f"imagesTr/v0{index}.nii.gz" for index in range(4)]
-    assert reasons(cohort) == {"no_label": 2}, "images without label are refused, label files are no cases"
+    assert not cohort.refusals, "images to test on without a label here are no cases, and no label files are"
     for index, case in enumerate(cohort.cases):
         assert case.label == -1 and case.mask == Mask(
             tmp_path / "labelsTr" / f"v0{index}.nii.gz", f"labelsTr/v0{index}.nii.gz", (0, 1, 2)

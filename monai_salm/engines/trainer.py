@@ -27,7 +27,7 @@ from monai_salm.bank import PerturbationBank
 from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
-from monai_salm.records import Record
+from monai_salm.records import Record, as_array
 from monai_salm.release.progress import track
 from monai_salm.surrogates import TextureReader
 
@@ -176,7 +176,7 @@ class PerturbationTrainer(Trainer):
         parts: dict[str, Any] = {
             "version": __version__,
             "network": str(objective.network),
-            "objective": [str(objective.loss), str(objective.view), self.transplant],
+            "objective": [_settings(objective.loss), _settings(objective.view), self.transplant],
             "optimizer": [type(self.optimizer).__name__, str(sorted(self.optimizer.defaults.items()))],
             "perturbation": str(self.perturbation),
             "budget": str(self.budget),
@@ -359,6 +359,15 @@ def _save_weights(network: torch.nn.Module, path: Path) -> None:
     part = path.with_suffix(".part")
     torch.save(network.state_dict(), part)
     os.replace(part, path)
+
+
+def _settings(module: Any) -> str:
+    """What decides its outcome: its text tells only a part."""
+    if not isinstance(module, torch.nn.Module):
+        return str(module)
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)}
+    weights = {name: hashlib.sha256(as_array(held).tobytes()).hexdigest() for name, held in module.state_dict().items()}
+    return f"{module} {sorted(plain.items())} {sorted(weights.items())}"
 
 
 def _usable(device: torch.device | str) -> torch.device:

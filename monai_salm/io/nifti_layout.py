@@ -192,8 +192,17 @@ def _header(head: bytes) -> Any:
         if found in _PAIRS:
             raise RefusedError("nifti_pair", ".hdr/.img pairs are not supported; convert to a single .nii file")
         if found == magic and len(head) >= size:
-            return kind(head[:size], check=False)
+            header = kind(head[:size], check=False)
+            _repair(header["pixdim"])
+            return header
     raise RefusedError("broken_header", "this is not a complete NIfTI header")
+
+
+def _repair(pixdim: np.ndarray) -> None:
+    """In memory, what every reader takes for granted: handedness 0 means 1 (nifti1.h), and sizes are positive."""
+    if pixdim[0] not in (1, -1):
+        pixdim[0] = 1
+    pixdim[1:4] = np.abs(pixdim[1:4])
 
 
 def _check_type(dtype: np.dtype[Any], types: Sequence[str]) -> None:

@@ -120,6 +120,7 @@ def _layout(content: bytes) -> _Layout:
         raise RefusedError("broken_header", f"the header's shape {height} x {width} has no pixels")
     for kind, first, end in chunks:
         _check_chunk(kind, content[first:end])
+    _check_room(chunks, height * width * _COLORS[color][1] * depth // 8)
     packed = b"".join(content[chunks[index][1] : chunks[index][2]] for index in data)
     number, samples = _COLORS[color]
     before, after = content[: chunks[data[0]][1] - 8], content[chunks[data[-1]][2] + 4 :]
@@ -176,7 +177,7 @@ def _check_chunk(kind: bytes, data: bytes) -> None:
         raise RefusedError("animation", "the file holds several frames; save each as a file of its own")
     if name == "eXIf":
         tiff.check_exif(data)
-    if name in ("iTXt", "zTXt") and _may_hold_preview(name, data):
+    if name in ("iTXt", "zTXt", "tEXt") and _may_hold_preview(name, data):
         raise RefusedError("embedded_preview", "the text of the file holds a preview; save the image without metadata")
     # The fourth letter is large where a chunk depends on the pixels (specification, section 5.4).
     if name not in _KNOWN and not (name.isalpha() and name[0].islower() and name[3].islower()):
@@ -185,9 +186,20 @@ def _check_chunk(kind: bytes, data: bytes) -> None:
         )
 
 
+def _check_room(chunks: list[tuple[bytes, int, int]], size: int) -> None:
+    """Refuse texts and private chunks that have room for another copy of the image, however it is packed."""
+    closed = (_KNOWN | {"IHDR", "IDAT", "IEND", "PLTE"}) - {"tEXt", "zTXt", "iTXt"}
+    free = sum(end - start for kind, start, end in chunks if kind.decode("latin-1") not in closed)
+    if free > tiff.room_for_notes(size):
+        detail = f"texts and private chunks have {free} bytes, enough for a copy of the image"
+        raise RefusedError("embedded_preview", f"{detail}; save it without metadata")
+
+
 def _may_hold_preview(name: str, data: bytes) -> bool:
     """Whether a text chunk holds XMP data with a picture, or more text than is looked through."""
-    _, _, rest = data.partition(b"\0")
+    keyword, _, rest = data.partition(b"\0")
+    if keyword.lower().startswith(b"raw profile type") and keyword.lower().split()[-1] not in (b"icc", b"icm"):
+        return True  # Exif and Photoshop's data as text, as ImageMagick writes them
     packed = rest[1:] if name == "zTXt" else rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""
     try:
         text = zlib.decompressobj().decompress(packed, MAX_TEXT_BYTES) if packed else data

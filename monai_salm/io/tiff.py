@@ -30,16 +30,13 @@ _PACKED_RATIO = {_NONE: 1, _LZW: 4096, _DEFLATE: 1032, 32946: 1032}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 """Field type -> bytes of one value."""
 _NUMBERS = {1: "B", 3: "H", 4: "I"}
-_OTHER_IMAGES = {
-    330: "further images",
-    513: "a JPEG preview",
-    34377: "Photoshop's preview",
-    37724: "Photoshop's layers",
-}
+_OTHER_IMAGES = {330: "further images", 513: "a JPEG preview", 34377: "Photoshop's preview", 37724: "layers"}
 _TEXTS = (269, 270, 285, 306, 315, 316, 700, 33432, 33723, 34665, 34853)
 """Names, descriptions, dates, XMP, copyright, IPTC, Exif and GPS."""
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
+_PREVIEWS = {513, 514, 37500}  # places of a JPEG preview; a maker's note, which may hold one
+_KNOWN = {33432, 33550, 33723, 33922, 34665, 34675, 34735, 34736, 34737, 34853}  # of the makers' tags, from 32768 on
 _TILES, _EXTRA, _FORMAT, _XMP = 322, 338, 339, 700
 _COLORS = {0: 1, 1: 1, 2: 3}
 
@@ -165,13 +162,19 @@ def encode(content: bytes, samples: np.ndarray) -> bytes:
     return bytes(written)
 
 
+def room_for_notes(size: int) -> int:
+    """Bytes of private data, or of unknown ones, that an image of so many bytes may have without room for a copy."""
+    return min(MAX_UNKNOWN_BYTES, max(2**10, size // 16))
+
+
 def check_exif(data: bytes) -> None:
     """Refuse an Exif block (a small TIFF file) that holds a preview of the image.
 
     Raises:
         RefusedError: When it does, or cannot be read.
     """
-    if _directory(data).following:
+    found = _directory(data)
+    if found.following or _PREVIEWS & found.fields.keys():
         raise RefusedError("embedded_preview", "the Exif data hold a preview of the image; save it without metadata")
 
 
@@ -332,9 +335,11 @@ def _check_places(content: bytes, directory: _Directory, strips: tuple[tuple[int
             raise RefusedError("broken_header", "strips of the TIFF file overlap; save the image again")
         told[offset : offset + count] = True
     unknown = int(np.count_nonzero(np.frombuffer(content, np.uint8)[~told]))  # zeros hold no image
-    if unknown > MAX_UNKNOWN_BYTES:
+    places = zip(directory.fields, others, strict=True)
+    unknown += sum(end - start for tag, (start, end) in places if tag >= 32768 and tag not in _KNOWN)
+    if unknown > room_for_notes(sum(size for _, _, size in strips)):
         raise RefusedError(
-            "trailing_data", f"no tag tells of {unknown} bytes of the file, an older image perhaps; save it again"
+            "trailing_data", f"no known tag tells of {unknown} bytes of the file, another image perhaps; save it again"
         )
 
 

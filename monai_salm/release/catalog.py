@@ -26,7 +26,7 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
-from monai_salm.release.gates import ReleasedFiles, check_deidentified
+from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
@@ -211,7 +211,7 @@ class _Findings:
             )
 
     def _add_image(self, path: Path, form: str) -> None:
-        name, count = self.name(path), 1
+        name, count = check_name(self.name(path)), 1
         if self.bids and form == "nifti" and bids.is_label(name):
             bids.check_companion(path, name)
             return
@@ -244,7 +244,7 @@ class _Findings:
             raise _unknown(path, head)
 
     def _add_npz(self, path: Path) -> None:
-        archive = PurePosixPath(self.name(path))
+        archive = PurePosixPath(check_name(self.name(path)))
         for split, numbers in worker.call(npz.labels, path, self.spatial_dims).items():
             for index, label in enumerate(numbers.tolist()):
                 names = npz.case_names(archive, split, index)

@@ -145,6 +145,11 @@ def close(
     for other in others:
         for name in (other.manifest, other.journal, other.refusals):
             chains[name] = _chain((output_dir / name).read_text())
+    if (output_dir / signature.PUBLIC_KEY).exists() and not (output_dir / SIGNING_KEY).exists():
+        raise ValueError(
+            f"{SIGNING_KEY} is gone, but the release was signed with it, and recipients know its public key; put it "
+            f"back, or remove {signature.PUBLIC_KEY} to sign with a new one"
+        )
     key = load_or_create_key(output_dir / SIGNING_KEY)
     write(output_dir, {**texts, **signature.sign(key, chains, shard.count)}, shard.part)
     door.clear_staging(output_dir, shard.part)

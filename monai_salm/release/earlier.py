@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from monai_salm.release.catalog import Catalog, Refusal
 from monai_salm.release.identity import owner_id
 from monai_salm.release.manifest import read_manifest
 
-__all__ = ["CLASSES", "EarlierRelease"]
+__all__ = ["CLASSES", "FOLLOWED", "EarlierRelease"]
 
 CLASSES = f"{door.PRIVATE}/classes.json"
+FOLLOWED = f"{door.PRIVATE}/like.json"
+"""Names the folder of the release that this one followed."""
 _MODEL = "models/model.pt"
 
 
@@ -29,26 +32,41 @@ class EarlierRelease:
     """
 
     def __init__(self, output_dir: Path | str) -> None:
-        self._out = Path(output_dir).absolute()
+        self.folder = Path(output_dir).absolute()
         for name in (CLASSES, _MODEL):
-            if not (self._out / name).is_file():
+            if not (self.folder / name).is_file():
                 raise ValueError(
-                    f"{self._out} has no {name}; name the output folder of a finished release, with its private side"
+                    f"{self.folder} has no {name}; name the output folder of a finished release, with its private side"
                 )
 
     @property
     def model_file(self) -> str:
         """Weights of its surrogate."""
-        return str(self._out / _MODEL)
+        return str(self.folder / _MODEL)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of its classes, in their order."""
-        return tuple(json.loads((self._out / CLASSES).read_text()))
+        return tuple(json.loads((self.folder / CLASSES).read_text()))
+
+    def _chain(self) -> Iterator[Path]:
+        """Its folder, and those of the releases that it followed in turn; all of them share a key."""
+        out: Path | None = self.folder
+        seen: set[Path] = set()
+        while out is not None and out not in seen:
+            if not (out / door.PRIVATE).is_dir():
+                raise ValueError(
+                    f"{self.folder} follows a release that is not at {out} any more; put it back, so that no case is "
+                    "released twice under one key"
+                )
+            seen.add(out)
+            yield out
+            followed = out / FOLLOWED
+            out = Path(json.loads(followed.read_text())["like"]) if followed.is_file() else None
 
     def without_its_cases(self, catalog: Catalog) -> Catalog:
         """Refuse what it has protected already: under one key two versions of an image would share their UIDs."""
-        released = {row.sample_id for row in read_manifest(self._out)}
+        released = {row.sample_id for out in self._chain() for row in read_manifest(out)}
         again = [case for case in catalog.cases if owner_id(case) in released]
         detail = "the earlier release has a case of this name; leave it out, or give other data another name"
         refusals = [Refusal(case.sample_id, "already_released", detail) for case in again]

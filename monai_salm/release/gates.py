@@ -15,6 +15,17 @@ from monai_salm.release.manifest import PROTECTED, IntegrityError, read_chain
 MANIFESTS = "manifest*.jsonl"
 
 
+def check_name(name: str) -> str:
+    """The name of a file whose copy keeps it.
+
+    Raises:
+        RefusedError: ``file_name``.
+    """
+    if any("\udc80" <= letter <= "\udcff" for letter in name):  # how the system hands over what is not UTF-8
+        raise RefusedError("file_name", "the file's name is not UTF-8, so that no table can hold it; rename the file")
+    return name
+
+
 def check_deidentified(header: Dataset) -> None:
     """Raise unless a DICOM file says of itself that its patient cannot be told from it.
 

@@ -187,6 +187,6 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
         ours = path.name in BESIDE or path.name in chains or any(map(path.match, door.TRACKING))
         if not ours and not (not chains and path.match("manifest*.jsonl")):
             problems.append(Problem("added", "an entry beside the protected files", path.name))
-        elif path.is_symlink():
-            problems.append(Problem("changed", "a link in place of what was written", path.name))
+        elif path.is_symlink() or path.is_dir() == bool(path.suffix):  # what has an ending is a file here
+            problems.append(Problem("changed", "a link or a folder in place of what was written", path.name))
     return problems

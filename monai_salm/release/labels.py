@@ -59,6 +59,7 @@ class Cohort:
             seeded part of the released cases (which are released nonetheless).
         class_voxels: voxels of each class in each case, by sample id; empty where cases are labelled as a whole.
         companions: files that refer to cases and are released with them.
+        follows: output folder of the earlier release that these cases follow, if they do.
     """
 
     cases: tuple[Case, ...]
@@ -68,6 +69,7 @@ class Cohort:
     held_out_ids: frozenset[str] = field(default_factory=frozenset)
     class_voxels: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
     companions: tuple[Companion, ...] = ()
+    follows: Path | None = None
 
     @property
     def voxelwise(self) -> bool:
@@ -166,7 +168,8 @@ def load_cohort(
     )
     if earlier is None:
         return label_cases(catalog, found, seed=seed)
-    return label_cases(earlier.without_its_cases(catalog), found, seed=seed, classes=earlier.classes)
+    cohort = label_cases(earlier.without_its_cases(catalog), found, seed=seed, classes=earlier.classes)
+    return replace(cohort, follows=earlier.folder)
 
 
 def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> list[LabelRow] | VoxelLabels | None:
@@ -212,7 +215,8 @@ def count_classes(
         return len(class_names(found))
     if found is not None:
         return len({row.label for row in found})
-    archives = [Path(dataset_dir)] if Path(dataset_dir).is_file() else sorted(Path(dataset_dir).rglob("*.npz"))
+    root = Path(dataset_dir)
+    archives = [root] if root.is_file() else sorted(root.rglob("*.[nN][pP][zZ]"))
     splits = [values for archive in archives for values in worker.call(npz.labels, archive, spatial_dims).values()]
     numbers = {int(label) for values in splits for label in values}
     if not numbers:

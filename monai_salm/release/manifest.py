@@ -152,7 +152,7 @@ def differences(root: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, 
         root: the folder.
         expected: sha256 by path below it.
     """
-    present = dict(walk(root))
+    present = dict(walk(root, folders=True))
     for name, digest in expected.items():
         if name not in present:
             yield "missing", name
@@ -162,16 +162,25 @@ def differences(root: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, 
         yield "added", name
 
 
-def walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
-    """Path of everything in a folder but its folders, and whether it is a regular file; links are not followed."""
+def walk(folder: Path, below: str = "", *, folders: bool = False) -> Iterator[tuple[str, bool]]:
+    """Path of everything in a folder but its folders, and whether it is a regular file; links are not followed.
+
+    Args:
+        folder: the folder.
+        below: goes in front of each path.
+        folders: tell of empty folders too.
+    """
     if not folder.is_dir():
         return
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from walk(folder / entry.name, f"{below}{entry.name}/")
-            else:
-                yield f"{below}{entry.name}", entry.is_file(follow_symlinks=False)
+        found = sorted(entries, key=lambda entry: entry.name)
+    if not found and below and folders:
+        yield below.removesuffix("/"), False
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(folder / entry.name, f"{below}{entry.name}/", folders=folders)
+        else:
+            yield f"{below}{entry.name}", entry.is_file(follow_symlinks=False)
 
 
 def sweep(root: Path, rows: Iterable[ManifestRow]) -> None:

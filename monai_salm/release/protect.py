@@ -36,7 +36,7 @@ from monai_salm.release import bids, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
 from monai_salm.release.custody import KEY, REFUSALS, Journal, close, read_refusals, start_time, write
-from monai_salm.release.earlier import CLASSES
+from monai_salm.release.earlier import CLASSES, FOLLOWED
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, ManifestRow, read_manifest, sweep
@@ -111,7 +111,10 @@ def protect_cohort(
     with lock.holding(output_dir, shard.lock):
         with lock.holding(output_dir, wait_s=_WAIT_S):
             writer = _Writer(bank, budget, cohort.root, output_dir, spatial_dims, window, key_file, gate, shard, rename)
-            write(output_dir, {CLASSES: json.dumps(cohort.classes) + "\n"}, shard.part)
+            kept = {CLASSES: json.dumps(cohort.classes) + "\n"}
+            if cohort.follows:
+                kept[FOLLOWED] = json.dumps({"like": str(cohort.follows)}) + "\n"
+            write(output_dir, kept, shard.part)
         rows: list[ManifestRow] = []
         refusals = list(cohort.refusals) if shard.index == 1 else []
         units = [unit for unit in formats.units(cohort.released) if writer.writes(unit)]

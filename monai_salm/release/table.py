@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,16 +72,16 @@ def match(rows: Sequence[LabelRow], cases: Iterable[Case], refused: Iterable[str
     ids: dict[str, list[str]] = defaultdict(list)
     for case in cases:
         for name in case.names:
-            ids[name].append(case.sample_id)
-    known = ids.keys() | set(refused)
-    unknown = [row for row in rows if row.case not in known]
+            ids[composed(name)].append(case.sample_id)
+    known = ids.keys() | set(map(composed, refused))
+    unknown = [row for row in rows if composed(row.case) not in known]
     if unknown:
         raise ValueError(
             f"{where(unknown)} name nothing in the export; write a path relative to the export (a file, or a folder "
             "that holds one series) or a UID, or remove the line"
         )
-    refuse_conflicts(rows, lambda row: ids.get(row.case, []))
-    return {sample_id: row for row in rows for sample_id in ids.get(row.case, ())}
+    refuse_conflicts(rows, lambda row: ids.get(composed(row.case), []))
+    return {sample_id: row for row in rows for sample_id in ids.get(composed(row.case), ())}
 
 
 def refuse_conflicts(rows: Iterable[LabelRow], keys_of: Callable[[LabelRow], list[str]]) -> None:
@@ -108,6 +109,11 @@ def where(rows: Sequence[LabelRow]) -> str:
 def plain(name: str) -> str:
     """A relative path in the form of the names of cases."""
     return posixpath.normpath(name.replace("\\", "/"))
+
+
+def composed(name: str) -> str:
+    """A name in the one form that names are compared in: macOS takes accents apart, tables mostly do not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def natural(label: str) -> tuple[bool, int, str]:

@@ -92,9 +92,9 @@ def find_voxel_labels(dataset_dir: Path, rows: Sequence[LabelRow] | None) -> Vox
     root = dataset_dir.absolute()
     path = root / DATASET_FILE
     if path.is_file():
-        names, pairs = _read_dataset(path)
+        names, pairs, unlabeled = _read_dataset(path)
         merged = tuple(_merge(rows, pairs)) if rows is not None else tuple(pairs)
-        left_out = {pair.mask for pair in pairs if pair.mask} - {row.mask for row in merged}
+        left_out = unlabeled | {pair.mask for pair in pairs if pair.mask} - {row.mask for row in merged}
         return VoxelLabels(root, merged, names, frozenset(left_out - {row.case for row in merged}))
     if rows is not None:
         return VoxelLabels(root, tuple(rows), None)
@@ -118,11 +118,13 @@ def read_dataset(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_dataset(path: Path) -> tuple[Names, list[LabelRow]]:
+def _read_dataset(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
+    """Names of the classes, the pairs, and the images to test on that have no label here: they are no cases."""
     content = read_dataset(path)
     names = _read_names(content.get("labels"))
     rows: list[LabelRow] = []
     bad: list[int] = []
+    unlabeled: set[str] = set()
     for key, split in LISTS.items():
         entries = content.get(key) or []
         if not isinstance(entries, list):
@@ -134,11 +136,16 @@ def _read_dataset(path: Path) -> tuple[Names, list[LabelRow]]:
                 rows.append(LabelRow(number, plain(pair[0]), "", split, plain(pair[1]), source))
             elif not isinstance(pair[0], str) or pair[1] is not None:
                 bad.append(number)
+            elif split == "test":
+                unlabeled.add(plain(pair[0]))
     if bad:
         raise ValueError(f"entry {bad[0]} of {DATASET_FILE} is no pair {{'image': path, 'label': path}}; correct it")
     if not rows:
         raise ValueError(f"{DATASET_FILE} lists no pair of image and label under 'training'")
-    return names, rows
+    twice = [row for row in rows if row.case in unlabeled]
+    if twice:
+        raise ValueError(f"{where(twice)} are listed under 'test' too; keep one of them")
+    return names, rows, unlabeled
 
 
 def _read_names(labels: Any) -> dict[int, str]:

@@ -17,6 +17,7 @@ from monai_salm.release.manifest import ManifestRow
 from monai_salm.release.table import plain
 from monai_salm.release.voxels import DATASET_FILE, LISTS, read_dataset
 
+_PAIR = ("image", "label")
 Written = Mapping[str, Sequence[ManifestRow]]
 """Rows of the manifest by ``sample_id``."""
 
@@ -60,6 +61,11 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
             entries = content[key] if key != "test" and isinstance(content[key], list) else []
             kept = [entry for entry in entries if isinstance(entry, dict) and plain(entry["image"]) in names]
             content[key] = [_renamed(entry, files) for entry in kept]
+    if any(files.get(name, name) != name for name in names):  # whoever renames wants no name of the export to remain
+        content = {key: value for key, value in content.items() if key in LISTS or not isinstance(value, list)}
+        for key in LISTS:
+            if key in content:
+                content[key] = [{part: entry[part] for part in _PAIR if part in entry} for entry in content[key]]
     for key, count in (("numTraining", len(content.get("training", ()))), ("numTest", 0)):
         if key in content:
             content[key] = count
@@ -68,5 +74,5 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
 
 def _renamed(entry: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
     """A pair under its new names; as it was written where they are the same."""
-    new = {key: files.get(plain(entry[key])) for key in ("image", "label") if isinstance(entry.get(key), str)}
+    new = {key: files.get(plain(entry[key])) for key in _PAIR if isinstance(entry.get(key), str)}
     return entry | {key: f"./{name}" for key, name in new.items() if name and name != plain(entry[key])}

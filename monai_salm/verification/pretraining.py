@@ -78,9 +78,12 @@ def _started(network: nn.Module, state: Mapping[str, Tensor], source: str) -> nn
 
 
 class SelfSupervised(Recipe):
-    """Starts from a network that learned by how far images are turned (arXiv 1803.07728): the released ones and the
-    third party's own clean ones, without any labels. All images are seen in all four turns, in 3D about one axis; the
-    augmentation is that of the training, without flips, which would make some turns alike."""
+    """Starts from a network that learned by how far images are turned (arXiv 1803.07728).
+
+    It sees the released ones and, where there are some, the third party's own clean ones (a study gives it none),
+    without any labels, all in all four turns, in 3D about one axis; the augmentation is that of the training, without
+    flips, which would make some turns alike.
+    """
 
     def data(self, task: Task, train: Any, test: Any) -> tuple[Any, Any]:
         self.task, self.seen = task, train if self.clean is None else task.joined(train, self.clean)

@@ -269,6 +269,9 @@ def _mean_of(cases: Sequence[np.ndarray]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+_CALLABLES = functools.partial, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.CodeType
+
+
 def described(value: Any) -> str:
     """Type and settings of a transform and of everything in it, always in the same words; random states are left out.
 
@@ -289,13 +292,24 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         content = np.asarray(value)
         return f"{content.dtype}{content.shape} {hashlib.sha256(content.tobytes()).hexdigest()}"
-    if isinstance(value, functools.partial):
-        return f"partial({described([value.func, value.args, value.keywords])})"
-    if isinstance(value, types.FunctionType):
-        return f"{value.__module__}.{value.__qualname__} {described(value.__code__)}"
-    if isinstance(value, types.CodeType):  # constants hold the code of lambdas and comprehensions inside
-        content = value.co_code + described(value.co_consts).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+    if isinstance(value, _CALLABLES):
+        return _described_code(value)
     kind = value if isinstance(value, type) else type(value)
     settings = {} if isinstance(value, type) else dict(sorted(getattr(value, "__dict__", {}).items()))
     return f"{kind.__module__}.{kind.__qualname__} {described(settings) if settings else ''}".rstrip()
+
+
+def _described_code(value: Any) -> str:
+    """What a function does and holds: two that do the same may be told apart, but two that differ are never equal."""
+    if isinstance(value, functools.partial):
+        return f"partial({described([value.func, value.args, value.keywords])})"
+    if isinstance(value, types.MethodType):
+        return f"{described(value.__func__)} of {described(value.__self__)}"
+    if isinstance(value, types.CodeType):  # constants hold the code of lambdas and comprehensions inside
+        content = value.co_code + described([value.co_consts, value.co_names]).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+    name = f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, types.BuiltinFunctionType):
+        return name
+    held = [cell.cell_contents for cell in value.__closure__ or ()]
+    return f"{name} {described([value.__code__, value.__defaults__, value.__kwdefaults__, held])}"
