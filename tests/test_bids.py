@@ -193,3 +193,26 @@ def test_names_of_images():
     for name in ("sub-1/anat/T1w.nii.gz", "sub-1/sub-1_T1w.json", "sub-1/sub-1-T1w.nii"):
         with pytest.raises(RefusedError, match="not_bids"):
             bids.protected_name(name)
+
+
+@pytest.mark.parametrize("form", ["func/{0}_task-rest_bold.nii.gz", "bids::{0}/func/{0}_task-rest_bold.nii.gz"])
+def test_sidecars_name_the_copies_and_no_person_at_any_depth(tree, tmp_path, form):
+    for number in SUBJECTS:
+        stem = f"sub-{number}"
+        path = tree / stem / "anat" / f"{stem}_T1w.json"
+        note(
+            path,
+            {
+                "IntendedFor": [form.format(stem), "func/of-another.nii.gz"],
+                "global": {"const": {"PatientName": "CANARY", "EchoTime": 3}, "list": [{"OtherPatientIDs": "CANARY"}]},
+            },
+        )
+        note(tree / stem / f"{stem}_sessions.tsv", "session_id\tacq_time\nses-1\tCANARY\n")
+    folder = release(tree, tmp_path / "out")
+    sidecar = json.loads((folder / "sub-01" / "anat" / "sub-01_desc-protected_T1w.json").read_text())
+    expected = form.format("sub-01").replace("task-rest_bold", "task-rest_desc-protected_bold")
+    assert sidecar["IntendedFor"] == [expected, "func/of-another.nii.gz"]
+    assert (folder / expected.removeprefix("bids::sub-01/").replace("func", "sub-01/func", 1)).is_file()
+    assert sidecar["global"] == {"const": {"EchoTime": 3}, "list": [{}]}
+    assert not list(folder.rglob("*_sessions.tsv"))
+    assert "CANARY" not in "".join(path.read_text() for path in folder.rglob("*.json"))

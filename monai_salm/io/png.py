@@ -66,8 +66,9 @@ def colors(content: bytes) -> int:
 
 
 def texts(content: bytes) -> list[str]:
-    """Kinds of the chunks with text, dates or Exif data."""
-    return sorted({name for kind, _, _ in _chunks(content) if (name := kind.decode("latin-1")) in _TEXTS})
+    """Kinds of the chunks with text, dates or Exif data, and private ones, which may hold some."""
+    harmless = (_KNOWN | {"IHDR", "IDAT", "IEND", "PLTE"}) - _TEXTS
+    return sorted({name for kind, _, _ in _chunks(content) if (name := kind.decode("latin-1")) not in harmless})
 
 
 def decode(content: bytes) -> Pixels:

@@ -103,8 +103,9 @@ def colors(content: bytes) -> int:
 
 
 def texts(content: bytes) -> list[str]:
-    """Tags with text, dates or Exif data."""
-    return [f"tag {tag}" for tag in _TEXTS if tag in _directory(content).fields]
+    """Tags with text, dates or Exif data, and all of makers, which may hold some, save color profiles."""
+    tags = _directory(content).fields
+    return [f"tag {tag}" for tag in sorted(tags) if tag in _TEXTS or (tag >= 32768 and tag != 34675)]
 
 
 def decode(content: bytes) -> Pixels:

@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,17 +28,18 @@ LABEL_SUFFIXES = ("dseg", "mask")
 MAX_TEXT_BYTES = 2**26
 """Largest table or sidecar, unpacked."""
 PERSONAL = frozenset(
-    "PatientName PatientID PatientBirthDate PatientAddress AccessionNumber StudyID StudyInstanceUID SeriesInstanceUID "
-    "ReferringPhysicianName PerformingPhysicianName OperatorsName AcquisitionDateTime AcquisitionDate StudyDate "
-    "SeriesDate ContentDate DeviceSerialNumber StationName".split()
+    "PatientName PatientID PatientBirthDate PatientAddress OtherPatientIDs OtherPatientNames AccessionNumber StudyID "
+    "StudyInstanceUID SeriesInstanceUID SOPInstanceUID FrameOfReferenceUID ReferringPhysicianName RequestingPhysician "
+    "PerformingPhysicianName OperatorsName AcquisitionDateTime AcquisitionDate StudyDate SeriesDate ContentDate "
+    "InstanceCreationDate DeviceSerialNumber StationName".split()
 )
-"""Keys that converters write into sidecars and that no copy keeps."""
+"""Keys that converters write into sidecars, at any depth, and that no copy keeps."""
 _NAME = re.compile(
     r"(?P<entities>(?:[a-z]+-[A-Za-z0-9+]+_)*)(?P<suffix>[A-Za-z0-9]+)(?P<ending>\.nii|\.nii\.gz|\.json|\.bval|\.bvec|\.tsv|\.tsv\.gz)"
 )
 _TOP = re.compile(r"README(\.md|\.rst|\.txt)?|CHANGES|LICENSE|CITATION\.cff|participants\.(tsv|json)|\.bidsignore")
 _INHERITED = ("BIDSVersion", "License", "Authors", "Acknowledgements", "HowToAcknowledge", "Funding", "EthicsApprovals")
-_OF_ANY = (*LABEL_SUFFIXES, "events", "physio", "stim", "channels", "aslcontext", "sessions")
+_OF_ANY = (*LABEL_SUFFIXES, "events", "physio", "stim", "channels", "aslcontext")
 """Suffixes of what goes with images of any suffix, such as the events of a functional image."""
 _NOT_BIDS = RefusedError("not_bids", "the name does not follow BIDS; rename the file, or protect it as its own export")
 
@@ -129,6 +130,7 @@ def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
     stripped = {} if raw.get("DatasetType") == "derivative" else {"SkullStripped": False}
     for name, case in images.items():
         own = _json(found.pop(_sidecar(name), b"{}").decode("utf-8-sig"))
+        own = _with_new_names(own, name, images)
         told = {"Description": "Copy that is protected against training", "Sources": [f"bids:raw:{name}"]}
         found[_sidecar(case.released_name.as_posix())] = _bytes(stripped | own | told)
     if PARTICIPANTS in found:
@@ -176,8 +178,34 @@ def _sidecar(image: str) -> str:
 def _without_persons(sidecar: bytes) -> bytes:
     """A sidecar without the keys that name a person, device or day; as it is where it has none."""
     content = _json(sidecar.decode("utf-8-sig"))
-    kept = {key: value for key, value in content.items() if key not in PERSONAL}
+    kept = _impersonal(content)
     return sidecar if kept == content else _bytes(kept)
+
+
+def _impersonal(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_impersonal(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _impersonal(item) for key, item in value.items() if key not in PERSONAL}
+
+
+def _with_new_names(sidecar: dict[str, Any], name: str, images: Mapping[str, Case]) -> dict[str, Any]:
+    """A sidecar whose ``IntendedFor`` names the copies, in the form in which it named the originals."""
+
+    def new(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        plain = value.removeprefix("bids::")
+        first = "" if plain.startswith("sub-") else f"{subject(name)}/"
+        case = images.get(first + plain)
+        found = case.released_name.as_posix().removeprefix(first) if case else plain
+        return value.removesuffix(plain) + found
+
+    said = sidecar.get("IntendedFor")
+    if said is None:
+        return sidecar
+    return sidecar | {"IntendedFor": list(map(new, said)) if isinstance(said, list) else new(said)}
 
 
 def _of_subjects(table: bytes, subjects: Iterable[str]) -> bytes:
