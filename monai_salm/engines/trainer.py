@@ -362,10 +362,11 @@ def _save_weights(network: torch.nn.Module, path: Path) -> None:
 
 
 def _settings(module: Any) -> str:
-    """What decides its outcome: its text tells only a part."""
+    """What decides its outcome, of which its text tells only a part; not whether it trains just now."""
     if not isinstance(module, torch.nn.Module):
         return str(module)
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)}
+    simple = bool, int, float, str, tuple
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, simple) and name != "training"}
     weights = {name: hashlib.sha256(as_array(held).tobytes()).hexdigest() for name, held in module.state_dict().items()}
     return f"{module} {sorted(plain.items())} {sorted(weights.items())}"
 

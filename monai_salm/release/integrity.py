@@ -109,7 +109,7 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
             _take(record, f"line {number} of {name}", rows, problems)
     problems += _missing_shards(output_dir, chains, shards)
     expected = {file: record["sha256"] for file, (_, record) in rows.items()}
-    for kind, name in differences(output_dir / door.PROTECTED, expected):
+    for kind, name in differences(output_dir / door.PROTECTED, expected, folders=True):
         where = f"the file of {rows[name][0]}" if name in rows else "a file in no manifest"
         problems.append(Problem(kind, where, f"{door.PROTECTED}/{name}"))
     problems += _beside(output_dir, chains)

@@ -145,14 +145,15 @@ def public_text(rows: Iterable[ManifestRow], versions: Mapping[str, str]) -> tup
     return link([header, *told])
 
 
-def differences(root: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def differences(root: Path, expected: Mapping[str, str], *, folders: bool = False) -> Iterator[tuple[str, str]]:
     """What a folder holds that it should not, lacks, or holds otherwise: pairs of what is wrong and the file's name.
 
     Args:
         root: the folder.
         expected: sha256 by path below it.
+        folders: tell of empty folders too.
     """
-    present = dict(walk(root, folders=True))
+    present = dict(walk(root, folders=folders))
     for name, digest in expected.items():
         if name not in present:
             yield "missing", name
