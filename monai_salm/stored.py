@@ -219,6 +219,8 @@ class StoredCodec:
             # Compared with a float, integers become doubles first, which takes ten times as long.
             low, high = math.ceil(low), math.floor(high)
             padding = padding and (math.ceil(padding[0]), math.floor(padding[1]))
+        elif not isinstance(stored, np.ndarray) and not stored.is_floating_point():
+            stored = stored.double()  # torch would compare 32-bit integers as float32, which cannot hold them
         inside = (stored >= low) & (stored <= high)
         if padding is not None:
             inside &= (stored < padding[0]) | (stored > padding[1])
@@ -245,7 +247,7 @@ class StoredCodec:
             lower = torch.where(above, torch.maximum(lower, gap_down.clamp_(max=0)), lower)
             upper = torch.where(below, torch.minimum(upper, gap_up.clamp_(min=0)), upper)
         dtype = torch.int16 if most <= 32767 else torch.int32
-        movable = self.movable(stored)
+        movable = self.movable(values)
         zero = torch.zeros((), dtype=torch.float64, device=stored.device)
         return torch.where(movable, lower, zero).to(dtype), torch.where(movable, upper, zero).to(dtype)
 

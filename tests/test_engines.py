@@ -45,11 +45,11 @@ def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationT
     surrogate = Surrogate(SmallCNN(2, 1, 2, (4, 8)), (12, 12))
     return PerturbationTrainer(
         dataset=cases() if dataset is None else dataset,
-        objective=Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(2)),
         optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
         budget="8/255",
         bank_file=folder / "bank.sqlite",
         **{
+            "objective": Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(2)),
             "device": "cpu",
             "max_epochs": rounds,
             "surrogate_steps": 3,

@@ -96,6 +96,13 @@ class TestCodec:
         stored, codec, _ = image
         assert_allowed_as_bounded(stored, codec, spread, seed)
 
+    def test_large_integers_are_compared_exactly(self):
+        codec = StoredCodec("int32", (0.0, 2147483584.0))
+        stored = torch.tensor([[2147483583, 2147483584, 2147483585]], dtype=torch.int32)
+        assert codec.movable(stored).tolist() == codec.movable(stored.numpy()).tolist() == [[True, True, False]]
+        lower, upper = codec.bounds(stored, Budget(1.0))
+        assert upper.tolist() == [[1, 0, 0]] and lower[0, 2] == 0 and lower[0, 0] == -2147483583
+
     @given(st.sampled_from(["float32", "float64"]), st.integers(0, 2**31), st.none() | st.floats(-5, 5))
     def test_what_is_allowed_in_float_files_is_what_keeps_the_bounds(self, dtype, seed, pad):
         stored = np.random.default_rng(seed).normal(0, 3, (1, 6, 7)).astype(dtype)
