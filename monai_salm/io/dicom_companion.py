@@ -38,8 +38,8 @@ COMPANION_CLASSES = frozenset(
         uid.SpatialFiducialsStorage,
     }
 )
-LARGE_PRIVATE_BYTES = 1 << 16
-"""From this size on a private element of a companion may be an image: one of 256 x 256 pixels, each a byte."""
+MAX_PRIVATE_BYTES = 1 << 16
+"""A private element of a companion that is as large may be an image: one of 256 x 256 pixels, each a byte."""
 _MANAGEMENT = "1.2.840.10008.3.1.2."
 """SOP classes of studies, patients and procedure steps: a reference to one leads to no file."""
 
@@ -74,7 +74,7 @@ def _may_be_image(dataset: Dataset) -> Iterator[bool]:
                 yield from _may_be_image(item)
         else:
             value = element.value
-            yield element.tag.is_private and isinstance(value, bytes) and len(value) >= LARGE_PRIVATE_BYTES
+            yield element.tag.is_private and isinstance(value, bytes) and len(value) >= MAX_PRIVATE_BYTES
 
 
 def _references(dataset: Dataset) -> Iterator[str]:

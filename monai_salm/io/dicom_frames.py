@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 from pydicom import uid
 from pydicom.dataset import Dataset
@@ -15,6 +16,7 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import Tag
 
 from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_parse import read_header
 from monai_salm.io.dicom_volume import order_volume
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "frame_headers",
     "frame_types",
     "groups",
+    "headers_of",
     "is_enhanced",
     "order_files",
 ]
@@ -97,6 +100,16 @@ def order_files(headers: Sequence[Dataset]) -> list[int]:
         raise RefusedError("mixed_geometry", "the series mixes single-frame and multi-frame images; split the series")
     order_volume(frame_headers(headers[0]))
     return [0]
+
+
+def headers_of(paths: Sequence[Path], spatial_dims: int) -> list[Dataset]:
+    """One header per frame of a case's files, read anew; of a volume in spatial order.
+
+    Raises:
+        RefusedError: As ``read_header``, :py:func:`frame_headers` and ``order_volume``.
+    """
+    headers = [frame for path in paths for frame in frame_headers(read_header(path))]
+    return headers if spatial_dims == 2 else [headers[index] for index in order_volume(headers)]
 
 
 def groups(dataset: Dataset) -> tuple[list[Dataset], list[Dataset]]:

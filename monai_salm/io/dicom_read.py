@@ -15,8 +15,8 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
-from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers
-from monai_salm.io.dicom_parse import parse, read_bytes, read_header, refusing
+from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers, headers_of
+from monai_salm.io.dicom_parse import parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, stored_dtype, stored_range
 from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import (
@@ -124,13 +124,10 @@ def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
     """mm along each canonical axis, from the headers.
 
     Raises:
-        RefusedError: As ``read_header`` and ``order_volume``.
+        RefusedError: As ``headers_of``.
     """
-    headers = [frame for path in case.files for frame in frame_headers(read_header(path))]
-    if spatial_dims == 2:
-        return spacing_of(headers, None)
-    headers = [headers[index] for index in order_volume(headers)]
-    return spacing_of(headers, orientation_of(headers[0], headers[-1]))
+    headers = headers_of(case.files, spatial_dims)
+    return spacing_of(headers, None if spatial_dims == 2 else orientation_of(headers[0], headers[-1]))
 
 
 def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:

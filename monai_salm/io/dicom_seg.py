@@ -20,10 +20,10 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import Case, Mask, RefusedError
-from monai_salm.io.dicom_frames import frame_headers
+from monai_salm.io.dicom_frames import headers_of
 from monai_salm.io.dicom_parse import NATIVE, identify, parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import check_codestream
-from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, order_volume, orientation_of, to_canonical
+from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, orientation_of, to_canonical
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation
@@ -203,9 +203,7 @@ def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
         raise RefusedError(reason, "the label file of a DICOM image must be a DICOM SEG file; convert it to one")
     status = os.stat(mask.file)
     segmentation = _load(mask.file, status.st_mtime_ns, status.st_size)
-    headers = [frame for path in case.files for frame in frame_headers(read_header(path))]
-    if spatial_dims == 3:
-        headers = [headers[index] for index in order_volume(headers)]
+    headers = headers_of(case.files, spatial_dims)
     with refusing("mask_unreadable", _BROKEN):
         _check_grid(segmentation, headers[0])
         slices = _place(segmentation, headers, complete=spatial_dims == 3)

@@ -22,6 +22,8 @@ _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
 """Color type -> colors, samples per pixel (the rest is alpha)."""
 _KNOWN = frozenset("cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD sPLT pHYs tIME tEXt zTXt iTXt eXIf".split())
 """Chunks that stay true when pixels move by a few levels."""
+_IMAGE = frozenset(("IHDR", "IDAT", "IEND", "PLTE"))
+"""Chunks of the image itself; PLTE of an RGB image only suggests colors."""
 _TEXTS = frozenset(("tEXt", "zTXt", "iTXt", "eXIf", "tIME"))
 MAX_TEXT_BYTES = 2**20
 """Longest text, unpacked; a longer one is taken for a picture."""
@@ -67,7 +69,7 @@ def colors(content: bytes) -> int:
 
 def texts(content: bytes) -> list[str]:
     """Kinds of the chunks with text, dates or Exif data, and private ones, which may hold some."""
-    harmless = (_KNOWN | {"IHDR", "IDAT", "IEND", "PLTE"}) - _TEXTS
+    harmless = (_KNOWN | _IMAGE) - _TEXTS
     return sorted({name for kind, _, _ in _chunks(content) if (name := kind.decode("latin-1")) not in harmless})
 
 
@@ -168,8 +170,8 @@ def _check_header(color: int, depth: int, method: int, interlace: int) -> None:
 def _check_chunk(kind: bytes, data: bytes) -> None:
     """Refuse what could hold the image once more, or would be wrong beside other pixels."""
     name = kind.decode("latin-1")
-    if name in ("IHDR", "IDAT", "IEND", "PLTE"):
-        return  # PLTE of an RGB image only suggests colors
+    if name in _IMAGE:
+        return
     if name == "tRNS":
         raise RefusedError(
             "transparent_color", "one color of the image means transparent; save it with an alpha channel"
@@ -189,7 +191,7 @@ def _check_chunk(kind: bytes, data: bytes) -> None:
 
 def _check_room(chunks: list[tuple[bytes, int, int]], size: int) -> None:
     """Refuse texts and private chunks that have room for another copy of the image, however it is packed."""
-    closed = (_KNOWN | {"IHDR", "IDAT", "IEND", "PLTE"}) - {"tEXt", "zTXt", "iTXt"}
+    closed = (_KNOWN | _IMAGE) - {"tEXt", "zTXt", "iTXt"}
     free = sum(end - start for kind, start, end in chunks if kind.decode("latin-1") not in closed)
     if free > tiff.room_for_notes(size):
         detail = f"texts and private chunks have {free} bytes, enough for a copy of the image"

@@ -300,7 +300,7 @@ def described(value: Any) -> str:
 
 
 def _described_code(value: Any) -> str:
-    """What a function does and holds: two that do the same may be told apart, but two that differ are never equal."""
+    """What a function does and holds, save what it reads from its module."""
     if isinstance(value, functools.partial):
         return f"partial({described([value.func, value.args, value.keywords])})"
     if isinstance(value, types.MethodType):
@@ -311,5 +311,5 @@ def _described_code(value: Any) -> str:
     name = f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, types.BuiltinFunctionType):
         return name
-    held = [cell.cell_contents for cell in value.__closure__ or ()]
+    held = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
     return f"{name} {described([value.__code__, value.__defaults__, value.__kwdefaults__, held])}"
