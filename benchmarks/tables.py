@@ -18,7 +18,7 @@ from leaderboard import Board, read
 from monai_salm.verification.victims import METRIC
 
 RESULTS = Path(__file__).parent / "results"
-DEFAULT = "salm_0.4"
+DEFAULT, UNBOUND = "salm_0.4", "salm_0.4_full"
 Column = Callable[[dict[str, Any]], str]
 """What a table shows of an arm."""
 
@@ -86,11 +86,12 @@ def arena(board: Board, level: str) -> None:
             print(f"| {row['method']} | {' | '.join(gaps)} | {row['psnr']:.1f} | {row['passes']:.1f} |")
 
 
-def resistance(board: Board) -> None:
-    """Closed gaps of the default by victim under each defense and each release; "?": clean victims did not learn."""
+def resistance(board: Board, method: str) -> None:
+    """Closed gaps of a method by victim under each defense and each release; "?": clean victims did not learn."""
     level = board.levels[0]
-    found = {name: board.gap(level, DEFAULT, defense=name) for name in (NO_DEFENSE, *board.defenses)}
-    found |= {name: board.gap(level, DEFAULT, release=name) for name in board.releases}
+    found = {name: board.gap(level, method, defense=name) for name in (NO_DEFENSE, *board.defenses)}
+    found |= {name: board.gap(level, method, release=name) for name in board.releases}
+    found = {name: part for name, part in found.items() if part}
     others = [part for name, part in found.items() if name != NO_DEFENSE]
     victims = list(dict.fromkeys(victim for part in others for victim in part["by_victim"]))
     print(f"\n| third party | {' | '.join(victims)} |\n|{' --- |' * (len(victims) + 1)}")
@@ -110,7 +111,9 @@ def main() -> None:
                 arena(board, level)
     for name in ("arena_default", "arena", "arena_defenses"):
         for _, board in boards(name):
-            resistance(board)
+            for method in [each for each in (DEFAULT, UNBOUND) if each in board.methods]:
+                print(f"\n{name}, {method}")
+                resistance(board, method)
 
 
 if __name__ == "__main__":

@@ -115,11 +115,20 @@ def test_closed_gap_weighs_victims_equally() -> None:
     assert closed_gap(rows, METRIC)["mean"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("clean", [0.5, 0.5 + 1e-12, 0.45])
+@pytest.mark.parametrize("clean", [0.5, 0.5 + 1e-12, 0.45, 0.59])
 def test_closed_gap_is_undefined_where_clean_is_blind(clean: float) -> None:
     found = closed_gap(make_rows({"clean": clean}), METRIC)
     assert found["mean"] is None and found["low"] is None and found["high"] is None
     assert found["n"] == 0 and found["n_unusable"] == 6
+
+
+def test_one_clean_training_that_hardly_learned_does_not_decide() -> None:
+    rows = make_rows({"protected": 0.6}, victims=1)
+    next(row for row in rows if row["arm"] == "clean")[METRIC] = 0.51
+    found = closed_gap(rows, METRIC)
+    assert found["mean"] == pytest.approx((0.51 + 0.9 + 0.9 - 3 * 0.6) / (0.51 + 0.9 + 0.9 - 3 * 0.5))
+    assert (found["low"], found["high"]) == (pytest.approx(-0.9), pytest.approx(0.75))  # of that one: not -0.09 / 0.01
+    assert found["n"] == 3
 
 
 def test_closed_gap_falls_back_to_chance_without_blind_arm() -> None:

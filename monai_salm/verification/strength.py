@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 ARMS = ("clean", "protected", "random_noise", "label_marker", "random_mask", "blind")
+MIN_SPAN = 0.1
+"""Least ``clean - blind`` of a victim that has learned something which could be taken away."""
 _METRICS = ("accuracy", "balanced_accuracy", "auc", "hd95")
 _PER_CLASS = ("recall", "dice_per_class", "hd95_per_class")
 
@@ -90,22 +92,30 @@ def pairs_of(rows: Sequence[Row], metric: str, arm: str, victim: str) -> np.ndar
 
 
 def _interval(groups: Sequence[np.ndarray], confidence: float, n_bootstrap: int, seed: int) -> dict[str, float | None]:
-    """Mean of the group means and its two-level percentile bootstrap: groups are redrawn, then values inside them.
+    """Mean over groups of (lost, span) pairs, of the sum lost over the sum of spans, and its two-level percentile
+    bootstrap: groups are redrawn, then pairs inside them.
 
-    See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. One value has no interval.
+    See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. One pair has no interval.
     """
     if not groups or any(group.size == 0 for group in groups):
         return {"mean": None, "low": None, "high": None}
-    mean = float(np.mean([group.mean() for group in groups]))
-    if sum(group.size for group in groups) < 2:
+    mean = float(np.mean([_ratio(group) for group in groups]))
+    if sum(map(len, groups)) < 2:
         return {"mean": mean, "low": None, "high": None}
     rng = np.random.default_rng(seed)
-    draws = np.stack([rng.choice(g, size=(n_bootstrap, len(groups), g.size)).mean(axis=2) for g in groups])
+    draws = [group[rng.integers(len(group), size=(n_bootstrap, len(groups), len(group)))] for group in groups]
+    ratios = np.stack([_ratio(draw) for draw in draws])
     picked = rng.integers(len(groups), size=(n_bootstrap, len(groups)))
-    means = draws[picked, np.arange(n_bootstrap)[:, None], np.arange(len(groups))].mean(axis=1)
+    means = ratios[picked, np.arange(n_bootstrap)[:, None], np.arange(len(groups))].mean(axis=1)
     tail = 100.0 * (1.0 - confidence) / 2.0
     low, high = np.percentile(means, [tail, 100.0 - tail])
     return {"mean": mean, "low": min(float(low), mean), "high": max(float(high), mean)}
+
+
+def _ratio(pairs: np.ndarray) -> np.ndarray:
+    """(..., n, 2) pairs (lost, span) -> (...); redrawn trainings that learned next to nothing count as ``MIN_SPAN``."""
+    lost, span = np.moveaxis(pairs.mean(axis=-2), -1, 0)
+    return lost / np.maximum(span, MIN_SPAN)
 
 
 def closed_gap(
@@ -114,29 +124,27 @@ def closed_gap(
     arm: str = "protected",
     *,
     chance: float | None = None,
-    min_span: float = 0.05,
     confidence: float = 0.95,
     n_bootstrap: int = 4000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Share of what the anatomy teaches a victim that training on ``arm`` takes away.
 
-    Per (victim, seed) pair ``(clean - arm) / (clean - blind)``, with *blind* averaged per victim because it is noisy:
-    0 is no protection, 1 is a victim as good as one that never saw the anatomy; values beyond 1 occur. The mean weighs
-    victims equally. Pairs whose ``clean - blind`` is at most ``min_span`` say nothing; they are counted, not divided.
+    Per victim ``(clean - arm) / (clean - blind)`` of the means over seeds: 0 is no protection, 1 is a victim as good as
+    one that never saw the anatomy; values beyond 1 occur. The mean weighs victims equally. Where the mean ``clean -
+    blind`` of a victim is below ``MIN_SPAN`` its trainings say nothing; they are counted, not divided.
 
     Args:
         rows: Victim trainings.
         metric: Name of the headline metric, higher is better, in [0, 1].
         arm: The arm to compare with clean.
         chance: Floor to use if there is no blind arm.
-        min_span: Smallest usable ``clean - blind``.
         confidence: Coverage of the interval.
         n_bootstrap: Bootstrap draws.
         seed: Seed of the bootstrap; the same rows always give the same interval.
 
     Returns:
-        ``mean``, ``low``, ``high`` (``None`` if undefined: no usable pair of some victim; a single pair has no
+        ``mean``, ``low``, ``high`` (``None`` if undefined: some victim has no usable pairs; a single pair has no
         interval), ``confidence``, ``n`` and ``n_unusable`` pairs, and ``by_victim`` with the same keys and the means of
         ``clean``, ``arm`` and ``blind``.
 
@@ -156,13 +164,12 @@ def closed_gap(
     for victim in victims_of([row for row in rows if row["arm"] == arm]):
         pairs, floor = pairs_of(rows, metric, arm, victim), floor_of(rows, metric, victim, chance)
         span = pairs[:, 0] - (np.nan if floor is None else floor)
-        usable = span > min_span  # NaN compares false
-        gaps = (pairs[usable, 0] - pairs[usable, 1]) / span[usable]
-        groups.append(gaps)
+        usable = len(pairs) > 0 and bool(span.mean() >= MIN_SPAN)  # NaN compares false
+        groups.append(np.stack([pairs[:, 0] - pairs[:, 1], span], axis=1)[: len(pairs) * usable])
         by_victim[victim] = {
-            **_interval([gaps], confidence, n_bootstrap, seed),
-            "n": int(usable.sum()),
-            "n_unusable": int((~usable).sum()),
+            **_interval(groups[-1:], confidence, n_bootstrap, seed),
+            "n": len(groups[-1]),
+            "n_unusable": len(pairs) - len(groups[-1]),
             "clean": mean_of(pairs[:, 0]),
             "arm": mean_of(pairs[:, 1]),
             "blind": floor,
