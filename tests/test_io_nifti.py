@@ -235,6 +235,25 @@ def test_truncated_and_broken_files_are_refused(tmp_path):
         nifti.read(case_of(source), 3, "auto")
 
 
+@pytest.mark.parametrize("place", ["extension", "behind the voxels"])
+def test_a_file_with_room_for_another_copy_of_its_image_is_refused(tmp_path, place):
+    voxels = np.random.default_rng(0).integers(0, 999, (20, 20, 20)).astype(np.int16)
+    image = nib.Nifti1Image(voxels, np.eye(4))
+    for size, refused in ((1000, False), (2000, True)):  # a sixteenth of 16,000 bytes is less than a KiB
+        copy, image.header.extensions[:] = b"\x07" * size, []
+        if place == "extension":
+            image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", copy))
+        path = tmp_path / f"{size}.nii"
+        nib.save(image, path)
+        if place != "extension":
+            path.write_bytes(path.read_bytes() + copy + bytes(5000))  # zeros hold nothing
+        if refused:
+            with pytest.raises(RefusedError, match="embedded_preview"):
+                nifti.read(case_of(path), 3, "auto")
+        else:
+            assert nifti.read(case_of(path), 3, "auto").stored.shape == (1, 20, 20, 20)
+
+
 def test_trailing_bytes_are_kept(tmp_path):
     source = write(tmp_path / "a.nii", RAMP.astype(np.int16))
     source.write_bytes(source.read_bytes() + b"tail")

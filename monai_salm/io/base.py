@@ -17,6 +17,13 @@ Window = str | tuple[float, float]
 MAX_RASTER_BYTES = 2**31
 """Largest unpacked PNG or TIFF image that is read."""
 
+MAX_NOTES_BYTES = 2**14
+
+
+def room_for_notes(size: int) -> int:
+    """Bytes of notes, or of unknown data, that an image of so many bytes may have without room for a copy of it."""
+    return min(MAX_NOTES_BYTES, max(2**10, size // 16))
+
 
 class RefusedError(Exception):
     """A file or case that cannot be protected and must therefore never reach the output.

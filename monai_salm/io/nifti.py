@@ -22,7 +22,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window, compare, move
+from monai_salm.io.base import (
+    Case,
+    FileCheck,
+    RefusedError,
+    StoredImage,
+    Window,
+    compare,
+    move,
+    room_for_notes,
+)
 from monai_salm.io.nifti_layout import (
     LABEL_TYPES,
     SUPPORTED_TYPES,
@@ -53,6 +62,8 @@ __all__ = [
     "volume_names",
 ]
 
+_HEADER_BYTES = 544
+"""Of NIfTI-2; where NIfTI-1 has its first extension, up to 192 bytes more are let pass."""
 MAX_TRAILING_BYTES = 2**20
 """Bytes after the last voxel; they are kept, but a file with more of them is not what its header says."""
 
@@ -265,6 +276,12 @@ def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED
         raise RefusedError("truncated_file", f"the file has {len(content)} bytes, its header promises {layout.end}")
     if len(trailing) > MAX_TRAILING_BYTES:
         raise RefusedError("trailing_data", "the file goes on after the last voxel; save it again without the rest")
+    notes = content[_HEADER_BYTES : layout.offset] + trailing
+    found = len(notes) - notes.count(0)
+    if found > room_for_notes(layout.end - layout.offset):
+        raise RefusedError(
+            "embedded_preview", f"extensions have {found} bytes, enough for a copy of the image; save it without them"
+        )
     return content + trailing, layout
 
 

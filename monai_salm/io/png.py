@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from monai_salm.io import tiff
-from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError
+from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
@@ -193,7 +193,7 @@ def _check_room(chunks: list[tuple[bytes, int, int]], size: int) -> None:
     """Refuse texts and private chunks that have room for another copy of the image, however it is packed."""
     closed = (_KNOWN | _IMAGE) - {"tEXt", "zTXt", "iTXt"}
     free = sum(end - start for kind, start, end in chunks if kind.decode("latin-1") not in closed)
-    if free > tiff.room_for_notes(size):
+    if free > room_for_notes(size):
         detail = f"texts and private chunks have {free} bytes, enough for a copy of the image"
         raise RefusedError("embedded_preview", f"{detail}; save it without metadata")
 

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError
+from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
 
 PREVIEW_MARK = b"xmpGImg:image"
 """Where XMP metadata holds a picture."""
-MAX_UNKNOWN_BYTES = 2**14
-"""Bytes that no tag of the page tells of (Exif, vendors' notes); more could be an older version of the image."""
 MAX_ENTRIES = 512
 """Of a directory; real ones have fewer than 100."""
 _NONE, _LZW, _DEFLATE = 1, 5, 8
@@ -161,11 +159,6 @@ def encode(content: bytes, samples: np.ndarray) -> bytes:
     if layout.compression == _LZW:
         _put(written, layout, _COMPRESSION, [_DEFLATE])
     return bytes(written)
-
-
-def room_for_notes(size: int) -> int:
-    """Bytes of private data, or of unknown ones, that an image of so many bytes may have without room for a copy."""
-    return min(MAX_UNKNOWN_BYTES, max(2**10, size // 16))
 
 
 def check_exif(data: bytes) -> None:

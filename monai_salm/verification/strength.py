@@ -92,8 +92,8 @@ def pairs_of(rows: Sequence[Row], metric: str, arm: str, victim: str) -> np.ndar
 
 
 def _interval(groups: Sequence[np.ndarray], confidence: float, n_bootstrap: int, seed: int) -> dict[str, float | None]:
-    """Mean over groups of (lost, span) pairs, of the sum lost over the sum of spans, and its two-level percentile
-    bootstrap: groups are redrawn, then pairs inside them.
+    """Mean of what groups of pairs (lost, span) lost by their spans, and its two-level percentile bootstrap: groups are
+    redrawn, then pairs inside them.
 
     See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. One pair has no interval.
     """
@@ -164,8 +164,9 @@ def closed_gap(
     for victim in victims_of([row for row in rows if row["arm"] == arm]):
         pairs, floor = pairs_of(rows, metric, arm, victim), floor_of(rows, metric, victim, chance)
         span = pairs[:, 0] - (np.nan if floor is None else floor)
-        usable = len(pairs) > 0 and bool(span.mean() >= MIN_SPAN)  # NaN compares false
-        groups.append(np.stack([pairs[:, 0] - pairs[:, 1], span], axis=1)[: len(pairs) * usable])
+        lost_of_span = np.stack([pairs[:, 0] - pairs[:, 1], span], axis=1)
+        usable = len(pairs) > 0 and span.mean() >= MIN_SPAN  # NaN compares false
+        groups.append(lost_of_span if usable else lost_of_span[:0])
         by_victim[victim] = {
             **_interval(groups[-1:], confidence, n_bootstrap, seed),
             "n": len(groups[-1]),

@@ -194,7 +194,7 @@ def _strength_checks(
 def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
     mean, low, high = gap["mean"], gap["low"], gap["high"]
     if mean is None:
-        text = "The closed gap is undefined: some victim has no seed whose clean metric exceeds its blind floor."
+        text = "The closed gap is undefined: the clean metric of some victim hardly exceeds its blind floor."
         return Check("closed_gap_mean", False, text, INCONCLUSIVE)
     interval = "" if low is None else f", {100 * gap['confidence']:g} % interval {_show(low)} to {_show(high)}"
     only = "" if mean >= needed else "only "
