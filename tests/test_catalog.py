@@ -53,7 +53,8 @@ def test_slices_of_a_series_become_one_volume_in_spatial_order(tmp_path):
     paths = write_series(tmp_path / "A", "one", 5)
     (case,) = scan(tmp_path, 3).cases
     assert case.files == tuple(paths) and case.files != tuple(sorted(paths))
-    assert {"A", "A/IM50", str(dcmread(paths[0]).SeriesInstanceUID)} <= set(case.names)
+    header = dcmread(paths[0])
+    assert {"A", "A/IM50", str(header.SeriesInstanceUID), str(header.StudyInstanceUID)} <= set(case.names)
     assert formats.read(case, 3).stored.shape == (1, 16, 16, 5)
 
 

@@ -335,16 +335,16 @@ class _Findings:
         for part, order in zip(parts, orders, strict=True):
             own = uid if len(parts) == 1 else _text(self._headers[part[0]], "SOPInstanceUID")
             files = tuple(part[index] for index in order)
-            names = (*(self._dicom_names(part) if own == uid else [self.name(part[0])]), own)
+            names = (*self._dicom_names(part, whole=own == uid), own)
             self.cases.append(Case(pseudonym(own), "dicom", files, names, _patient(headers[0])))
             self._owners |= {_text(self._headers[path], "SOPInstanceUID"): pseudonym(own) for path in part}
 
-    def _dicom_names(self, paths: Sequence[Path]) -> list[str]:
-        """Paths of the files, and their folder where that names them without doubt."""
+    def _dicom_names(self, paths: Sequence[Path], whole: bool = True) -> list[str]:
+        """Paths of the files, their folder where that names them without doubt, and the UID of their study."""
         folders = sorted({path.parent for path in paths} - {self.root, self.root.parent})  # the export may be one file
-        if self.spatial_dims == 3 and any(len(self._series_in[folder]) > 1 for folder in folders):
+        if not whole or self.spatial_dims == 3 and any(len(self._series_in[folder]) > 1 for folder in folders):
             folders = []
-        return [self.name(path) for path in (*paths, *folders)]
+        return [*map(self.name, (*paths, *folders)), _text(self._headers[paths[0]], "StudyInstanceUID")]
 
 
 def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
