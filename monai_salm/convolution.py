@@ -65,7 +65,8 @@ class _ByImage(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return image_gradient(gradient, ctx.saved_tensors[0]), None
+        weight = ctx.saved_tensors[0]
+        return image_gradient(gradient.to(weight.dtype), weight), None  # autocast computes the result in less
 
 
 def image_gradient(gradient: Tensor, weight: Tensor) -> Tensor:

@@ -87,7 +87,6 @@ def protect_overrides(
     spatial_dims: int | None = None,
     require_deidentified: bool | None = None,
     rename: bool | None = None,
-    shard: str | None = None,
 ) -> dict[str, Any]:
     """Config ids and values for what a user says in words; what is None keeps the bundle's default."""
     said = {
@@ -101,7 +100,6 @@ def protect_overrides(
         "spatial_dims": spatial_dims,
         "require_deidentified": require_deidentified,
         "rename": rename,
-        "shard": shard,
     }
     return {name: value for name, value in said.items() if value is not None}
 
@@ -180,7 +178,7 @@ def like_overrides(output_dir: Path, said: Mapping[str, Any]) -> tuple[str, dict
 
     bundle, before = load_run(output_dir)
     EarlierRelease(output_dir)
-    for name in sorted(said.keys() - set(_OF_EACH_RUN)):
+    for name in sorted(said.keys() - {*_OF_EACH_RUN, "rename"}):
         if said[name] != before.get(name):
             raise ValueError(f"{name} is that of the earlier release, whose surrogate was fitted so; leave it out")
     kept = {name: value for name, value in before.items() if name not in _OF_EACH_RUN}

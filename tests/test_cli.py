@@ -434,6 +434,7 @@ def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path
     out = tmp_path / "out"
     command = ("protect", export, out, "--bundle", stub)
     assert_refused(run(*command, "--shard", "1/2"), "no perturbations yet", "--fit-only")
+    assert_refused(run(*command, "--fit-only", "--push", "A@localhost:4242"), "--push sends a whole release")
     assert run(*command, "--shard", "3/2")[0] == cli.BAD_INPUT
     prepare = "at_fit=$monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
     command = (*command, "--set", prepare)

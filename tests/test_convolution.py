@@ -43,6 +43,14 @@ def test_filters_are_an_ordinary_convolution_to_training_and_to_perturbations(di
         torch.testing.assert_close(grads[0][1], grads[1][1])
 
 
+def test_filters_take_part_in_mixed_precision():
+    filters, image = Filters(2, 1, 8, 5).requires_grad_(False), torch.randn(2, 1, 11, 9, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = filters(image)
+    result.float().sum().backward()
+    assert image.grad.isfinite().all() and image.grad.any()
+
+
 def test_filters_begin_as_the_convolutions_of_pytorch_do():
     torch.manual_seed(0)
     weight = Filters(2, 3, 16, 7).weight

@@ -345,7 +345,7 @@ class TestVoxelLabels:
     def test_a_texture_reader_starts_with_pieces_of_the_codes(self, tmp_path):
         surrogate = Surrogate(TextureReader(2, 1, 3, features=6, kernel_size=3))
         begun = voxel_trainer(tmp_path, surrogate=surrogate)
-        codes = begun.samples.codes()
+        codes = begun.samples.codes
         pieces = codes.unfold(2, 3, 1).unfold(3, 3, 1).flatten(0, 3).flatten(1)
         pieces = pieces - pieces.mean(1, keepdim=True)
         pieces = pieces / pieces.norm(dim=1, keepdim=True)

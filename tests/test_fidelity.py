@@ -14,9 +14,9 @@ from monai.metrics import SSIMMetric
 from monai_salm.io import formats
 from monai_salm.io.base import StoredImage
 from monai_salm.release.labels import load_cohort
-from monai_salm.release.protect import protect_cohort
+from monai_salm.release.protect import protect_cohort, read_protected
 from monai_salm.stored import StoredCodec
-from monai_salm.verification.fidelity import Fidelity, measure_fidelity, ssim_of, ssim_sample
+from monai_salm.verification.fidelity import Fidelity, ssim_of, ssim_sample
 
 
 def pair(moves: dict[int, float], *, size: int = 16, dtype: str = "int16", **codec) -> tuple[StoredImage, StoredImage]:
@@ -152,7 +152,11 @@ def test_written_files_are_measured(tmp_path):
         room.flat[np.flatnonzero(room)[4 + number :]] = False
         bank[case.sample_id] = (room * (3 if number == 2 else 1)).astype(np.int8)
     protect_cohort(cohort, bank, budget="3 stored", output_dir=tmp_path / "out", spatial_dims=3)
-    found = measure_fidelity(cohort, tmp_path / "out", spatial_dims=3, ssim_cases=2)
+    twins, fidelity = read_protected(cohort, tmp_path / "out"), Fidelity()
+    sample = ssim_sample(twins, 2)
+    for case in cohort.released:
+        fidelity.add(formats.read(case, 3), formats.read(twins[case.sample_id], 3), ssim=case.sample_id in sample)
+    found = fidelity.result()
     assert (found["n_cases"], found["n_ssim_cases"]) == (6, 2)
     assert found["max_error_stored"] == 3
     voxels = 6 * 7 * 5

@@ -131,6 +131,9 @@ class TestCommand:
         assert json.loads((tmp_path / "out" / CLASSES).read_text()) == ["a", "b"]
         assert not (tmp_path / "out/private/release.key").exists(), "the key is the earlier one"
 
+    def test_further_cases_may_be_renamed_where_the_earlier_ones_were_not(self, earlier, export, tmp_path):
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1]), "--rename") == DONE
+
     def test_a_rerun_is_the_same_and_later_ones_may_follow_the_later(self, earlier, export, tmp_path):
         assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == DONE
         before = tree(tmp_path / "out/protected")

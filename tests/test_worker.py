@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import hostile_codecs
 import numpy as np
@@ -50,6 +51,18 @@ def test_one_child_serves_all_calls():
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
 def test_a_codec_that_kills_its_process_costs_one_call(number):
     assert refused(hostile_codecs.die, int(number)).reason == "codec_crash"
+
+
+def test_a_crash_in_one_thread_costs_the_file_of_that_thread_only():
+    with ThreadPoolExecutor(4) as threads:
+        deadly = [threads.submit(worker.call, hostile_codecs.die, int(signal.SIGABRT)) for _ in range(3)]
+        others = [threads.submit(worker.call, hostile_codecs.fine, number) for number in range(20)]
+        streams = [threads.submit(list, worker.stream(range, 3)) for _ in range(20)]
+    assert {future.exception().reason for future in deadly} == {"codec_crash"}
+    assert [future.result() for future in others] == [(number,) for number in range(20)]
+    # A stream that has begun is its child's; one that has not is begun anew.
+    assert all(future.exception() or future.result() == [0, 1, 2] for future in streams)
+    assert {future.exception().reason for future in streams if future.exception()} <= {"codec_crash"}
 
 
 def test_a_codec_that_leaves_quietly_costs_one_call():

@@ -128,6 +128,8 @@ def _check_words(options: argparse.Namespace) -> None:
     if not options.export.exists():
         raise ValueError(f"export {options.export} does not exist; check the path")
     check_output(options.export, options.out)
+    if options.push and (options.shard or options.fit_only):
+        raise ValueError("--push sends a whole release; leave it out and run 'monai-salm push' when all is written")
     if options.shard and not (options.out / workflows.BANK).is_file():
         raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
 

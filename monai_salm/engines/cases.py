@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ class Cases:
 
     def label(self, at: int) -> Tensor:
         """Class index, or (1, *spatial) class indices, where they were loaded."""
-        return _label(self.dataset[at])
+        return _label(self.dataset[at]) if self.voxelwise else torch.tensor(self.facts[at].label)
 
     def labels(self, batch: Sequence[int]) -> Tensor:
         """(B,) class indices, or (B, 1, *spatial) of cases of one shape."""
@@ -176,7 +176,7 @@ class Samples(ABC):
         factor = torch.empty(()).uniform_(*CODE_STRENGTH, generator=generator)
         return float(factor) * self.cases.unit_budget(at)
 
-    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the trainer, and so as the process
+    @cached_property
     def codes(self) -> Tensor:
         """(n_classes, 1, *size) textures."""
         make = voxel_codes if self.cases.voxelwise else class_codes
@@ -202,7 +202,7 @@ class ResizedImages(Samples):
         if delta is not None:
             return image, self.view(self.cases.unit_delta(at, delta)[None])[0], label
         if self.coded:
-            return image, self.strength(at, generator) * self.codes()[int(label)].expand_as(image), label
+            return image, self.strength(at, generator) * self.codes[int(label)].expand_as(image), label
         return image, torch.zeros_like(image), label
 
 
@@ -221,7 +221,7 @@ class Patches(Samples):
             return image, self._padded(steps * codec.unit_steps(steps), corner, 0), label
         if self.coded:
             shifts = [int(torch.randint(size, (), generator=generator)) for size in self.size]
-            codes = self.codes().roll(shifts, tuple(range(2, 2 + len(shifts))))
+            codes = self.codes.roll(shifts, tuple(range(2, 2 + len(shifts))))
             inside = label != IGNORED
             index = (label * inside).long()
             return image, self.strength(at, generator) * codes.gather(0, index[None])[0] * inside, label

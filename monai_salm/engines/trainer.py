@@ -305,7 +305,7 @@ class PerturbationTrainer(Trainer):
     def _prime(self) -> None:
         reader = self.objective.network.network
         if self.transplant and self.surrogate_file is None and isinstance(reader, TextureReader):
-            reader.look_for(self.samples.codes(), self._generator("prime"))
+            reader.look_for(self.samples.codes, self._generator("prime"))
 
     def _restore(self) -> None:
         kept = self.bank.state()
@@ -357,7 +357,10 @@ def _compact(delta: Tensor, levels: int) -> Tensor:
 def _save_weights(network: torch.nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    torch.save(network.state_dict(), part)
+    with part.open("wb") as stream:  # on disk before the bank says that the fit is done
+        torch.save(network.state_dict(), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(part, path)
 
 

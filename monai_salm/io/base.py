@@ -18,6 +18,8 @@ MAX_RASTER_BYTES = 2**31
 """Largest unpacked PNG or TIFF image that is read."""
 
 MAX_NOTES_BYTES = 2**14
+DEFLATE_RATIO = 1032
+"""No deflate stream grows by more than this, so a header that promises more is lying (zlib's technical notes)."""
 
 
 def room_for_notes(size: int) -> int:

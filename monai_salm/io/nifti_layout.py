@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from monai_salm.io.base import RefusedError
+from monai_salm.io.base import DEFLATE_RATIO, RefusedError
 
 __all__ = [
     "LABEL_TYPES",
@@ -40,8 +40,6 @@ LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
 """Of label files, which are never changed."""
 MAX_BYTES = 2**32
 """Largest decompressed file that is read."""
-_DEFLATE_RATIO = 1032
-"""No deflate stream grows by more than this, so a header that promises more is lying (zlib's technical notes)."""
 _GZIP = b"\x1f\x8b"
 _HEAD_BYTES = 1 << 16
 _HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0")}
@@ -177,7 +175,7 @@ def layout_of(path: Path, head: bytes, spatial_dims: int | None, types: Sequence
     axes = _axes(header, len(shape), plane)
     layout = Layout(tuple(map(int, shape)), dtype, offset, slope, intercept, axes, _affine(header), volumes)
     size = path.stat().st_size
-    if layout.end > (size * _DEFLATE_RATIO if is_gzip(path) else size):
+    if layout.end > (size * DEFLATE_RATIO if is_gzip(path) else size):
         raise RefusedError("truncated_file", f"the header promises {layout.end} bytes, more than the file can hold")
     if layout.end > MAX_BYTES:
         raise RefusedError("too_large", f"the volume has {layout.end} bytes; files above {MAX_BYTES} are not supported")

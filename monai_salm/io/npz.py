@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from monai_salm.io.base import Case, FileCheck, RefusedError, StoredImage, Window, compare, move
+from monai_salm.io.base import DEFLATE_RATIO, Case, FileCheck, RefusedError, StoredImage, Window, compare, move
 from monai_salm.stored import StoredCodec
 
 SPLITS = ("train", "val", "test")
@@ -27,7 +27,6 @@ KEYS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "label
 RELEASED = ("train", "val")
 MAX_BYTES = 2**34
 """Largest sum of decompressed members that is read."""
-_DEFLATE_RATIO = 1032
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -225,7 +224,7 @@ def _check_members(infos: list[zipfile.ZipInfo]) -> None:
             "not_medmnist", f"the archive has {len(names) - len(KEYS)} members besides {', '.join(KEYS)}"
         )
     total = sum(info.file_size for info in infos)
-    if total > MAX_BYTES or any(info.file_size > info.compress_size * _DEFLATE_RATIO + 64 for info in infos):
+    if total > MAX_BYTES or any(info.file_size > info.compress_size * DEFLATE_RATIO + 64 for info in infos):
         raise RefusedError("too_large", f"the archive claims {total} decompressed bytes")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from monai_salm.io import tiff
-from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
+from monai_salm.io.base import DEFLATE_RATIO, MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
@@ -28,7 +28,6 @@ _TEXTS = frozenset(("tEXt", "zTXt", "iTXt", "eXIf", "tIME"))
 MAX_TEXT_BYTES = 2**20
 """Longest text, unpacked; a longer one is taken for a picture."""
 _FILTERS = 5
-_DEFLATE_RATIO = 1032
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _layout(content: bytes) -> _Layout:
     before, after = content[: chunks[data[0]][1] - 8], content[chunks[data[-1]][2] + 4 :]
     layout = _Layout(height, width, number, samples, depth, before, after, packed)
     size = height * (layout.row_bytes + 1)
-    if size > len(packed) * _DEFLATE_RATIO:
+    if size > len(packed) * DEFLATE_RATIO:
         raise RefusedError("truncated_file", f"the header promises {size} bytes, more than the file can hold")
     if size > MAX_RASTER_BYTES:
         raise RefusedError("too_large", f"the image has {size} bytes; above {MAX_RASTER_BYTES} is not supported")

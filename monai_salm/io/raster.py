@@ -47,10 +47,14 @@ def count_colors(path: Path, spatial_dims: int) -> int:
     Raises:
         RefusedError: When it cannot be protected.
     """
-    if spatial_dims != 2:
-        raise RefusedError("not_3d", "the file holds a single image; use spatial_dims=2 (the 2D bundle)")
+    _check_dims(spatial_dims)
     module, content = _open(path)
     return module.colors(content)
+
+
+def _check_dims(spatial_dims: int) -> None:
+    if spatial_dims != 2:
+        raise RefusedError("not_3d", "the file holds a single image; use spatial_dims=2 (the 2D bundle)")
 
 
 def check_no_text(path: Path) -> None:
@@ -76,7 +80,7 @@ def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     Raises:
         RefusedError: When the file is broken, constant, or of a kind that is not supported.
     """
-    count_colors(case.files[0], spatial_dims)
+    _check_dims(spatial_dims)
     return _image(_decode(case.files[0]), window)
 
 

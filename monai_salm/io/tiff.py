@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monai_salm.io.base import MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
+from monai_salm.io.base import DEFLATE_RATIO, MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
 
 PREVIEW_MARK = b"xmpGImg:image"
 """Where XMP metadata holds a picture."""
 MAX_ENTRIES = 512
 """Of a directory; real ones have fewer than 100."""
 _NONE, _LZW, _DEFLATE = 1, 5, 8
-_PACKED_RATIO = {_NONE: 1, _LZW: 4096, _DEFLATE: 1032, 32946: 1032}
+_PACKED_RATIO = {_NONE: 1, _LZW: 4096, _DEFLATE: DEFLATE_RATIO, 32946: DEFLATE_RATIO}
 """Compression tag -> how far packed strips can grow."""
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 """Field type -> bytes of one value."""

@@ -76,7 +76,7 @@ def call(function: Callable[..., Result], *arguments: Any) -> Result:
     """
     if _Child.inside:
         return function(*arguments)
-    return _current().ask("call", function, arguments, _seconds(arguments))
+    return _begin("call", function, arguments, _seconds(arguments))[1]
 
 
 def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterator[Result]:
@@ -87,8 +87,8 @@ def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterat
     if _Child.inside:
         yield from function(*arguments)
         return
-    child, seconds = _current(), _seconds(arguments)
-    number = child.ask("open", function, arguments, seconds)
+    seconds = _seconds(arguments)
+    child, number = _begin("open", function, arguments, seconds)
     del arguments  # they are the child's now
     try:
         while item := child.ask("next", number, (), seconds):
@@ -119,12 +119,24 @@ def _current() -> _Child:
         return _child
 
 
+def _begin(what: str, function: Any, arguments: Any, seconds: float) -> tuple[_Child, Any]:
+    """Ask a child; another one where that died of another thread's file before this request had its turn."""
+    while True:
+        child = _current()
+        with suppress(_GoneError):
+            return child, child.ask(what, function, arguments, seconds)
+
+
 def _forget() -> None:
     """After a fork: the child belongs to the other process, which alone may talk to it."""
     global _child, _guard
     if _child is not None:
         _child.disown()
     _child, _guard = None, threading.Lock()
+
+
+class _GoneError(RefusedError):
+    """The child had died before it was asked."""
 
 
 class _Child:
@@ -156,10 +168,10 @@ class _Child:
 
     def ask(self, what: str, target: Any, arguments: Any, seconds: float) -> Any:
         """Send one request and wait for its answer; a child that fails to answer is ended."""
-        if not self.alive:
-            raise _fresh(_CRASHED)
-        deadline = time.monotonic() + seconds * WALL
         with self._lock:
+            if not self.alive:
+                raise _GoneError(_CRASHED.reason, _CRASHED.detail)
+            deadline = time.monotonic() + seconds * WALL
             try:
                 while self._dropped:
                     send(self._socket, ("close", self._dropped.pop(), (), seconds), deadline)

@@ -75,7 +75,7 @@ class Objective(nn.Module):
 
     def _note(self, losses: Tensor, count: int) -> None:
         self.passes += count
-        self._sum = self._sum + losses.detach().sum().cpu()
+        self._sum = self._sum + losses.detach().sum()
         self._count += count
 
     def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:

@@ -118,9 +118,12 @@ def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
     images = {case.file_name.as_posix(): case for case in cases}
     subjects = {subject(name) for name in images}
     taken = {case.mask.name for case in cases if case.mask}
+    near: dict[str, list[str]] = {}
+    for name in images:
+        near.setdefault(subject(name), []).append(name)
     found: dict[str, bytes] = {}
     for name in _companions(root, subjects):
-        if name not in taken and _wanted(name, images):
+        if name not in taken and _wanted(name, near.get(subject(name), ()) if subject(name) else images):
             with suppress(RefusedError):  # told by the scan
                 check_companion(root / name, name)
                 content = (root / name).read_bytes()

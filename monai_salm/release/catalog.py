@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -233,9 +233,10 @@ class _Findings:
 
     def leave_out_other_channels(self) -> None:
         """Refuse the images that a network for most of the others cannot take."""
-        for case in other_channels(self.root, self.cases, self.colors):
-            self.cases.remove(case)
-            self.refuse(case.names, OTHER_CHANNELS, case.sample_id)
+        others = {case.sample_id: case for case in other_channels(self.root, self.cases, self.colors)}
+        self.cases = [case for case in self.cases if case.sample_id not in others]
+        for name, case in others.items():
+            self.refuse(case.names, OTHER_CHANNELS, name)
 
     def _add_other(self, path: Path, head: bytes) -> None:
         if self.bids:
@@ -392,9 +393,7 @@ def _text(header: Dataset, keyword: str) -> str:
 
 
 def _summary(refusals: Sequence[Refusal]) -> str:
-    counts: dict[str, int] = defaultdict(int)
-    for refusal in refusals:
-        counts[refusal.reason] += 1
+    counts = Counter(refusal.reason for refusal in refusals)
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
     first = f" ({refusals[0].detail})" if refusals else ""
     return f"Refused: {listed or 'none'}{first}"

@@ -91,8 +91,9 @@ class CompanionFiles:
             references = Counter(known.get(instance, "") for instance in instances)
             companions.append(Companion(pseudonym(uid), path, name, uid, tuple(sorted(references.items()))))
         kept = belonging(companions, cases)
+        alone = {each.sample_id for each in companions} - {each.sample_id for each in kept}
         refused = [([self._found[path][0]], error) for path, error in broken.items() if path in self._found]
-        refused += [([each.name, each.uid], ALONE) for each in companions if each not in kept]
+        refused += [([each.name, each.uid], ALONE) for each in companions if each.sample_id in alone]
         return kept, refused
 
 
@@ -126,7 +127,8 @@ def write_companions(
     """
     chosen = belonging(companions, released)
     rows = []
-    refused = [(companion, ALONE) for companion in companions if companion not in chosen]
+    known = {companion.sample_id for companion in chosen}
+    refused = [(companion, ALONE) for companion in companions if companion.sample_id not in known]
     for companion in chosen:
         try:
             rows.append(_write(output_dir, companion, uids, part))

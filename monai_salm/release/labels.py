@@ -8,6 +8,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from monai_salm.io import formats, npz, worker
@@ -71,7 +72,7 @@ class Cohort:
     companions: tuple[Companion, ...] = ()
     follows: Path | None = None
 
-    @property
+    @cached_property
     def voxelwise(self) -> bool:
         """Whether each voxel has its own label, see ``case.mask``."""
         return any(case.mask is not None for case in self.cases)
@@ -381,11 +382,8 @@ def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     return sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
-def _count(cases: Iterable[Case]) -> dict[int, int]:
-    counts: dict[int, int] = defaultdict(int)
-    for case in cases:
-        counts[case.label] += 1
-    return counts
+def _count(cases: Iterable[Case]) -> Counter[int]:
+    return Counter(case.label for case in cases)
 
 
 def _warn_of_shared_patients(cases: Sequence[Case]) -> None:

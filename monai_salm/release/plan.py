@@ -209,11 +209,10 @@ def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, 
 
 
 def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    power = min(3, int(math.log(count, 1024)))
+    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def _time(seconds: float) -> str:

@@ -33,7 +33,6 @@ __all__ = [
     "delta_of",
     "generator_of",
     "perturbed",
-    "random_signs",
 ]
 
 RANDOM_NOISE = RandomSign(mask=SparsityMask(ratio=1.0))
@@ -216,11 +215,6 @@ def applied(
     blind = Objective(nn.Identity(), nn.functional.cross_entropy)
     unit, lattice = image.codec.to_unit(stored)[None], lattice_of([stored], [image.codec], budget)
     return method(blind, unit, label, lattice, generator=generator)[0].numpy()
-
-
-def random_signs(image: StoredImage, budget: Budget, generator: torch.Generator) -> np.ndarray:
-    """The perturbation of :py:data:`RANDOM_NOISE`."""
-    return applied(RANDOM_NOISE, image, torch.zeros(1, dtype=torch.long), budget, generator)
 
 
 def perturbed(image: StoredImage, delta: Any) -> Tensor:

@@ -5,20 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from monai_salm.io import formats
-from monai_salm.io.base import StoredImage, Window
-from monai_salm.io.masks import read_mask
-from monai_salm.release.labels import Cohort
-from monai_salm.release.progress import track
-from monai_salm.release.protect import read_protected
+from monai_salm.io.base import StoredImage
+from monai_salm.verification.strength import spread
 
-__all__ = ["SSIM_CASES", "Fidelity", "measure_fidelity", "ssim_of", "ssim_sample"]
+__all__ = ["SSIM_CASES", "Fidelity", "ssim_of", "ssim_sample"]
 
 SSIM_CASES = {2: 200, 3: 40}
 """How many cases SSIM is measured on, by number of dimensions: enough for a mean, whatever the cohort's size."""
@@ -155,9 +150,9 @@ class Fidelity:
         return {
             "n_cases": len(self._errors),
             "n_ssim_cases": len(self._ssim),
-            "ssim": _spread(self._ssim),
-            "psnr": _spread(self._psnr),
-            **({"psnr_foreground": _spread(self._psnr_foreground)} if self._psnr_foreground else {}),
+            "ssim": _with_least(self._ssim),
+            "psnr": _with_least(self._psnr),
+            **({"psnr_foreground": _with_least(self._psnr_foreground)} if self._psnr_foreground else {}),
             "max_error_stored": stored,
             "max_error_physical": physical if len(self._units) == 1 else None,
             "max_error_window": window,
@@ -169,44 +164,6 @@ class Fidelity:
                 "max": max(self._fraction),
             },
         }
-
-
-def measure_fidelity(
-    cohort: Cohort,
-    output_dir: Path | str,
-    *,
-    spatial_dims: int,
-    window: Window = "auto",
-    mask_ratio: float | None = None,
-    ssim_cases: int | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Compare every released case with its written file, one at a time.
-
-    Args:
-        cohort: the labelled cases.
-        output_dir: folder of the release.
-        spatial_dims: 2 or 3.
-        window: as for the fit.
-        mask_ratio: fraction of the voxels that the configuration asked for.
-        ssim_cases: most cases to measure SSIM on; default 200 images or 40 volumes.
-        device: where SSIM is computed.
-
-    Returns:
-        The ``fidelity`` part of ``docs/report.md``.
-
-    Raises:
-        ValueError: When nothing was protected.
-        IntegrityError: When a protected file is missing or changed.
-    """
-    twins = read_protected(cohort, output_dir)
-    sample = ssim_sample(twins, SSIM_CASES[spatial_dims] if ssim_cases is None else ssim_cases)
-    fidelity = Fidelity(device)
-    for case in track([case for case in cohort.released if case.sample_id in twins], "comparing files"):
-        images = (formats.read(one, spatial_dims, window) for one in (case, twins[case.sample_id]))
-        mask = read_mask(case, spatial_dims) if cohort.voxelwise else None
-        fidelity.add(*images, ssim=case.sample_id in sample, foreground=None if mask is None else mask > 0)
-    return fidelity.result(mask_ratio)
 
 
 def _changes(before: np.ndarray, after: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -230,8 +187,5 @@ def _psnr(squared: torch.Tensor) -> list[float]:
     return [-10 * float(np.log10(mean))] if mean > 0 else []
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        return {"mean": None, "std": None, "min": None}
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "min": min(values)}
+def _with_least(values: Sequence[float]) -> dict[str, float | None]:
+    return spread(values) | {"min": min(values, default=None)}

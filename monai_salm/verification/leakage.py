@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_salm.verification.strength import spread
+
 __all__ = ["LEAKAGE_CASES", "Leakage", "label_leakage", "leakage_warnings"]
 
 LEAKAGE_CASES = 40
@@ -93,9 +95,9 @@ def _summary(cases: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     estimators = [name for name in cases[0] if name not in references]
     return {
         "n_cases": len(cases),
-        "best": _spread([max(case[name] for name in estimators) for case in cases]),
-        **{name: _spread([case[name] for case in cases]) for name in references},
-        "by_estimator": {name: _spread([case[name] for case in cases]) for name in estimators},
+        "best": spread([max(case[name] for name in estimators) for case in cases]),
+        **{name: spread([case[name] for case in cases]) for name in references},
+        "by_estimator": {name: spread([case[name] for case in cases]) for name in estimators},
     }
 
 
@@ -124,7 +126,3 @@ def _blurred(image: Tensor, sigma: float) -> Tensor:
 
 def _dice(both: float, one: float, other: float) -> float:
     return 2 * both / (one + other)
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ import numpy as np
 
 from monai_salm.verification.leakage import leakage_warnings
 from monai_salm.verification.strength import ARMS, Row, arms_of, closed_gap, closed_gap_per_class, summarize
-from monai_salm.verification.verdict import Decision, VerdictRules, decide
+from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECTED, Decision, VerdictRules, decide
 
 __all__ = [
     "ARMS",
@@ -94,7 +94,7 @@ _DEFENSE_REQUIRED: dict[str, tuple[type, ...]] = {
     "closed_gap.mean": _NUMBER,
     "arms": (list,),
 }
-_VERDICTS = ("protected", "not protected", "inconclusive")
+_VERDICTS = (PROTECTED, NOT_PROTECTED, INCONCLUSIVE)
 
 
 def build_results(
@@ -248,18 +248,15 @@ def write_atomically(text: str, path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with open(temporary, "x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a report is an ordinary one
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

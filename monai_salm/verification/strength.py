@@ -21,6 +21,7 @@ __all__ = [
     "floor_of",
     "mean_of",
     "pairs_of",
+    "spread",
     "summarize",
     "value_of",
     "values_of",
@@ -30,6 +31,9 @@ __all__ = [
 ARMS = ("clean", "protected", "random_noise", "label_marker", "random_mask", "blind")
 MIN_SPAN = 0.1
 """Least ``clean - blind`` of a victim that has learned something which could be taken away."""
+CONFIDENCE = 0.95
+"""Coverage of intervals."""
+_DRAWS = 4000
 _METRICS = ("accuracy", "balanced_accuracy", "auc", "hd95")
 _PER_CLASS = ("recall", "dice_per_class", "hd95_per_class")
 
@@ -57,7 +61,9 @@ def mean_of(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def _spread(values: np.ndarray) -> dict[str, float | None]:
+def spread(values: np.ndarray | Sequence[float]) -> dict[str, float | None]:
+    """``mean`` and sample standard deviation ``std``; ``None`` of nothing, the latter also of one value."""
+    values = np.asarray(values, dtype=float)
     return {"mean": mean_of(values), "std": float(values.std(ddof=1)) if values.size > 1 else None}
 
 
@@ -91,9 +97,9 @@ def pairs_of(rows: Sequence[Row], metric: str, arm: str, victim: str) -> np.ndar
     return pairs[np.isfinite(pairs).all(axis=1)]
 
 
-def _interval(groups: Sequence[np.ndarray], confidence: float, n_bootstrap: int, seed: int) -> dict[str, float | None]:
+def _interval(groups: Sequence[np.ndarray]) -> dict[str, float | None]:
     """Mean of what groups of pairs (lost, span) lost by their spans, and its two-level percentile bootstrap: groups are
-    redrawn, then pairs inside them.
+    redrawn, then pairs inside them; the same pairs always give the same interval.
 
     See Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8. One pair has no interval.
     """
@@ -102,12 +108,12 @@ def _interval(groups: Sequence[np.ndarray], confidence: float, n_bootstrap: int,
     mean = float(np.mean([_ratio(group) for group in groups]))
     if sum(map(len, groups)) < 2:
         return {"mean": mean, "low": None, "high": None}
-    rng = np.random.default_rng(seed)
-    draws = [group[rng.integers(len(group), size=(n_bootstrap, len(groups), len(group)))] for group in groups]
+    rng = np.random.default_rng(0)
+    draws = [group[rng.integers(len(group), size=(_DRAWS, len(groups), len(group)))] for group in groups]
     ratios = np.stack([_ratio(draw) for draw in draws])
-    picked = rng.integers(len(groups), size=(n_bootstrap, len(groups)))
-    means = ratios[picked, np.arange(n_bootstrap)[:, None], np.arange(len(groups))].mean(axis=1)
-    tail = 100.0 * (1.0 - confidence) / 2.0
+    picked = rng.integers(len(groups), size=(_DRAWS, len(groups)))
+    means = ratios[picked, np.arange(_DRAWS)[:, None], np.arange(len(groups))].mean(axis=1)
+    tail = 100.0 * (1.0 - CONFIDENCE) / 2.0
     low, high = np.percentile(means, [tail, 100.0 - tail])
     return {"mean": mean, "low": min(float(low), mean), "high": max(float(high), mean)}
 
@@ -124,9 +130,6 @@ def closed_gap(
     arm: str = "protected",
     *,
     chance: float | None = None,
-    confidence: float = 0.95,
-    n_bootstrap: int = 4000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Share of what the anatomy teaches a victim that training on ``arm`` takes away.
 
@@ -139,17 +142,11 @@ def closed_gap(
         metric: Name of the headline metric, higher is better, in [0, 1].
         arm: The arm to compare with clean.
         chance: Floor to use if there is no blind arm.
-        confidence: Coverage of the interval.
-        n_bootstrap: Bootstrap draws.
-        seed: Seed of the bootstrap; the same rows always give the same interval.
 
     Returns:
         ``mean``, ``low``, ``high`` (``None`` if undefined: some victim has no usable pairs; a single pair has no
         interval), ``confidence``, ``n`` and ``n_unusable`` pairs, and ``by_victim`` with the same keys and the means of
         ``clean``, ``arm`` and ``blind``.
-
-    Raises:
-        ValueError: When ``confidence`` is not inside (0, 1).
 
     Example:
         >>> values = [("clean", 0.9), ("protected", 0.6), ("blind", 0.5)]
@@ -157,8 +154,6 @@ def closed_gap(
         >>> round(closed_gap(rows, "dice")["mean"], 2)
         0.75
     """
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie inside (0, 1), got {confidence}; 0.95 is usual.")
     groups: list[np.ndarray] = []
     by_victim: dict[str, Any] = {}
     for victim in victims_of([row for row in rows if row["arm"] == arm]):
@@ -168,7 +163,7 @@ def closed_gap(
         usable = len(pairs) > 0 and span.mean() >= MIN_SPAN  # NaN compares false
         groups.append(lost_of_span if usable else lost_of_span[:0])
         by_victim[victim] = {
-            **_interval(groups[-1:], confidence, n_bootstrap, seed),
+            **_interval(groups[-1:]),
             "n": len(groups[-1]),
             "n_unusable": len(pairs) - len(groups[-1]),
             "clean": mean_of(pairs[:, 0]),
@@ -176,22 +171,21 @@ def closed_gap(
             "blind": floor,
         }
     return {
-        **_interval(groups, confidence, n_bootstrap, seed),
-        "confidence": confidence,
+        **_interval(groups),
+        "confidence": CONFIDENCE,
         "n": sum(v["n"] for v in by_victim.values()),
         "n_unusable": sum(v["n_unusable"] for v in by_victim.values()),
         "by_victim": by_victim,
     }
 
 
-def closed_gap_per_class(rows: Sequence[Row], metric: str, arm: str = "protected", **options: Any) -> dict[str, Any]:
+def closed_gap_per_class(rows: Sequence[Row], metric: str, arm: str = "protected") -> dict[str, Any]:
     """The closed gap of each class, from rows that hold ``f"{metric}_per_class"``: a mean over classes hides the weak.
 
     Args:
         rows: Victim trainings.
         metric: Name of the headline metric.
         arm: The arm to compare with clean.
-        options: As of :func:`closed_gap`.
 
     Returns:
         ``{class: closed gap}``; empty where rows have no values per class.
@@ -200,7 +194,7 @@ def closed_gap_per_class(rows: Sequence[Row], metric: str, arm: str = "protected
     found = {}
     for name in names:
         mine = [{**row, metric: (row.get(f"{metric}_per_class") or {}).get(name)} for row in rows]
-        found[str(name)] = closed_gap(mine, metric, arm, **options)
+        found[str(name)] = closed_gap(mine, metric, arm)
     return found
 
 
@@ -223,7 +217,7 @@ def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     def described(chosen: Sequence[Row]) -> dict[str, Any]:
         return {
             "n": len(chosen),
-            **{name: _spread(_finite(chosen, name)) for name in names},
+            **{name: spread(_finite(chosen, name)) for name in names},
             **{part: _by_class(chosen, part) for part in parts},
         }
 
@@ -237,4 +231,4 @@ def summarize(rows: Sequence[Row], metric: str) -> dict[str, Any]:
 
 def _by_class(rows: Sequence[Row], part: str) -> dict[str, Any]:
     cells = [row.get(part) or {} for row in rows]
-    return {str(name): _spread(_finite(cells, name)) for name in dict.fromkeys(name for cell in cells for name in cell)}
+    return {str(name): spread(_finite(cells, name)) for name in dict.fromkeys(name for cell in cells for name in cell)}

@@ -83,8 +83,6 @@ class VictimStudy:
         defenses: ``"standard"``, ``"full"``, or names of defenses that victims are trained with too, on the clean and
             the protected arm, see :py:mod:`monai_salm.verification.defenses`; they do not change the verdict.
         rules: arguments of :py:class:`monai_salm.verification.verdict.VerdictRules` that differ from the task's own.
-        task: heading of the report.
-        ssim_cases: most cases to measure SSIM on; default 200 images or 40 volumes.
         device: default: CUDA where there is one.
         workers: processes that train side by side on CPU; default one per core. They are started by ``spawn``: a
             script that runs a study needs ``if __name__ == "__main__":``.
@@ -121,8 +119,6 @@ class VictimStudy:
         eval_split: str = "test",
         defenses: str | Sequence[str] | None = None,
         rules: Mapping[str, Any] | None = None,
-        task: str | None = None,
-        ssim_cases: int | None = None,
         device: torch.device | str | None = None,
         workers: int | None = None,
         seed: int = 0,
@@ -138,10 +134,9 @@ class VictimStudy:
         self.controls = dict(controls or {})
         self.held_out_deltas, self.mask_ratio = held_out_deltas, mask_ratio
         self.passes_per_image, self.timing, self.config = passes_per_image, timing, config
-        self.eval_split, self.task, self.seed = eval_split, task, seed
+        self.eval_split, self.seed = eval_split, seed
         self.defenses = defenses_of(defenses, self.cohort.voxelwise) if defenses else ()
         self.rules = VerdictRules(**{**self.learning.rules, **(rules or {})})
-        self.ssim_cases = SSIM_CASES[spatial_dims] if ssim_cases is None else ssim_cases
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.workers = default_workers(self.device) if workers is None else int(workers)
         self.results: dict[str, Any] | None = None
@@ -174,7 +169,7 @@ class VictimStudy:
             resisted = self._resistance(jobs, ledger, held_out, material)
         rows = _rows(jobs, ledger)
         self.results = build_results(
-            task=(self.task or self._default_task()) + self.learning.note,
+            task=self._heading() + self.learning.note,
             metric=self.learning.metric,
             rows=rows,
             classes=list(self.cohort.classes),
@@ -239,7 +234,7 @@ class VictimStudy:
             budget=self.budget,
             controls=self.controls,
             held_out_deltas=self.held_out_deltas,
-            ssim_cases=self.ssim_cases,
+            ssim_cases=SSIM_CASES[self.spatial_dims],
             device=self.device,
             seed=self.seed,
         )
@@ -343,7 +338,7 @@ class VictimStudy:
 
     # ---------------------------------------------------------------- report
 
-    def _default_task(self) -> str:
+    def _heading(self) -> str:
         images = "volumes" if self.spatial_dims == 3 else "images"
         count = len(self.learning.learned)
         classes = "1 class" if count == 1 else f"{count} classes"
