@@ -186,10 +186,8 @@ class StoredCodec:
         """The codec of a part of the image, by its first voxel and its size along each spatial axis."""
         if self.slices is None:
             return self
-        axis = self.slices.axis
-        span = slice(corner[axis], corner[axis] + size[axis])
-        slices = SliceScaling(axis, self.slices.slopes[span], self.slices.intercepts[span])
-        return replace(self, slices=slices)
+        first, axis = corner[self.slices.axis], self.slices.axis
+        return self.of_slices(range(first, min(first + size[axis], len(self.slices.slopes))))
 
     def of_slice(self, index: int) -> StoredCodec:
         """The codec of one slice, along the axis of ``slices``; of an image whose slices are scaled alike its own."""

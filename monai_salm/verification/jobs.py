@@ -25,6 +25,7 @@ from torch import nn
 from monai_salm.release import commit as door
 from monai_salm.release.progress import track
 from monai_salm.verification.arms import Arm, VolumeArm
+from monai_salm.verification.setting import cores
 from monai_salm.verification.training import Recipe, Task, train_network
 
 __all__ = ["Job", "Ledger", "default_workers", "run_jobs"]
@@ -111,7 +112,7 @@ def default_workers(device: torch.device) -> int:
     """Worker processes to train in: one per core on CPU, none besides this one on an accelerator."""
     if device.type != "cpu" or current_process().daemon:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def run_jobs(jobs: Sequence[Job], ledger: Ledger, workers: int) -> None:

@@ -7,13 +7,14 @@ import os
 import platform
 from collections.abc import Collection
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from monai_salm import __version__
 
-__all__ = ["machine", "not_tested", "versions"]
+__all__ = ["cores", "machine", "not_tested", "versions"]
 
 _NOT_TESTED: dict[str, frozenset[str]] = {
     "Defenses: JPEG compression, resampling, blurring and other filters that may be used before training.": frozenset(
@@ -54,9 +55,27 @@ def versions() -> dict[str, str]:
     return {"monai_salm": __version__, **packages, "python": platform.python_version()}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the study runs on."""
-    machine: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "device": str(device)}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return machine
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What the seconds depend on; nothing that names the machine or its user."""
+    device = torch.device(device)
+    return {
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+    }
+
+
+def cores() -> int:
+    """Processor cores that this process may use; a container has fewer than its host."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
