@@ -24,9 +24,9 @@ from torch import Tensor
 from monai_salm.io.base import StoredImage
 from monai_salm.verification.arms import Arm, ArmWriter, generator_of
 from monai_salm.verification.defenses import DEFENSES
+from monai_salm.verification.description import described
 from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 from monai_salm.verification.jobs import Job, run_jobs
-from monai_salm.verification.segmenters import described
 from monai_salm.verification.training import Recipe, victim_digest
 from monai_salm.verification.victims import Classification
 

@@ -14,7 +14,8 @@ from monai_salm.surrogates import RandomView, SmallCNN
 from monai_salm.verification import defenses, filters
 from monai_salm.verification.arms import Volume
 from monai_salm.verification.defenses import DEFENSES, Defense, defenses_of
-from monai_salm.verification.segmenters import Segmentation, described
+from monai_salm.verification.description import described
+from monai_salm.verification.segmenters import Segmentation
 from monai_salm.verification.training import Recipe, train_network
 from monai_salm.verification.victims import Classification
 

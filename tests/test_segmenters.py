@@ -34,9 +34,10 @@ from monai_salm.release.protect import protect_cohort
 from monai_salm.surrogates import RandomView
 from monai_salm.verification import jobs as jobs_module
 from monai_salm.verification.arms import Volume, VolumeWriter
+from monai_salm.verification.description import described
 from monai_salm.verification.report import verdict_table
 from monai_salm.verification.results import validate_results
-from monai_salm.verification.segmenters import Segmentation, described, volume_scores
+from monai_salm.verification.segmenters import Segmentation, volume_scores
 from monai_salm.verification.study import VictimStudy
 from monai_salm.verification.training import train_network, victim_digest
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from monai_salm.io.base import Case
 from monai_salm.verification.defenses import Defense
+from monai_salm.verification.description import described
 from monai_salm.verification.jobs import Job, Ledger
-from monai_salm.verification.segmenters import described
 from monai_salm.verification.strength import Row, closed_gap, mean_of, values_of
 from monai_salm.verification.verdict import VerdictRules, learning_checks
 

@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import enum
-import functools
-import hashlib
 import math
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +26,10 @@ from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
 from monai_salm.perturbations.markers import LabelMarker
 from monai_salm.verification.arms import RANDOM_NOISE, Volume, VolumeWriter
+from monai_salm.verification.description import described
 from monai_salm.verification.training import Batches, Task
 
-__all__ = ["Segmentation", "described", "patch_transforms", "volume_scores"]
+__all__ = ["Segmentation", "patch_transforms", "volume_scores"]
 
 OVERLAP = 0.25
 """Of neighboring patches when a whole volume is segmented."""
@@ -267,49 +264,3 @@ def _means(cases: Sequence[np.ndarray]) -> list[float | None]:
 def _mean_of(cases: Sequence[np.ndarray]) -> float | None:
     known = [value for value in _means(cases) if value is not None]
     return sum(known) / len(known) if known else None
-
-
-_CALLABLES = functools.partial, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.CodeType
-
-
-def described(value: Any) -> str:
-    """Type and settings of a transform and of everything in it, always in the same words; random states are left out.
-
-    Example:
-        >>> described(patch_transforms((4, 4))) == described(patch_transforms([4, 4]))
-        True
-    """
-    if isinstance(value, np.random.RandomState | np.random.Generator):
-        return ""
-    if value is None or isinstance(value, bool | int | float | str | bytes | enum.Enum | torch.dtype | np.dtype):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {described(item)}' for key, item in value.items())}}}"
-    if isinstance(value, set | frozenset):
-        return described(sorted(described(item) for item in value))
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(described(item) for item in value)}]"
-    if isinstance(value, Tensor | np.ndarray):
-        content = np.asarray(value)
-        return f"{content.dtype}{content.shape} {hashlib.sha256(content.tobytes()).hexdigest()}"
-    if isinstance(value, _CALLABLES):
-        return _described_code(value)
-    kind = value if isinstance(value, type) else type(value)
-    settings = {} if isinstance(value, type) else dict(sorted(getattr(value, "__dict__", {}).items()))
-    return f"{kind.__module__}.{kind.__qualname__} {described(settings) if settings else ''}".rstrip()
-
-
-def _described_code(value: Any) -> str:
-    """What a function does and holds, save what it reads from its module."""
-    if isinstance(value, functools.partial):
-        return f"partial({described([value.func, value.args, value.keywords])})"
-    if isinstance(value, types.MethodType):
-        return f"{described(value.__func__)} of {described(value.__self__)}"
-    if isinstance(value, types.CodeType):  # constants hold the code of lambdas and comprehensions inside
-        content = value.co_code + described([value.co_consts, value.co_names]).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
-    name = f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, types.BuiltinFunctionType):
-        return name
-    held = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
-    return f"{name} {described([value.__code__, value.__defaults__, value.__kwdefaults__, held])}"
