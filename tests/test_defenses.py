@@ -187,10 +187,10 @@ class Scripted(nn.Module):
 
 def test_early_stopping_goes_back_to_the_best_epoch():
     network, recipe = Scripted(), by_name["early_stop"].recipe(clean=cases(8))
-    for value, last in ((-1.0, False), (2.0, False), (-3.0, True)):
+    for value, done in ((-1.0, 1 / 3), (2.0, 2 / 3), (-3.0, 1.0)):
         with torch.no_grad():
             network.weight.fill_(value)
-        recipe.end_epoch(TASK, network, last)
+        recipe.end_epoch(TASK, network, done)
     assert float(network.weight) == 2.0
 
 
@@ -232,6 +232,11 @@ def test_the_worst_augmentation_is_trained_on():
     loss = recipe.losses(TASK, network, images, labels, torch.Generator().manual_seed(0))["train_loss"]
     tried = torch.stack([nn.functional.cross_entropy(out, labels, reduction="none") for out in seen[:5]])
     assert len(seen) == 6 and float(loss) == pytest.approx(float(tried.max(0).values.mean()), abs=1e-5)
+    for done, count in ((0.4, 6), (0.5, 2)):  # in the second half one augmentation, any of them
+        recipe.end_epoch(TASK, network, done)
+        seen.clear()
+        recipe.losses(TASK, network, images, labels, torch.Generator().manual_seed(0))
+        assert len(seen) == count
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 6, 6)])

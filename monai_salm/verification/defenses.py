@@ -132,8 +132,9 @@ class CutMixed(MixedUp):
 
 
 class WorstOf(Recipe):
-    """Of several strong augmentations of an image the one with the largest loss is trained on (after UEraser,
-    arXiv 2303.15127; its plasma noise is replaced by bias field, gamma and histogram shift).
+    """Of several strong augmentations of an image the one with the largest loss is trained on in the first half of the
+    epochs, then any one (after UEraser, arXiv 2303.15127; its plasma noise is replaced by bias field, gamma and
+    histogram shift). A network that sees only the worst ones to the end has its threshold in a wrong place.
 
     Args:
         count: augmentations.
@@ -152,6 +153,10 @@ class WorstOf(Recipe):
             loss = torch.stack([F.cross_entropy(network(each), truth, reduction="none") for each in seen])
         worst = torch.stack(seen)[loss.argmax(0), torch.arange(len(images), device=images.device)]
         return task.losses(network(worst), truth)
+
+    def end_epoch(self, task: Task, network: nn.Module, done: float) -> None:
+        if done >= 0.5:
+            self.count = 1
 
 
 class Adversarial(Recipe):
@@ -238,11 +243,11 @@ class EarlyStopped(Recipe):
         super().__init__(clean)
         self.best: tuple[float, dict[str, Tensor]] | None = None
 
-    def end_epoch(self, task: Task, network: nn.Module, last: bool) -> None:
+    def end_epoch(self, task: Task, network: nn.Module, done: float) -> None:
         score = task.evaluate(network, self.clean, 32, full=False)[task.metric]
         if score is not None and (self.best is None or score > self.best[0]):
             self.best = score, deepcopy(network.state_dict())
-        if last and self.best is not None:
+        if done == 1 and self.best is not None:
             network.load_state_dict(self.best[1])
 
 
@@ -332,7 +337,7 @@ DEFENSES: tuple[Defense, ...] = (
     Defense("cutout", "a random box is erased (Cutout)", partial(Augmented, cutout), 1.2),
     _of_classes("mixup", "weighted means of two images (Mixup)", MixedUp),
     _of_classes("cutmix", "a random box of another image (CutMix)", CutMixed),
-    _of_classes("worst_of_5", "the worst of 5 strong augmentations (UEraser)", partial(WorstOf, 5), 5.0),
+    _of_classes("worst_of_5", "at first the worst of 5 strong augmentations (UEraser)", partial(WorstOf, 5), 4.0),
     Defense("adversarial", "adversarial training (3 steps, 8/255)", partial(Adversarial, 8 / 255, 3), 4.0),
     _of_classes("orthogonal", "orthogonal projection of what a linear classifier reads", Orthogonal, standard=True),
     Defense("early_stop", "the epoch that is best on own clean cases", EarlyStopped, 1.3, needs_clean=True),

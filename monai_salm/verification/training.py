@@ -158,8 +158,8 @@ class Recipe:
         """As of :py:meth:`Task.losses`, of one batch."""
         return task.losses(network(images), truth)
 
-    def end_epoch(self, task: Task, network: nn.Module, last: bool) -> None:
-        """What is done after each epoch, before the network is tested."""
+    def end_epoch(self, task: Task, network: nn.Module, done: float) -> None:
+        """What is done after each epoch, before the network is tested; ``done`` is the part of all epochs so far."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def train_network(
                 schedule.step()
                 for name, value in losses.items():
                     sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() * len(chosen)
-            recipe.end_epoch(task, network, last=epoch == epochs)
+            recipe.end_epoch(task, network, epoch / epochs)
             tested = epoch == epochs or epoch % max(1, epochs // points) == 0
             if tested:
                 found = task.evaluate(network, test, batch_size, full=epoch == epochs)
