@@ -30,7 +30,7 @@ from arena_data import load
 from arena_field import MEASURED, OF_FIT, Field
 
 from monai_salm.release.progress import track
-from monai_salm.verification.jobs import default_workers
+from monai_salm.verification.jobs import default_workers, start_worker
 from monai_salm.verification.results import write_atomically
 
 COLUMNS = (*Cell.__dataclass_fields__, *MEASURED, *OF_FIT)
@@ -71,13 +71,9 @@ class Arena:
             return  # the trainings make them one by one
         job = partial(_fit_alone, json.dumps(self.config), self.data, self.work)
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, spawn, _one_thread) as pool:
+        with ProcessPoolExecutor(self.workers, spawn, start_worker) as pool:
             for _ in zip(track(groups, "fitting groups"), pool.map(job, groups), strict=False):
                 pass
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @lru_cache

@@ -102,7 +102,7 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
         spare_split = "train"
     else:
         archive = data / settings["archive"] if "archive" in settings else _slices(work, data, settings)
-        cohort = others = load_cohort(archive, spatial_dims=2)
+        cohort = others = load_cohort(archive, spatial_dims=len(size))
         spare_split = settings["spare_split"]
     if others is cohort and spare_split in ("train", split):
         raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from releases import TURNED
 
 from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.results import write_atomically
-from monai_salm.verification.strength import closed_gap, mean_of, values_of
+from monai_salm.verification.strength import closed_gap, closed_gap_auc, mean_of, values_of
 from monai_salm.verification.verdict import VerdictRules, learning_checks
 from monai_salm.verification.victims import METRIC
 
@@ -93,48 +93,74 @@ class Board:
         self.levels = list(dict.fromkeys(row["level"] for row in fitted))
         self.defenses = [d.name for d in DEFENSES if any(row["defense"] == d.name for row in fitted)]
         self.releases = [name for name in dict.fromkeys(row["release"] for row in fitted) if name != PLAIN]
-        self._gaps: dict[tuple[str, ...], dict[str, Any] | None] = {}
+        self.victims = list(dict.fromkeys(row["victim"] for row in fitted))
+        self._gaps: dict[tuple[Any, ...], dict[str, Any] | None] = {}
 
     def of(self, **wanted: str) -> list[Row]:
         """Trainings with these values."""
         return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
 
-    def gap(self, level: str, method: str, release: str = PLAIN, defense: str = NO_DEFENSE) -> dict[str, Any] | None:
-        """Closed gap of a cell, ``conclusive`` if clean victims with the same defense have learned; None: not run."""
-        key = level, method, release, defense
+    def gap(
+        self,
+        level: str,
+        method: str,
+        release: str = PLAIN,
+        defense: str = NO_DEFENSE,
+        victims: Collection[str] | None = None,
+    ) -> dict[str, Any] | None:
+        """Closed gap of a cell, ``conclusive`` if clean victims with the same defense have learned; None: not run.
+
+        ``victims``: the only ones to look at, since cells of different ones cannot be compared; default: all.
+        """
+        key = level, method, release, defense, tuple(self.victims if victims is None else victims)
         if key not in self._gaps:
             self._gaps[key] = self._gap(*key)
         return self._gaps[key]
 
-    def _gap(self, level: str, method: str, release: str, defense: str) -> dict[str, Any] | None:
+    def shared(self, cells: Iterable[tuple[str, str, str, str]]) -> list[str]:
+        """Victims that all of these cells (level, method, release, defense) have, of those that were run."""
+        names = ("level", "method", "release", "defense")
+        parts = [self.of(**dict(zip(names, cell, strict=True))) for cell in cells]
+        found = [{row["victim"] for row in part} for part in parts if part]
+        return [victim for victim in self.victims if found and all(victim in each for each in found)]
+
+    def _gap(
+        self, level: str, method: str, release: str, defense: str, victims: Collection[str]
+    ) -> dict[str, Any] | None:
         mine = self.of(level=level, method=method, release=release, defense=defense)
-        if not mine:
+        if not any(row["victim"] in victims for row in mine):
             return None
         other = release == TURNED
         clean = self.of(method="clean", release=release if other else PLAIN, defense=defense)
         parts = {"clean": clean, "protected": mine, "blind": [] if other else self.of(method="blind")}
-        rows = [{**row, "arm": arm} for arm, part in parts.items() for row in part]
+        rows = [{**row, "arm": arm} for arm, part in parts.items() for row in part if row["victim"] in victims]
         chance = 0.5 if other else None  # turned or not; other labels have blind victims
         found = closed_gap(rows, METRIC, chance=chance)
         checks = learning_checks(rows, METRIC, list(found["by_victim"]), chance, VerdictRules())
         known = found["mean"] is not None and all(check.passed for check in checks)
-        return {**found, "conclusive": known, "arm": mean_of(values_of(rows, METRIC, "protected"))}
+        arm = mean_of(values_of(rows, METRIC, "protected"))
+        return {**found, "conclusive": known, "arm": arm, "by_auc": closed_gap_auc(rows)}
 
     @cached_property
     def ranking(self) -> list[dict[str, Any]]:
-        """One row per method and budget, the strongest first; those without a fit last."""
+        """One row per method and budget, the strongest first; those without a fit last. ``gap`` and the like are over
+        the victims that all methods of a budget have, ``gap_<victim>`` is of one."""
         found = []
         for level in self.levels:
+            plain = self.shared((level, method, PLAIN, NO_DEFENSE) for method in self.methods)
+            fought = self.shared((level, method, PLAIN, name) for method in self.methods for name in self.defenses)
             for method in self.methods:
-                gap, mine = self.gap(level, method), self.of(level=level, method=method, release=PLAIN)
+                gap, mine = self.gap(level, method, victims=plain), self.of(level=level, method=method, release=PLAIN)
                 if gap is None:
                     continue
-                withstood = {name: self.gap(level, method, defense=name) for name in self.defenses}
+                withstood = {name: self.gap(level, method, defense=name, victims=fought) for name in self.defenses}
                 told = {name: part["mean"] for name, part in withstood.items() if part and part["conclusive"]}
                 standard = [told[d.name] for d in DEFENSES if d.standard and d.name in told]
                 row = {name: gap[name] for name in ("low", "high", "n")}
                 row |= {"gap": gap["mean"], "conclusive": gap["conclusive"]}
                 row |= {"standard": _mean(standard), "worst": min(told.values(), default=None)}
+                each = {victim: self.gap(level, method, victims=[victim]) for victim in self.victims}
+                row |= {f"gap_{victim}": part["mean"] for victim, part in each.items() if part}
                 found.append(self._described(level, method, mine) | row)
         found.sort(key=lambda row: (self.levels.index(row["level"]), -(row["gap"] if row["gap"] is not None else -9)))
         others = ((name, self.of(method=name, release=PLAIN)) for name in WITHOUT_FIT)
@@ -161,33 +187,39 @@ def _shown(row: Row, name: str) -> str:
     value = row.get(name)
     if value is None or isinstance(value, str):
         return value or ""
-    digits = {"psnr": 1, "passes": 1, "fit_seconds": 1, "n": 0, "gap": 2, "low": 2, "high": 2}.get(name, 3)
+    digits = {"psnr": 1, "passes": 1, "fit_seconds": 1, "n": 0, "low": 2, "high": 2}.get(name, 3)
+    digits = 2 if name.startswith("gap") else digits
     std = row.get(f"{name}_std")
     return f"{value:.{digits}f}" + (f" ± {std:.3f}" if std is not None else "")
 
 
 def table_html(board: Board) -> str:
     """The ranking."""
-    heads = "".join(f"<th>{html.escape(text)}</th>" for text in RANKING.values())
+    columns = RANKING | {f"gap_{victim}": f"gap, {victim}" for victim in board.victims}
+    heads = "".join(f"<th>{html.escape(text)}</th>" for text in columns.values())
     lines = []
     for row in board.ranking:
-        raw = {name: "" if row.get(name) is None else str(row[name]) for name in RANKING}
-        cells = [f'<td data-v="{html.escape(raw[name])}">{html.escape(_shown(row, name))}</td>' for name in RANKING]
+        raw = {name: "" if row.get(name) is None else str(row[name]) for name in columns}
+        cells = [f'<td data-v="{html.escape(raw[name])}">{html.escape(_shown(row, name))}</td>' for name in columns]
         lines.append(f"<tr{'' if row.get('conclusive', True) else ' class=unsure'}>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def heat_html(board: Board, level: str, columns: Sequence[tuple[str, str, str]]) -> str:
-    """Closed gaps of each method (rows) in each (head, release, defense); empty where nothing was run."""
+    """Closed gaps of each method (rows) in each (head, release, defense), over the victims that all of them have; empty
+    where nothing was run."""
+    rest = [(level, method, *column[1:]) for method in board.methods for column in columns[1:]]
+    victims = board.shared(rest)
     heads = "".join(f"<th>{html.escape(head)}</th>" for head, _, _ in columns)
     lines = []
     for method in board.methods:
-        gaps = [board.gap(level, method, release, defense) for _, release, defense in columns]
+        gaps = [board.gap(level, method, release, defense, victims) for _, release, defense in columns]
         if any(gap is not None for gap in gaps[1:]):
             lines.append(f"<tr><td>{html.escape(method)}</td>{''.join(map(_heat, gaps))}</tr>")
     if not lines:
         return ""
-    return f'<table class="heat"><thead><tr><th>method</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    table = f'<table class="heat"><thead><tr><th>method</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f"<p>Networks: {html.escape(', '.join(victims))}.</p>{table}"
 
 
 def _heat(gap: Mapping[str, Any] | None) -> str:
@@ -211,7 +243,8 @@ def page(rows: Sequence[Row]) -> str:
         f"<style>{_STYLE}</style><h1>The arena</h1><p>Closed gap: (clean − protected) / (clean − blind) in balanced "
         "accuracy, clean with the same defense; 0 is no protection, at 1 the images teach as little as noise. "
         "Intervals: 95 %, two-level bootstrap of paired seeds. In italics, or “?”: the clean victims did not learn, so "
-        "nothing can be said. Click a head to sort.</p>",
+        "nothing can be said. Methods are ranked over the networks that all of them were tried on; the last columns "
+        "are of one network each. Click a head to sort.</p>",
     ]
     for name in dict.fromkeys(row["data"] for row in rows):
         board = Board([row for row in rows if row["data"] == name])

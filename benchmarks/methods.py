@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from monai.utils import set_determinism
 from setting import configured
 from torch import nn
 
+import monai_salm
 from monai_salm.records import image_digest
 from monai_salm.surrogates import SmallViT, small_densenet121, small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
@@ -182,13 +183,23 @@ def fit(
     values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed}
     values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **method.overrides, **(overrides or {})}
     bundle = f"salm_{len(spatial_size)}d_classification"
-    decisive = json.dumps([bundle, values, method.trainer, _digest(dataset)], sort_keys=True)
+    decisive = json.dumps([bundle, values, method.trainer, _digest(dataset), _code()], sort_keys=True)
     folder = work / hashlib.sha256(decisive.encode()).hexdigest()[:16]
     parser = configured(bundle, {**values, "output_dir": str(folder), "train::dataset": dataset})
     set_determinism(seed=seed)
     trainer = parser.get_parsed_content(method.trainer)
     trainer.run()
     return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image)
+
+
+@lru_cache
+def _code() -> str:
+    """Digest of the code that fits are made by: whoever changes a method gets new fits."""
+    package, digest = Path(monai_salm.__file__).parent, hashlib.sha256()
+    parts = [*package.glob("perturbations/*.py"), *package.glob("engines/*.py")]
+    for path in sorted([*parts, *(package / f"{name}.py" for name in ("surrogates", "convolution", "stored"))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _digest(dataset: CacheDataset) -> str:

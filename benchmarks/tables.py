@@ -46,9 +46,12 @@ def demo(path: Path) -> None:
     by_victim = (f"{victim} {gap(part)}" for victim, part in results["closed_gap"]["by_victim"].items())
     print(f"closed gap by network: {', '.join(by_victim)}\n")
     columns = of_voxels(results) if results["metric"] == "dice" else of_cases()
-    print(f"| arm | {' | '.join(columns)} | closed gap |\n|{' --- |' * (len(columns) + 2)}")
+    by_auc = results.get("closed_gap_auc")
+    heads = [*columns, "closed gap", *(["closed gap, AUC"] if by_auc else [])]
+    print(f"| arm | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
     for arm, cells in results["summary"].items():
-        print(f"| {arm} | {' | '.join(show(cells) for show in columns.values())} | {gap(gaps.get(arm))} |")
+        shown = [*(show(cells) for show in columns.values()), gap(gaps.get(arm))]
+        print(f"| {arm} | {' | '.join([*shown, *([gap(by_auc.get(arm))] if by_auc else [])])} |")
 
 
 def of_cases() -> dict[str, Column]:
@@ -84,6 +87,8 @@ def arena(board: Board, level: str) -> None:
         if row["level"] == level and (found := board.gap(level, row["method"])):
             gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
             print(f"| {row['method']} | {' | '.join(gaps)} | {row['psnr']:.1f} | {row['passes']:.1f} |")
+            gaps = (gap(found["by_auc"].get("by_victim", {}).get(victim)) for victim in victims)
+            print(f"| {row['method']}, by AUC | {' | '.join(gaps)} |  |  |")
 
 
 def resistance(board: Board, method: str) -> None:

@@ -156,6 +156,23 @@ def test_interval_covers_disagreement_between_victims() -> None:
     assert found["low"] == pytest.approx(0.0) and found["high"] == pytest.approx(1.0)
 
 
+def test_victims_that_rank_rightly_have_learned_whatever_their_threshold() -> None:
+    auc = {"clean": 0.95, "protected": 0.85, "random_noise": 0.95, "random_mask": 0.6, "blind": 0.3}
+    rows = [{**row, "auc": auc[row["arm"]]} for row in make_rows()]
+    results = make_results(rows)
+    assert results["closed_gap"]["mean"] == pytest.approx(1.0)
+    by_auc = {arm: part["mean"] for arm, part in results["closed_gap_auc"].items()}
+    wanted = {
+        "protected": 0.1 / 0.45,
+        "random_noise": 0.0,
+        "random_mask": 0.35 / 0.45,
+    }  # the floor is chance, not blind
+    assert by_auc == pytest.approx(wanted)
+    assert results["verdict"] == "not protected" and "AUC" in results["verdict_reasons"][0]
+    assert verdict_of(rows, rules=VerdictRules(closed_gap_auc=None))[0] == "protected"
+    assert "closed_gap_auc" not in make_results()
+
+
 def test_single_pair_has_no_interval() -> None:
     found = closed_gap(make_rows(victims=1, seeds=1), METRIC)
     assert found["mean"] == pytest.approx(1.0) and found["low"] is None

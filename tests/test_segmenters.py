@@ -413,7 +413,7 @@ def test_study_of_voxel_labels_end_to_end(released, out, capsys):
     ).run()
     validate_results(results)
     assert json.loads((out / "report.json").read_text()) == results
-    assert results["metric"] == "dice" and results["chance"] is None and results["schema_version"] == "1.2"
+    assert results["metric"] == "dice" and results["chance"] is None and results["schema_version"] == "1.3"
     assert list(results["summary"]) == ["clean", "protected", "random_noise", "label_marker", "random_mask", "blind"]
     assert len(results["arms"]) == 6 * 2 * 2
     clean = results["summary"]["clean"]["by_victim"]["tiny"]
@@ -581,6 +581,6 @@ def test_functions_that_do_different_things_are_described_differently(one, other
 
 
 def test_functions_with_functions_inside_are_described_alike_in_every_process():
-    command = "from monai_salm.verification import defenses as d, segmenters as s; print(s.described(d.DEFENSES))"
+    command = "from monai_salm.verification import defenses as d, description as s; print(s.described(d.DEFENSES))"
     one, other = (subprocess.run([sys.executable, "-c", command], capture_output=True, text=True) for _ in range(2))
     assert one.stdout == other.stdout != "" and one.returncode == 0

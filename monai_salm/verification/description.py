@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["described"]
+__all__ = ["code_of", "described"]
 
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "monai", "numpy"}
+_PLAIN = bool, int, float, str, bytes
 _CALLABLES = functools.partial, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.CodeType
 
 
@@ -44,11 +47,38 @@ def described(value: Any) -> str:
         return _described_code(value)
     kind = value if isinstance(value, type) else type(value)
     settings = {} if isinstance(value, type) else dict(sorted(getattr(value, "__dict__", {}).items()))
-    return f"{kind.__module__}.{kind.__qualname__} {described(settings) if settings else ''}".rstrip()
+    return " ".join(filter(None, [_name(kind), code_of(kind), described(settings) if settings else ""]))
+
+
+def code_of(kind: type) -> str:
+    """Digest of what the methods and constants of a class are, and of those that it inherits; empty where a library
+    brings all of them."""
+    parts = []
+    for own in kind.__mro__:
+        if own.__module__.partition(".")[0] in _LIBRARIES:
+            continue
+        for name, item in sorted(vars(own).items()):
+            item = getattr(item, "__func__", getattr(item, "fget", item))  # of static and class methods, properties
+            if isinstance(item, types.FunctionType):
+                parts.append(f"{name} {_described_function(item)}")
+            elif isinstance(item, _PLAIN) and not name.startswith("__"):
+                parts.append(f"{name} {item!r}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _described_function(function: types.FunctionType) -> str:
+    """What a function does, its defaults, and the constants of its module that it names."""
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    constants = {name: item for name, item in named.items() if isinstance(item, _PLAIN)}
+    return described([function.__code__, function.__defaults__, function.__kwdefaults__, constants])
 
 
 def _described_code(value: Any) -> str:
-    """What a function does and holds, save what it reads from its module."""
+    """What a function does and holds."""
     if isinstance(value, functools.partial):
         return f"partial({described([value.func, value.args, value.keywords])})"
     if isinstance(value, types.MethodType):
@@ -56,8 +86,8 @@ def _described_code(value: Any) -> str:
     if isinstance(value, types.CodeType):  # constants hold the code of lambdas and comprehensions inside
         content = value.co_code + described([value.co_consts, value.co_names]).encode()
         return hashlib.sha256(content).hexdigest()[:16]
-    name = f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, types.BuiltinFunctionType):
-        return name
+        return _name(value)
     held = [cell.cell_contents for cell in value.__closure__ or () if cell.cell_contents is not value]
-    return f"{name} {described([value.__code__, value.__defaults__, value.__kwdefaults__, held])}"
+    held = [_name(each) if isinstance(each, type) else each for each in held]  # a method's own class, for super()
+    return f"{_name(value)} {_described_function(value)} {described(held)}"

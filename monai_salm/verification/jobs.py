@@ -28,7 +28,7 @@ from monai_salm.verification.arms import Arm, VolumeArm
 from monai_salm.verification.setting import cores
 from monai_salm.verification.training import Recipe, Task, train_network
 
-__all__ = ["Job", "Ledger", "default_workers", "run_jobs"]
+__all__ = ["Job", "Ledger", "default_workers", "run_jobs", "start_worker"]
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _can_travel(jobs: Sequence[Job]) -> bool:
 
 def _parallel(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
     """Results as they finish. Where workers cannot start or die, the rest is done in this process."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
     futures: dict[Future[Any], Job] = {}
     left = {job.key: job for job in jobs}
     try:
@@ -181,7 +181,8 @@ def _parallel(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, dict[str
             process.terminate()
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What each process of a pool begins with: one thread, and an end when its parent ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()

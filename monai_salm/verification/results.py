@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from monai_salm.verification.leakage import leakage_warnings
-from monai_salm.verification.strength import ARMS, Row, arms_of, closed_gap, closed_gap_per_class, summarize
+from monai_salm.verification.strength import (
+    ARMS,
+    Row,
+    arms_of,
+    closed_gap,
+    closed_gap_auc,
+    closed_gap_per_class,
+    summarize,
+)
 from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECTED, Decision, VerdictRules, decide
 
 __all__ = [
@@ -36,7 +44,7 @@ __all__ = [
     "write_json",
 ]
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 _NUMBER = (int, float, type(None))
 _REQUIRED: dict[str, tuple[type, ...]] = {
     "schema_version": (str,),
@@ -141,7 +149,9 @@ def build_results(
     )
     others = [arm for arm in arms_of(rows) if arm not in ("clean", "protected", "blind")]
     per_class = {arm: closed_gap_per_class(rows, metric, arm) for arm in ("protected", *others)}
+    by_auc = {arm: closed_gap_auc(rows, arm) for arm in ("protected", *others)} if metric != "auc" else {}
     optional = {
+        "closed_gap_auc": {arm: gap for arm, gap in by_auc.items() if gap},
         "closed_gap_per_class": per_class.pop("protected"),
         "closed_gap_controls_per_class": {arm: gaps for arm, gaps in per_class.items() if gaps},
         "defenses": defenses,

@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "arms_of",
     "closed_gap",
+    "closed_gap_auc",
     "closed_gap_per_class",
     "floor_of",
     "mean_of",
@@ -177,6 +178,21 @@ def closed_gap(
         "n_unusable": sum(v["n_unusable"] for v in by_victim.values()),
         "by_victim": by_victim,
     }
+
+
+def closed_gap_auc(rows: Sequence[Row], arm: str = "protected") -> dict[str, Any]:
+    """The closed gap of the AUC, with 0.5 as floor: a victim that ranks cases rightly has learned, wherever it draws
+    the line, and a third party can move that.
+
+    Args:
+        rows: Victim trainings.
+        arm: The arm to compare with clean.
+
+    Returns:
+        As :func:`closed_gap`; empty where the arm's victims have no AUC.
+    """
+    mine = [row for row in rows if row["arm"] in ("clean", arm) and row.get("auc") is not None]
+    return closed_gap(mine, "auc", arm, chance=0.5) if any(row["arm"] == arm for row in mine) else {}
 
 
 def closed_gap_per_class(rows: Sequence[Row], metric: str, arm: str = "protected") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
+from monai_salm.verification.description import code_of
 
 __all__ = ["Batches", "Learn", "Recipe", "Task", "VictimResult", "seeded", "train_network", "victim_digest"]
 
@@ -256,7 +257,7 @@ def train_network(
 
 
 def victim_digest(make: Callable[[], nn.Module], images: Tensor, *output: int) -> str:
-    """What tells one kind of victim from another: its layers and the weights that it starts from.
+    """What tells one kind of victim from another: its layers, what they do, and the weights that it starts from.
 
     Args:
         make: builds the network.
@@ -275,7 +276,8 @@ def victim_digest(make: Callable[[], nn.Module], images: Tensor, *output: int) -
             f"a victim ({type(network).__name__}) gives {shape} for {len(images)} images of {output[0]} classes; "
             f"build it with {output[0]} outputs" + (f" of size {output[1:]}" if output[1:] else "")
         )
-    digest = hashlib.sha256(f"{network}".encode())
+    kinds = sorted({type(module) for module in network.modules()}, key=str)
+    digest = hashlib.sha256(f"{network} {[code_of(kind) for kind in kinds]}".encode())
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monai_salm.verification.strength import Row, closed_gap, floor_of, mean_of, values_of
+from monai_salm.verification.strength import Row, closed_gap, closed_gap_auc, floor_of, mean_of, values_of
 
 __all__ = [
     "INCONCLUSIVE",
@@ -38,6 +38,7 @@ class VerdictRules:
         control_within: The mean random-noise control may lie at most this far below the clean mean. Optional.
         closed_gap_mean: Least mean closed gap.
         closed_gap_low: Least lower bound of its interval.
+        closed_gap_auc: Least mean closed gap of the AUC, where victims have one and clean ones learned by it. Optional.
         protected_above_chance: The mean protected metric may exceed chance by at most this much. Optional, and not
             applied where chance is not defined (segmentation).
         ssim_mean: Least mean SSIM between clean and protected images.
@@ -54,6 +55,7 @@ class VerdictRules:
     control_within: float | None = 0.10
     closed_gap_mean: float = 0.70
     closed_gap_low: float = 0.50
+    closed_gap_auc: float | None = 0.50
     protected_above_chance: float | None = 0.15
     ssim_mean: float = 0.95
     utility_within: float | None = None
@@ -184,6 +186,13 @@ def _strength_checks(
             f"Mean protected {_words(metric)} is {_show(protected)} (chance {_show(chance)}, at most {_show(limit)})."
         )
         checks.append(Check("protected_above_chance", protected <= limit, text, NOT_PROTECTED))
+    ranked = closed_gap_auc(rows).get("mean")
+    if rules.closed_gap_auc is not None and ranked is not None:
+        text = (
+            f"By AUC, which does not depend on a threshold, it loses {100 * ranked:.0f} % (closed gap {_show(ranked)}; "
+        )
+        text += f"at least {rules.closed_gap_auc:g} is needed)."
+        checks.append(Check("closed_gap_auc", ranked >= rules.closed_gap_auc, text, NOT_PROTECTED))
     if gap["mean"] is not None:  # a good mean with a wide interval is a lack of evidence, not evidence of failure
         held = gap["low"] is not None and gap["low"] >= rules.closed_gap_low
         text = f"The closed gap's lower bound is {_show(gap['low'])} (at least {rules.closed_gap_low:g} is needed)."
