@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from methods import UNBOUNDED
+from methods import FITTED, UNBOUNDED, victims
 from releases import RELEASES, TURNED
+from setting import configured
 
+from monai_salm.perturbations.budget import Budget
 from monai_salm.verification.defenses import defenses_of
 
 __all__ = ["AGAIN", "ELSEWHERE", "NO_DEFENSE", "PLAIN", "WITHOUT_FIT", "Cell", "cells", "fit_groups", "needed_fits"]
@@ -18,6 +20,8 @@ __all__ = ["AGAIN", "ELSEWHERE", "NO_DEFENSE", "PLAIN", "WITHOUT_FIT", "Cell", "
 AGAIN, ELSEWHERE = 1000, 2000
 """Added to a fit's seed: the same images once more; other images of the same kind."""
 PLAIN, NO_DEFENSE = "all", "none"
+_NEEDED = ("data", "epochs", "fits", "fit", "grids")
+_GRID = ("methods", "levels", "victims", "seeds")
 WITHOUT_FIT = ("clean", "blind", "own_clean")
 """``own_clean``: trained on the third party's own clean cases alone."""
 
@@ -43,18 +47,15 @@ def cells(config: Mapping[str, Any], only: Sequence[str] = ()) -> list[Cell]:
         only: names of grids; empty: all.
 
     Raises:
-        ValueError: When a grid, a defense or a release is unknown.
+        ValueError: When something is unknown or missing: hours later would be late to tell.
     """
-    unknown = sorted(set(only) - set(config["grids"]))
-    if unknown:
-        raise ValueError(f"there is no grid {', '.join(unknown)}; there are {', '.join(config['grids'])}")
+    _known("grid", only, config.get("grids", {}))
+    _check(config)
     found: dict[Cell, None] = {}
     for name in only or config["grids"]:
         grid = config["grids"][name]
         asked, releases = grid.get("defenses"), grid.get("releases", [PLAIN])
         defenses = [NO_DEFENSE, *(each.name for each in defenses_of(asked))] if asked else [NO_DEFENSE]
-        if not set(releases) <= set(RELEASES):
-            raise ValueError(f"grid {name} asks for releases {releases}; there are {', '.join(RELEASES)}")
         shared = itertools.product(grid.get("data", config["data"]), grid["victims"], range(grid["seeds"]))
         for data, victim, seed in shared:
             for level, method, release, defense in itertools.product(
@@ -71,6 +72,37 @@ def cells(config: Mapping[str, Any], only: Sequence[str] = ()) -> list[Cell]:
                 ):
                     found[cell] = None
     return sorted(found)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    _known("setting", config, (*_NEEDED, "recipes", "device"))
+    missing = [name for name in _NEEDED if name not in config]
+    if missing:
+        raise ValueError(f"the YAML lacks {', '.join(missing)}")
+    _known("data set in epochs", config["epochs"], config["data"])
+    _known("data set with epochs", config["data"], config["epochs"])
+    dims = {len(settings["size"]) for settings in config["data"].values()}
+    networks = victims(2, (32,) * max(dims))
+    for each in dims:
+        _known("setting of the bundle in fit", config["fit"], configured(f"salm_{each}d_classification", {}).get())
+    _known("victim in recipes", config.get("recipes", {}), networks)
+    for name, grid in config["grids"].items():
+        _known(f"setting of grid {name}", grid, (*_GRID, "data", "defenses", "releases"))
+        missing = [key for key in _GRID if key not in grid]
+        if missing:
+            raise ValueError(f"grid {name} lacks {', '.join(missing)}")
+        known = {"data": config["data"], "methods": FITTED, "victims": networks, "releases": RELEASES}
+        for key, names in known.items():
+            _known(f"{key} of grid {name}", grid.get(key, ()), names)
+        for level in map(str, grid["levels"]):
+            if not (level.endswith(" dB") and level.removesuffix(" dB").replace(".", "", 1).isdigit()):
+                Budget.parse(level)
+
+
+def _known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what}: {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def needed_fits(cell: Cell, fits: int) -> Iterator[tuple[str, str, str, int]]:

@@ -92,6 +92,21 @@ def test_grids_are_products_and_share_their_trainings(load):
     assert levels == {"8/255"}, "a method with a budget of its own has no budget for a PSNR"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fit": {"mask_ratioo": 0.3}}, "mask_ratioo"),
+        ({"recipes": {"smal_cnn": {}}}, "smal_cnn"),
+        ({"seed": 1}, "unknown setting: seed"),
+        ({"epochs": {}}, "tiny"),
+        ({"grids": {"one": {"levels": ["8/255"]}}}, "lacks methods, victims, seeds"),
+    ],
+)
+def test_a_typing_error_in_the_yaml_is_told_before_any_fit(load, change, words):
+    with pytest.raises(ValueError, match=words):
+        load("arena_cells").cells(CONFIG | change)
+
+
 def test_fits_that_share_a_folder_are_made_one_after_the_other(load):
     module = load("arena_cells")
     groups = module.fit_groups(module.cells(CONFIG), CONFIG["fits"])
@@ -106,13 +121,17 @@ def test_fits_that_share_a_folder_are_made_one_after_the_other(load):
         ({"releases": ["never"]}, "never"),
         ({"defenses": "all"}, "no set of defenses"),
         ({"defenses": ["x"]}, "no defense"),
+        ({"defence": "standard"}, "unknown setting of grid one: defence"),
+        ({"victims": ["resnet50"]}, "unknown victims of grid one: resnet50"),
+        ({"methods": ["samlm"]}, "unknown methods"),
+        ({"levels": ["8/255 of it"]}, "cannot read budget"),
     ],
 )
 def test_what_is_unknown_is_named_before_anything_is_done(load, grid, words):
     config = CONFIG | {"grids": {"one": CONFIG["grids"]["headline"] | grid}}
     with pytest.raises(ValueError, match=words):
         load("arena_cells").cells(config)
-    with pytest.raises(ValueError, match="no grid two; there are one"):
+    with pytest.raises(ValueError, match="unknown grid: two; there are one"):
         load("arena_cells").cells(config, ["two"])
 
 
@@ -390,9 +409,9 @@ def test_the_page_compares_with_the_clean_arm_of_the_same_defense_and_says_what_
 def test_tables_show_every_kept_report_and_what_readme_quotes(load, capsys):
     load("tables").main()
     said = capsys.readouterr().out
-    readme = (BENCHMARKS.parent / "README.md").read_text()
+    readme = "".join((BENCHMARKS.parent / page).read_text() for page in ("README.md", "docs/results.md"))
     for name, arm in (("demo_2d", "random_mask"), ("demo_3d", "random_mask"), ("demo_seg", "label_marker")):
         table = said.split(f"\n{name}: ")[1].split("\n\n")[1]
         row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
         cells = row.split("|")[2:-1]
-        assert len(cells) > 2 and all(cell.strip() in readme for cell in cells), f"{name}: README has other numbers"
+        assert len(cells) > 2 and all(cell.strip() in readme for cell in cells), f"{name}: the pages have other numbers"
