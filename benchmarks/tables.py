@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints the tables of README.md, docs/results.md and docs/limits.md from the result files; `leaderboard.py` ranks the arena's.
+"""Prints the tables of README.md and of docs from the result files; `leaderboard.py` ranks those of the arena.
 
 python benchmarks/tables.py
 """

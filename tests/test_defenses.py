@@ -247,6 +247,12 @@ def test_cutmix_weighs_the_losses_by_the_size_of_the_box(shape):
     assert 0.5 < float(kept.mean()) < 0.8  # half would be kept if no box left the image
 
 
+def test_adversarial_training_knows_the_size_of_the_budget():
+    (found,) = defenses.defenses_of(["adversarial"], epsilon=0.01)
+    assert (found.recipe().epsilon, by_name["adversarial"].recipe().epsilon) == (0.01, 8 / 255)
+    assert found.recipe(clean="own").clean == "own"
+
+
 def test_names_are_unique_and_levels_are_known():
     assert len(by_name) == len(DEFENSES) and set(defenses_of("standard")) < set(defenses_of("full")) == set(DEFENSES)
     assert all(defense.voxels for defense in defenses_of("full", voxelwise=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -168,7 +168,7 @@ class Adversarial(Recipe):
         clean: as of :py:class:`Recipe`.
     """
 
-    def __init__(self, epsilon: float, steps: int, clean: Any = None) -> None:
+    def __init__(self, epsilon: float = 8 / 255, steps: int = 3, clean: Any = None) -> None:
         super().__init__(clean)
         self.epsilon, self.steps = epsilon, steps
 
@@ -338,7 +338,7 @@ DEFENSES: tuple[Defense, ...] = (
     _of_classes("mixup", "weighted means of two images (Mixup)", MixedUp),
     _of_classes("cutmix", "a random box of another image (CutMix)", CutMixed),
     _of_classes("worst_of_5", "at first the worst of 5 strong augmentations (UEraser)", partial(WorstOf, 5), 4.0),
-    Defense("adversarial", "adversarial training (3 steps, 8/255)", partial(Adversarial, 8 / 255, 3), 4.0),
+    Defense("adversarial", "adversarial training (3 steps within the budget)", Adversarial, 4.0),
     _of_classes("orthogonal", "orthogonal projection of what a linear classifier reads", Orthogonal, standard=True),
     Defense("early_stop", "the epoch that is best on own clean cases", EarlyStopped, 1.3, needs_clean=True),
     Defense("clean_20", "20 % own clean cases mixed in", CleanMixed, 1.3, True, needs_clean=True),
@@ -350,12 +350,15 @@ DEFENSES: tuple[Defense, ...] = (
 )
 
 
-def defenses_of(level: str | Sequence[str], voxelwise: bool = False) -> tuple[Defense, ...]:
+def defenses_of(
+    level: str | Sequence[str], voxelwise: bool = False, epsilon: float | None = None
+) -> tuple[Defense, ...]:
     """Defenses of a level, or those that are named.
 
     Args:
         level: one of :py:data:`LEVELS`, or names.
         voxelwise: only those that carry over to voxel labels.
+        epsilon: budget of the perturbations in unit intensity, for whoever trains against changes of that size.
 
     Raises:
         ValueError: When there is no such level or name.
@@ -374,4 +377,7 @@ def defenses_of(level: str | Sequence[str], voxelwise: bool = False) -> tuple[De
         if unknown:
             raise ValueError(f"there is no defense {', '.join(unknown)}; there are {', '.join(names)}")
         chosen = [names[name] for name in level]
+    if epsilon is not None:
+        at = partial(Adversarial, epsilon)
+        chosen = [replace(each, recipe=at) if each.recipe is Adversarial else each for each in chosen]
     return tuple(defense for defense in chosen if defense.voxels or not voxelwise)

@@ -326,7 +326,8 @@ class VictimStudy:
         if not self.defenses:
             return {}
         spare = clean_part(held_out, material.present, self.learning.learned)
-        todo = defended(jobs, self.defenses, spare)
+        names, epsilon = [defense.name for defense in self.defenses], material.budget()["window_fraction"]["max"]
+        todo = defended(jobs, defenses_of(names, self.cohort.voxelwise, epsilon), spare)
         costs = {defense.name: defense.cost for defense in self.defenses}
         count, seconds = expected_seconds(todo, jobs, ledger, costs, self.workers)
         print(f"{len(todo)} defenses: {count} trainings to do, about {seconds / 60:.0f} min", flush=True)
