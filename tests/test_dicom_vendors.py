@@ -121,11 +121,14 @@ def test_icons_are_no_second_copy_and_go(tmp_path: Path) -> None:
     assert "IconImageSequence" not in parse(content)
 
 
-@pytest.mark.parametrize("kind", ["item", "private"])
+@pytest.mark.parametrize("kind", ["item", "private", "numbers", "parts"])
 def test_a_companion_with_pixels_inside_is_refused(tmp_path: Path, kind: str) -> None:
     def change(dataset: Dataset) -> None:
-        if kind == "private":
-            dataset.private_block(0x0099, "COPY", create=True).add_new(1, "OB", bytes(1 << 16))
+        if kind != "item":
+            block = dataset.private_block(0x0099, "COPY", create=True)
+            for part in range(2 if kind == "parts" else 1):
+                values = [1] * (1 << 13) if kind == "numbers" else bytes(1 << (13 if kind == "parts" else 14))
+                block.add_new(1 + part, "US" if kind == "numbers" else "OB", values)
             return
         item = Dataset()
         item["PixelData"] = DataElement(Tag("PixelData"), "OW", bytes(64))

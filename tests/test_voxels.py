@@ -379,6 +379,25 @@ def test_a_table_chooses_between_several_segmentations(tmp_path):
     assert reasons(cohort) == {"mask_unused": 1}
 
 
+@pytest.mark.parametrize("where", ["private", "sequence"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_segmentation_that_hides_pixels_is_refused_as_a_companion_would_be(tmp_path, where, table):
+    def hide(dataset: Any) -> None:
+        if where == "private":
+            dataset.private_block(0x0099, "COPY", create=True).add_new(1, "OB", bytes(1 << 14))
+        else:
+            item = dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0]
+            item.add_new("PixelData", "OW", bytes(64))
+
+    write_segmented(tmp_path)
+    edit_dicom(tmp_path / "B" / "seg", hide)
+    if table:
+        write_labels(tmp_path, ["A,A/seg", "B,B/seg"], "mask")
+    cohort = load_cohort(tmp_path, spatial_dims=3)
+    assert [case.mask.name for case in cohort.cases] == ["A/seg"]
+    assert reasons(cohort) == {"companion_with_pixels": 1, "mask_missing" if table else "no_label": 1}
+
+
 def test_a_segmentation_of_a_series_that_is_not_there_is_refused(tmp_path):
     write_segmented(tmp_path, "ABC")
     for path in (tmp_path / "C").iterdir():

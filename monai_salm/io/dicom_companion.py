@@ -9,7 +9,7 @@ from pathlib import Path
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from monai_salm.io.base import RefusedError
+from monai_salm.io.base import MAX_NOTES_BYTES, RefusedError
 from monai_salm.io.dicom_parse import check_syntax, holds_pixels, read_header, refusing
 from monai_salm.io.dicom_seg import SEG_CLASSES
 from monai_salm.io.dicom_support import check_identity
@@ -38,8 +38,6 @@ COMPANION_CLASSES = frozenset(
         uid.SpatialFiducialsStorage,
     }
 )
-MAX_PRIVATE_BYTES = 1 << 16
-"""A private element of a companion that is as large may be an image: one of 256 x 256 pixels, each a byte."""
 _MANAGEMENT = "1.2.840.10008.3.1.2."
 """SOP classes of studies, patients and procedure steps: a reference to one leads to no file."""
 
@@ -61,20 +59,21 @@ def read_companion(path: Path) -> tuple[str, frozenset[str]]:
         check_identity(header)
         if header.pixel_element and header.SOPClassUID not in SEG_CLASSES:
             raise RefusedError("companion_with_pixels", "the file holds pixels, which its kind has no place for")
-        if holds_pixels(header) or any(_may_be_image(header)):
-            detail = "a sequence or a large private element may hold an unprotected image; remove it first"
+        if holds_pixels(header) or sum(_private_sizes(header)) >= MAX_NOTES_BYTES:
+            detail = "a sequence or large private elements may hold an unprotected image; remove them first"
             raise RefusedError("companion_with_pixels", detail)
         return str(header.SOPInstanceUID), frozenset(_references(header))
 
 
-def _may_be_image(dataset: Dataset) -> Iterator[bool]:
-    for element in dataset:
-        if element.VR == "SQ":
-            for item in element.value or ():
-                yield from _may_be_image(item)
-        else:
-            value = element.value
-            yield element.tag.is_private and isinstance(value, bytes) and len(value) >= MAX_PRIVATE_BYTES
+def _private_sizes(dataset: Dataset) -> Iterator[int]:
+    """Bytes of each private element at any depth; numbers too are still bytes, as long as nobody decoded them."""
+    for tag, element in list(dataset.items()):
+        value = element.value
+        if dataset[tag].VR == "SQ":
+            for item in dataset[tag].value or ():
+                yield from _private_sizes(item)
+        elif tag.is_private and isinstance(value, bytes):
+            yield len(value)
 
 
 def _references(dataset: Dataset) -> Iterator[str]:

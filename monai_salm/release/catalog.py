@@ -259,6 +259,7 @@ class _Findings:
         if self._require_deidentified and dicom.is_companion(header):
             check_deidentified(header)
         if self._voxels and dicom.is_segmentation(header):
+            worker.call(dicom.read_companion, path)  # its pixels are the segments, and no others may hide in it
             self.masks.segmentations[self.name(path)] = path, dicom.seg_header(header)
             return
         if dicom.is_companion(header) and self.name(path) not in self._mask_names:
