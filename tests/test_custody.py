@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -14,9 +15,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
-from exports import edit_dicom, write_labels, write_nifti, write_segmentation, write_series
+from exports import edit_dicom, write_decathlon, write_labels, write_nifti, write_segmentation, write_series
 from test_protect import bank_of, nifti_cohort, protect, tree
 
 from monai_salm.io import formats
@@ -380,6 +382,26 @@ def test_the_gate_asks_label_files_for_the_identity_alone(tmp_path):
         scan(tmp_path, 3, **options)
     edit_dicom(path, lambda dataset: setattr(dataset, "PatientIdentityRemoved", "YES"))
     assert len(scan(tmp_path, 3, **options).cases) == 1
+
+
+@pytest.mark.parametrize("where", ["descrip", "extension", "gzip"])
+def test_the_gate_looks_at_nifti_label_files_too(tmp_path, where):
+    root = write_decathlon(tmp_path, 3)
+    path = root / "labelsTr" / "v01.nii.gz"
+    label = nib.load(path)
+    if where == "descrip":
+        label.header["descrip"] = b"Erika"
+    elif where == "extension":
+        label.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"Erika"))
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), label.affine, label.header), path)
+    if where == "gzip":
+        content = gzip.decompress(path.read_bytes())
+        with path.open("wb") as stream, gzip.GzipFile("Erika.nii", "wb", fileobj=stream) as packed:
+            packed.write(content)
+    assert len(scan(root, 3, voxels=find_labels(root)).cases) == 3, "only where it is asked for"
+    found = scan(root, 3, voxels=find_labels(root), require_deidentified=True)
+    assert len(found.cases) == 2
+    assert [refusal.reason for refusal in found.refusals] == ["not_deidentified", "mask_missing"]
 
 
 def test_a_protected_copy_is_not_protected_again_while_its_manifest_is_near(tmp_path):

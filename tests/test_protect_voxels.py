@@ -107,6 +107,8 @@ def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
     content = json.loads(table.read_text())
     content["training"][0]["patient"] = content["name"] = "v0, whose name is kept apart"
     content["unlabeled"] = ["./imagesTr/v09.nii.gz"]
+    content["dataset"] = {"v00": "./imagesTr/v00.nii.gz"}
+    content["modality"] = {"0": "MRI"}
     content["name"] = "Heads"
     table.write_text(json.dumps(content))
     rows = protect(cohort, bank_of(cohort), out, rename=True)
@@ -114,6 +116,8 @@ def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
     assert [row.file.split("/")[0] for row in rows[:2]] == ["images", "labels"]
     for name in ("labels.csv", "dataset.json"):
         assert "v0" not in (out / "protected" / name).read_text()
+    written = json.loads((out / "protected" / "dataset.json").read_text())
+    assert written["labels"] == content["labels"] and written["modality"] == {"0": "MRI"}
     check_twins(cohort, out, 3)
     again = load_cohort((out / "protected").rename(tmp_path / "shared"), spatial_dims=3)
     assert sorted(again.class_voxels.values()) == sorted(

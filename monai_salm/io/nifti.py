@@ -36,6 +36,7 @@ from monai_salm.io.nifti_layout import (
     LABEL_TYPES,
     SUPPORTED_TYPES,
     Layout,
+    gzip_names,
     is_gzip,
     layout_of,
     open_plain,
@@ -77,13 +78,19 @@ def count_volumes(path: Path, spatial_dims: int) -> int:
     return layout_of(path, read_head(path), spatial_dims).volumes
 
 
-def check_no_text(path: Path) -> None:
+def check_no_text(path: Path, copied: bool = False) -> None:
     """Raise when the header holds what may name a person: text, or extensions.
+
+    Args:
+        path: the file.
+        copied: it is released byte by byte, with what ``gzip`` notes in its own header.
 
     Raises:
         RefusedError: ``not_deidentified``.
     """
     found = texts(read_head(path))
+    if copied and gzip_names(path):
+        raise RefusedError("not_deidentified", "its gzip header holds a name or a comment; pack it with gzip -n")
     if found:
         raise RefusedError("not_deidentified", f"the header holds {', '.join(found)}, which may name persons; clear it")
 

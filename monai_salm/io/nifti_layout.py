@@ -27,6 +27,7 @@ __all__ = [
     "LABEL_TYPES",
     "SUPPORTED_TYPES",
     "Layout",
+    "gzip_names",
     "is_gzip",
     "layout_of",
     "open_plain",
@@ -254,6 +255,13 @@ def _affine(header: Any) -> np.ndarray:
 def is_gzip(path: Path) -> bool:
     with path.open("rb") as stream:
         return stream.read(2) == _GZIP
+
+
+def gzip_names(path: Path) -> bool:
+    """Whether the first bytes of a gzip file hold a file name or a comment (RFC 1952, 2.3.1)."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
+    return head[:2] == _GZIP and head[3] & 0x18 != 0
 
 
 def open_plain(path: Path) -> BinaryIO:

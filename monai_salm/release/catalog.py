@@ -26,7 +26,7 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
-from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name
+from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name, unknown
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
@@ -192,6 +192,8 @@ class _Findings:
             if head[128:132] == b"DICM":
                 self._add_dicom(path)
             elif self.name(path) in self._mask_names:
+                if self._require_deidentified and nifti.sniff(head):
+                    worker.call(nifti.check_no_text, path, True)
                 self.masks.files[self.name(path)] = path
             elif nifti.sniff(head):
                 self._add_image(path, "nifti")
@@ -242,7 +244,7 @@ class _Findings:
         if self.bids:
             bids.check_companion(path, self.name(path))
         elif not head.startswith(APPLE_DOUBLE):
-            raise _unknown(path, head)
+            raise unknown(path, head)
 
     def _add_npz(self, path: Path) -> None:
         archive = PurePosixPath(check_name(self.name(path)))
@@ -373,14 +375,6 @@ def _walk(folder: Path, findings: _Findings) -> Iterator[Path]:
             findings.refuse([findings.name(path)], RefusedError("not_a_file", detail))
         elif entry.name.lower() not in IGNORED and not findings.tells_labels(path):
             yield path
-
-
-def _unknown(path: Path, head: bytes) -> RefusedError:
-    if path.suffix.lower() == ".img" and any(path.with_suffix(ending).is_file() for ending in (".hdr", ".HDR")):
-        return RefusedError("nifti_pair", "the voxels of a .hdr/.img pair; convert it to a single .nii file")
-    if head[:3] == b"\xff\xd8\xff":
-        return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
-    return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
 
 
 def _patient(header: Dataset) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a file of an export out although it could be protected: it is not de-identified, or protected already."""
+"""What keeps a file of an export out: no format fits it, it is not de-identified, or it is protected already."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def check_deidentified(header: Dataset) -> None:
         missing = [] if removed else ["PatientIdentityRemoved is not YES"]
         missing += [] if clean else ["BurnedInAnnotation is not NO"]
         raise RefusedError("not_deidentified", f"{' and '.join(missing)}; de-identify the export first")
+
+
+def unknown(path: Path, head: bytes) -> RefusedError:
+    """The refusal of a file that is none of the formats; ``head`` are its first bytes."""
+    if path.suffix.lower() == ".img" and any(path.with_suffix(ending).is_file() for ending in (".hdr", ".HDR")):
+        return RefusedError("nifti_pair", "the voxels of a .hdr/.img pair; convert it to a single .nii file")
+    if head[:3] == b"\xff\xd8\xff":
+        return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
+    return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
 
 
 class ReleasedFiles:

@@ -18,6 +18,8 @@ from monai_salm.release.table import plain
 from monai_salm.release.voxels import DATASET_FILE, LISTS, read_dataset
 
 _PAIR = ("image", "label")
+_KEPT = (*LISTS, "labels", "modality", "channel_names")
+"""What keeps its place in a ``dataset.json`` under new names; other lists and objects may name files."""
 Written = Mapping[str, Sequence[ManifestRow]]
 """Rows of the manifest by ``sample_id``."""
 
@@ -62,7 +64,7 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
             kept = [entry for entry in entries if isinstance(entry, dict) and plain(entry["image"]) in names]
             content[key] = [_renamed(entry, files) for entry in kept]
     if any(files.get(name, name) != name for name in names):  # whoever renames wants no name of the export to remain
-        content = {key: value for key, value in content.items() if key in LISTS or not isinstance(value, list)}
+        content = {key: value for key, value in content.items() if key in _KEPT or not isinstance(value, list | dict)}
         for key in LISTS:
             if key in content:
                 content[key] = [{part: entry[part] for part in _PAIR if part in entry} for entry in content[key]]
