@@ -201,6 +201,26 @@ def test_pairs_in_a_table_are_found_and_their_values_are_the_classes(tmp_path):
     np.testing.assert_array_equal(np.unique(read_mask(cohort.cases[0], 3)), [0, 3])
 
 
+@pytest.mark.parametrize("levels", [33, 64, 101])
+def test_an_image_of_few_gray_levels_names_no_classes(tmp_path, levels):
+    write_labels(tmp_path, write_pairs(tmp_path), "mask")
+    write_label(tmp_path / "masks" / "m1.nii.gz", class_map(classes=levels))
+    cohort = load_cohort(tmp_path, spatial_dims=3)
+    assert cohort.classes == ("background", "1", "2") and len(cohort.cases) == 3
+    (refusal,) = cohort.refusals
+    assert refusal.reason in ("mask_is_image", "unknown_label_value") and "dataset.json" in refusal.detail
+
+
+def test_an_atlas_needs_names_for_its_classes(tmp_path):
+    write_labels(tmp_path, write_pairs(tmp_path, values=40), "mask")
+    with pytest.raises(ValueError, match=r"more than 32 must be named in a dataset\.json"):
+        load_cohort(tmp_path, spatial_dims=3)
+    labels = {str(value): f"structure {value}" for value in range(40)}
+    pairs = [{"image": f"images/v{index}.nii.gz", "label": f"masks/m{index}.nii.gz"} for index in range(4)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels, "training": pairs}))
+    assert len(load_cohort(tmp_path, spatial_dims=3).cases) == 4
+
+
 def test_what_does_not_fit_is_refused_and_the_rest_is_kept(tmp_path):
     rows = write_pairs(tmp_path, 9)
     write_label(tmp_path / "masks" / "m1.nii.gz", class_map((6, 7, 4)))

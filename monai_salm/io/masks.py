@@ -197,7 +197,7 @@ def _to_classes(voxels: np.ndarray, listed: Sequence[int]) -> np.ndarray:
         more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
         raise RefusedError(
             "unknown_label_value",
-            f"the label holds {told}{more}, the export names {_list(listed)}; add the value to dataset.json or "
+            f"the label holds {told}{more}, the export names {_list(listed)}; name the value in dataset.json or "
             "correct the label",
         )
     classes = np.array([known[value] for value in found], np.uint8)
@@ -231,7 +231,8 @@ def _check_count(found: int, most: int) -> None:
     if found > most:
         raise RefusedError(
             "mask_is_image",
-            f"the label has {found} distinct values, more than {most}: is it an image? Name the image, then its label",
+            f"the label has {found} distinct values, more than {most}: is it an image? Name the image, then its label; "
+            "the classes of an atlas must be named in a dataset.json",
         )
 
 

@@ -26,6 +26,8 @@ from monai_salm.release.table import LabelRow, match, natural, plain, where
 DATASET_FILE = "dataset.json"
 BACKGROUND = "background"
 MAX_CLASSES = 256
+MAX_UNNAMED = 32
+"""Without ``dataset.json`` a label file with more distinct values names no classes: it may be an image."""
 LISTS = {"training": None, "validation": "val", "test": "test"}
 """Lists of cases in ``dataset.json``, and the split that each means (None: any that is released)."""
 
@@ -204,7 +206,8 @@ def _referred(path: Path) -> frozenset[str]:
 def class_names(voxels: VoxelLabels) -> tuple[str, ...]:
     """Names of all classes that label files of the export may hold, the background first.
 
-    Without ``dataset.json`` every label file is read for that (once: its values are remembered). Broken ones add none.
+    Without ``dataset.json`` every label file is read for that (once: its values are remembered). Broken ones add none,
+    nor do those with more than 32 values.
 
     Raises:
         ValueError: When there are no classes besides the background, or more than 256.
@@ -217,7 +220,8 @@ def class_names(voxels: VoxelLabels) -> tuple[str, ...]:
     if not 2 <= len(names) <= MAX_CLASSES:
         raise ValueError(
             f"the label files name {len(names) - 1} classes besides the background; there must be 1 to "
-            f"{MAX_CLASSES - 1}. Check that the masks are label files and not empty"
+            f"{MAX_CLASSES - 1}. Check that the masks are label files and not empty; values of label files with more "
+            f"than {MAX_UNNAMED} must be named in a {DATASET_FILE}"
         )
     return tuple(names)
 
@@ -234,7 +238,8 @@ def _names_in(path: Path) -> list[str]:
     try:
         if dicom.is_segmentation(path):
             return [name for _, name in dicom.read_seg_header(path).segments]
-        return [str(value) for value in masks.label_values(path) if value > 0]
+        values = masks.label_values(path)
+        return [str(value) for value in values if value > 0] if len(values) <= MAX_UNNAMED else []
     except (RefusedError, OSError):
         return []  # told when the case is read
 
