@@ -109,6 +109,7 @@ BAD_DATASETS = {
     "no_background": ({"labels": {"1": "Core", "2": "Rim"}}, "0 to the background"),
     "negative": ({"labels": {"0": "background", "-1": "Core"}}, "0 to the background"),
     "twice": ({"labels": {"0": "background", "1": "Core", "2": "Core"}}, "twice"),
+    "too_many": ({"labels": {str(value): f"c{value}" for value in range(256)}}, "must be 1 to 254"),
     "one_class": ({"labels": {"0": "background"}}, "0 classes besides"),
     "no_training": ({"training": []}, "lists no pair"),
     "training_text": ({"training": "all"}, "must be a list"),
@@ -199,6 +200,15 @@ def test_pairs_in_a_table_are_found_and_their_values_are_the_classes(tmp_path):
     assert len(cohort.cases) == 4 and not cohort.refusals
     assert cohort.cases[0].mask.values == (0, 1, 2, 7)
     np.testing.assert_array_equal(np.unique(read_mask(cohort.cases[0], 3)), [0, 3])
+
+
+@pytest.mark.parametrize("folder", ["labels", "/data/masks"])
+def test_label_files_that_are_not_there_are_told_as_such(tmp_path, folder):
+    rows = write_pairs(tmp_path)
+    write_labels(tmp_path, [row.replace("masks", folder) for row in rows], "mask")
+    for call in (count_classes, load_cohort):
+        with pytest.raises(ValueError, match="none of the 4 label files that the label table names is there"):
+            call(tmp_path, spatial_dims=3)
 
 
 @pytest.mark.parametrize("levels", [33, 64, 101])

@@ -25,7 +25,8 @@ from monai_salm.release.table import LabelRow, match, natural, plain, where
 
 DATASET_FILE = "dataset.json"
 BACKGROUND = "background"
-MAX_CLASSES = 256
+MAX_CLASSES = 255
+"""Class indices are bytes, and 255 stands for voxels that have no part in the loss."""
 MAX_UNNAMED = 32
 """Without ``dataset.json`` a label file with more distinct values names no classes: it may be an image."""
 LISTS = {"training": None, "validation": "val", "test": "test"}
@@ -210,12 +211,18 @@ def class_names(voxels: VoxelLabels) -> tuple[str, ...]:
     nor do those with more than 32 values.
 
     Raises:
-        ValueError: When there are no classes besides the background, or more than 256.
+        ValueError: When no label file is there, or there are no classes besides the background, or more than 255.
     """
     if voxels.names is not None:
         names = list(voxels.names.values())
     else:
-        found = {name for path in _label_files(voxels) for name in _names_in(path)}
+        files = _label_files(voxels)
+        if voxels.mask_names and not files:
+            raise ValueError(
+                f"none of the {len(voxels.mask_names)} label files that {_tables(voxels)} names is there; write their "
+                "names relative to the export, and no links"
+            )
+        found = {name for path in files for name in _names_in(path)}
         names = [BACKGROUND, *sorted(found - {BACKGROUND}, key=natural)]
     if not 2 <= len(names) <= MAX_CLASSES:
         raise ValueError(
