@@ -21,8 +21,8 @@ from monai_salm.io.base import Case, FileCheck, Mask, RefusedError
 
 __all__ = ["CORNER_TOLERANCE_MM", "MAX_VALUES", "check_image", "label_values", "protect", "read_mask", "verify"]
 
-CORNER_TOLERANCE_MM = 1e-3
-"""Image and label agree when no corner of the volume lies further apart than this."""
+CORNER_TOLERANCE_MM = 0.01
+"""Image and label agree when no corner of the volume lies further apart than this, as positions in DICOM SEG files."""
 MAX_VALUES = 128
 """A label file with more distinct values than this is taken for an image (some atlases name over 100 structures)."""
 _SPARE_VALUES = 32
@@ -169,11 +169,13 @@ def _check_grid(image: nifti.Grid, label: nifti.Grid) -> None:
         )
     apart = _corner_distance(image, label)
     if not apart <= CORNER_TOLERANCE_MM:
+        # Between files of different orientation a copied affine would mirror or turn the labels.
+        copy = ", or copy the image's affine if only that is wrong" if image.axes == label.axes else ""
         how_far = f"up to {apart:.4g} mm apart" if np.isfinite(apart) else "apart by an unknown distance"
         raise RefusedError(
             "mask_affine",
             f"the affines of image and label differ: corners of the volume are {how_far} ({CORNER_TOLERANCE_MM:g} mm "
-            "are tolerated); resample the label to the image's grid, or copy the image's affine if only that is wrong",
+            f"are tolerated); resample the label to the image's grid{copy}",
         )
 
 

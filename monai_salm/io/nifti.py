@@ -35,6 +35,7 @@ from monai_salm.io.base import (
 from monai_salm.io.nifti_layout import (
     LABEL_TYPES,
     SUPPORTED_TYPES,
+    Axes,
     Layout,
     gzip_names,
     is_gzip,
@@ -189,10 +190,14 @@ def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a file's voxels lie: shape in the file's own axes, and the (4, 4) affine from voxel index to mm."""
+    """Where a file's voxels lie: shape and (4, 4) affine from voxel index to mm, both on canonical axes.
+
+    ``axes`` is how the file stores them.
+    """
 
     shape: tuple[int, ...]
     affine: np.ndarray
+    axes: Axes
 
 
 def read_grid(path: Path, spatial_dims: int) -> Grid:
@@ -201,8 +206,12 @@ def read_grid(path: Path, spatial_dims: int) -> Grid:
     Raises:
         RefusedError: As :py:func:`count_volumes`.
     """
-    layout = layout_of(path, read_head(path), spatial_dims, LABEL_TYPES)
-    return Grid(layout.shape, layout.affine)
+    return _grid(layout_of(path, read_head(path), spatial_dims, LABEL_TYPES))
+
+
+def _grid(layout: Layout) -> Grid:
+    axes, shape = layout.axes, layout.shape
+    return Grid(tuple(shape[axis] for axis in axes.order), layout.affine @ axes.to_file_index(shape), axes)
 
 
 def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]:
@@ -221,7 +230,7 @@ def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]
     voxels = layout.axes.to_canonical(layout.voxels(content).astype(layout.dtype.newbyteorder("=")))
     if (layout.slope, layout.intercept) != (1.0, 0.0):
         voxels = voxels * layout.slope + layout.intercept
-    return np.ascontiguousarray(voxels), Grid(layout.shape, layout.affine)
+    return np.ascontiguousarray(voxels), _grid(layout)
 
 
 def constant(stored: np.ndarray) -> bool:

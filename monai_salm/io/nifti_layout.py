@@ -60,6 +60,15 @@ class Axes:
     def to_file(self, canonical: np.ndarray) -> np.ndarray:
         return np.flip(np.transpose(canonical, np.argsort(self.order)), self.flips)
 
+    def to_file_index(self, shape: tuple[int, ...]) -> np.ndarray:
+        """(4, 4) matrix from a voxel's index on canonical axes to that in a file of this shape."""
+        matrix = np.eye(4)
+        matrix[:, : len(self.order)] = matrix[:, list(self.order)]
+        for axis in self.flips:
+            matrix[axis] *= -1
+            matrix[axis, 3] = shape[axis] - 1
+        return matrix
+
 
 @dataclass(frozen=True)
 class Layout:
