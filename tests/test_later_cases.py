@@ -8,16 +8,26 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from exports import write_labels, write_series
+from exports import (
+    class_map,
+    write_decathlon,
+    write_label,
+    write_labels,
+    write_nifti,
+    write_segmentation,
+    write_series,
+)
 from test_engines import cases, trainer
 
 from monai_salm.bank import PerturbationBank
 from monai_salm.cli import BAD_INPUT, DONE, NOT_PROTECTED, main
+from monai_salm.io.masks import read_mask
 from monai_salm.release.catalog import scan
 from monai_salm.release.earlier import CLASSES
-from monai_salm.release.labels import label_cases
+from monai_salm.release.labels import label_cases, load_cohort
 from monai_salm.release.manifest import read_manifest
 from monai_salm.release.protect import read_refusals
 from monai_salm.release.table import LabelRow
@@ -89,6 +99,54 @@ class TestClasses:
         rows = [LabelRow(2, "s0", "a", None), LabelRow(3, "s1", "z", None)]
         with pytest.raises(ValueError, match="classes that the earlier release does not have"):
             label_cases(catalog, rows, classes=("a", "b"))
+
+
+class TestVoxelClasses:
+    """Classes of voxels are those of the earlier release, by name."""
+
+    def like(self, folder: Path, *classes: str) -> Path:
+        """What an earlier release of other cases has to have."""
+        for name in ("private", "models"):
+            (folder / name).mkdir(parents=True)
+        (folder / CLASSES).write_text(json.dumps(classes))
+        (folder / "models" / "model.pt").touch()
+        return folder
+
+    def decathlon(self, root: Path, **labels: int) -> Path:
+        write_decathlon(root, 2)
+        content = json.loads((root / "dataset.json").read_text())
+        (root / "dataset.json").write_text(json.dumps(content | {"labels": labels}))
+        return root
+
+    def test_order_and_numbers_may_differ_and_a_class_may_be_missing(self, tmp_path):
+        like = self.like(tmp_path / "like", "background", "Nerve", "Rim", "3", "Core")
+        export = self.decathlon(tmp_path / "in", nothing=0, Core=1, Rim=2)
+        cohort = load_cohort(export, spatial_dims=3, like=like)
+        assert cohort.classes == ("background", "Nerve", "Rim", "3", "Core") and not cohort.refusals
+        assert cohort.cases[0].mask.values == (0, -1, 2, -1, 1), "value 3 has no name in this export"
+        np.testing.assert_array_equal(read_mask(cohort.cases[0], 3)[0], np.array([0, 4, 2])[class_map()])
+
+    def test_values_without_names_are_those_of_the_earlier_release(self, tmp_path):
+        for index in range(2):
+            write_nifti(tmp_path / "in" / f"v{index}.nii", index)
+            write_label(tmp_path / "in" / f"m{index}.nii", class_map(seed=index, classes=2) * 3)
+        write_labels(tmp_path / "in", [f"v{index}.nii,m{index}.nii" for index in range(2)], "mask")
+        cohort = load_cohort(tmp_path / "in", spatial_dims=3, like=self.like(tmp_path / "like", "background", "1", "3"))
+        assert cohort.classes == ("background", "1", "3") and read_mask(cohort.cases[0], 3).max() == 2
+        with pytest.raises(ValueError, match="classes that the earlier release does not have"):
+            load_cohort(tmp_path / "in", spatial_dims=3, like=self.like(tmp_path / "other", "background", "1", "2"))
+
+    def test_segments_are_found_by_label(self, tmp_path):
+        paths = write_series(tmp_path / "in" / "s", "s")
+        write_segmentation(tmp_path / "in" / "seg", paths, np.ones((4, 16, 16, 1), np.uint8), labels=("Tumor",))
+        like = self.like(tmp_path / "like", "background", "Liver", "Tumor")
+        (case,) = load_cohort(tmp_path / "in", spatial_dims=3, like=like).cases
+        assert case.mask.values == (0, -1, 1) and (read_mask(case, 3) == 2).all()
+
+    def test_a_name_that_the_earlier_release_lacks_is_an_error(self, tmp_path):
+        export = self.decathlon(tmp_path / "in", background=0, Core=1, Rim=2)
+        with pytest.raises(ValueError, match="classes that the earlier release does not have"):
+            load_cohort(export, spatial_dims=3, like=self.like(tmp_path / "like", "background", "Core", "Nerve"))
 
 
 @pytest.fixture(scope="module")

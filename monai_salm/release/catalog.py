@@ -25,12 +25,13 @@ from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
+from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
 from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name, unknown
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
-from monai_salm.release.voxels import DATASET_FILE, Found, VoxelLabels, class_names, pair
+from monai_salm.release.voxels import Found, VoxelLabels, class_names, pair
 
 IGNORED = ("dicomdir", "labels.csv", ".ds_store", "thumbs.db")
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
@@ -83,6 +84,7 @@ def scan(
     window: Window = "auto",
     check_pixels: bool = True,
     voxels: VoxelLabels | None = None,
+    classes: Sequence[str] = (),
     require_deidentified: bool = False,
     budget: Budget | None = None,
 ) -> Catalog:
@@ -96,6 +98,7 @@ def scan(
         check_pixels: decode every case once and refuse what is broken or constant; otherwise only headers are read.
         voxels: what tells the voxel labels, from :py:func:`monai_salm.release.voxels.find_voxel_labels`. Cases then
             have masks (checked with the pixels), label files are no cases, and what has no label is refused.
+        classes: of an earlier release, for the voxel labels; see :py:func:`monai_salm.release.voxels.class_names`.
         require_deidentified: refuse DICOM files that do not say that they are de-identified, and NIfTI, PNG and TIFF
             files with free text, dates or the like. Archives cannot say.
         budget: refuse (with the pixels) an image in which it is less than one stored step.
@@ -109,7 +112,7 @@ def scan(
         raise ValueError(f"spatial_dims is {spatial_dims}; use 2 for slices or 3 for volumes")
     if not root.exists():
         raise ValueError(f"export {root} does not exist; check the path")
-    classes = class_names(voxels) if voxels else ()
+    classes = class_names(voxels, classes) if voxels else ()
     findings = _Findings(root.absolute(), spatial_dims, voxels, require_deidentified)
     files = list(_walk(root.absolute(), findings))
     findings.released = ReleasedFiles(root.absolute(), files)

@@ -19,6 +19,7 @@ from monai_salm.release import bids, signature
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
 from monai_salm.release.companions import REFERENCES, closure, write_companions
+from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.identity import UidMap, load_or_create_key, owner_id, pseudonym
 from monai_salm.release.labels import LABELS_FILE, Cohort
 from monai_salm.release.manifest import (
@@ -34,7 +35,6 @@ from monai_salm.release.manifest import (
     sweep,
 )
 from monai_salm.release.shards import Shard, shards_of
-from monai_salm.release.voxels import DATASET_FILE
 from monai_salm.release.written_tables import dataset_json, labels_table
 
 KEY = f"{door.PRIVATE}/release.key"

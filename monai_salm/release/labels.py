@@ -19,7 +19,7 @@ from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
 from monai_salm.release.table import LABELS_FILE, SPLITS, LabelRow, match, natural, read_labels
-from monai_salm.release.voxels import SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
+from monai_salm.release.voxels import OTHER_CLASSES, SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
 
 __all__ = [
     "HELD_OUT_FRACTION",
@@ -38,12 +38,6 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_FRACTION = 0.25
 """Part of each class that the study keeps from its victims when the table names no test cases."""
-
-
-_OTHER_CLASSES = (
-    "the labels name classes that the earlier release does not have; name them as it does, or protect these cases in a "
-    "release of their own"
-)
 
 
 @dataclass(frozen=True)
@@ -164,6 +158,7 @@ def load_cohort(
         spatial_dims,
         window=window,
         voxels=voxels,
+        classes=earlier.classes if earlier else (),
         require_deidentified=require_deidentified,
         budget=None if budget is None else Budget.parse(budget),
     )
@@ -241,15 +236,14 @@ def label_cases(
         catalog: the scanned export.
         rows: from :py:func:`find_labels`; None when the archive brings labels.
         seed: decides which cases are held out where the table names no ``test`` cases.
-        classes: names of the classes in their order, of which the cases may lack some; default: those that occur.
+        classes: names of the classes in their order, of which the cases may lack some; default: those that occur. Of
+            voxels the catalog knows them already.
 
     Raises:
         ValueError: When rows name nothing in the export or contradict each other, fewer than two classes remain, one
             that they name has no usable case, or one of them is not in ``classes``.
     """
     if isinstance(rows, VoxelLabels):
-        if classes is not None and tuple(classes) != catalog.classes:
-            raise ValueError(_OTHER_CLASSES)
         return _label_voxels(catalog, seed)
     unlabeled = [name for names in catalog.refused_names.values() for name in names]
     unlabeled += [name for companion in catalog.companions for name in (companion.name, companion.uid)]
@@ -275,7 +269,7 @@ def label_cases(
                 "was refused, and repair it or take these classes out of the labels"
             )
     elif set(found) - set(classes):
-        raise ValueError(_OTHER_CLASSES)
+        raise ValueError(OTHER_CLASSES)
     classes = found if classes is None else tuple(classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
     _warn_of_shared_patients(cases)

@@ -11,28 +11,28 @@ none), segments of SEG files by their SegmentLabel. Class 0 is the background.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from monai_salm.io import dicom, formats, masks
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
-from monai_salm.release.table import LabelRow, match, natural, plain, where
+from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
+from monai_salm.release.table import LabelRow, match, natural, where
 
-DATASET_FILE = "dataset.json"
 BACKGROUND = "background"
 MAX_CLASSES = 255
 """Class indices are bytes, and 255 stands for voxels that have no part in the loss."""
 MAX_UNNAMED = 32
 """Without ``dataset.json`` a label file with more distinct values names no classes: it may be an image."""
-LISTS = {"training": None, "validation": "val", "test": "test"}
-"""Lists of cases in ``dataset.json``, and the split that each means (None: any that is released)."""
 
-Names = Mapping[int, str]
+OTHER_CLASSES = (
+    "the labels name classes that the earlier release does not have; name them as it does, or protect these cases in a "
+    "release of their own"
+)
+
 Refused = tuple[tuple[str, ...], str, RefusedError]
 """Names of what is refused, its sample id (empty for a file that is no case), and why."""
 SHARED_MASK = RefusedError(
@@ -95,7 +95,7 @@ def find_voxel_labels(dataset_dir: Path, rows: Sequence[LabelRow] | None) -> Vox
     root = dataset_dir.absolute()
     path = root / DATASET_FILE
     if path.is_file():
-        names, pairs, unlabeled = _read_dataset(path)
+        names, pairs, unlabeled = read_pairs(path)
         merged = tuple(_merge(rows, pairs)) if rows is not None else tuple(pairs)
         left_out = unlabeled | {pair.mask for pair in pairs if pair.mask} - {row.mask for row in merged}
         return VoxelLabels(root, merged, names, frozenset(left_out - {row.case for row in merged}))
@@ -104,74 +104,6 @@ def find_voxel_labels(dataset_dir: Path, rows: Sequence[LabelRow] | None) -> Vox
     if root.is_dir() and _segmentations(root):
         return VoxelLabels(root, None, None)
     return None
-
-
-def read_dataset(path: Path) -> dict[str, Any]:
-    """Content of a ``dataset.json``.
-
-    Raises:
-        ValueError: When it is not JSON, or no object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{DATASET_FILE} of the export cannot be read ({type(error).__name__}); repair it") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{DATASET_FILE} of the export must be an object with 'labels' and 'training'")
-    return content
-
-
-def _read_dataset(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
-    """Names of the classes, the pairs, and the images to test on that have no label here: they are no cases."""
-    content = read_dataset(path)
-    names = _read_names(content.get("labels"))
-    rows: list[LabelRow] = []
-    bad: list[int] = []
-    unlabeled: set[str] = set()
-    for key, split in LISTS.items():
-        entries = content.get(key) or []
-        if not isinstance(entries, list):
-            raise ValueError(f"{key!r} in {DATASET_FILE} must be a list of pairs of image and label")
-        for number, entry in enumerate(entries, 1):
-            pair = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
-            if all(isinstance(name, str) and name for name in pair):
-                source = f"{key!r} in {DATASET_FILE}"
-                rows.append(LabelRow(number, plain(pair[0]), "", split, plain(pair[1]), source))
-            elif not isinstance(pair[0], str) or pair[1] is not None:
-                bad.append(number)
-            elif split == "test":
-                unlabeled.add(plain(pair[0]))
-    if bad:
-        raise ValueError(f"entry {bad[0]} of {DATASET_FILE} is no pair {{'image': path, 'label': path}}; correct it")
-    if not rows:
-        raise ValueError(f"{DATASET_FILE} lists no pair of image and label under 'training'")
-    twice = [row for row in rows if row.case in unlabeled]
-    if twice:
-        raise ValueError(f"{where(twice)} are listed under 'test' too; keep one of them")
-    return names, rows, unlabeled
-
-
-def _read_names(labels: Any) -> dict[int, str]:
-    """Both forms that are in use: ``{"0": "background", ...}`` and ``{"background": 0, ...}``."""
-    if not isinstance(labels, dict) or not labels:
-        raise ValueError(f"{DATASET_FILE} needs 'labels', such as {{'0': 'background', '1': 'tumor'}}")
-    pairs = list(labels.items())
-    if not all(_is_number(key) for key, _ in pairs):
-        pairs = [(value, key) for key, value in pairs]
-    if not all(_is_number(value) and isinstance(name, str) and name.strip() for value, name in pairs):
-        raise ValueError(f"'labels' in {DATASET_FILE} must map numbers to names or names to single numbers")
-    names = {int(value): name.strip() for value, name in sorted(pairs, key=lambda pair: int(pair[0]))}
-    if 0 not in names or min(names) < 0:
-        raise ValueError(f"'labels' in {DATASET_FILE} must give 0 to the background, and other classes numbers above 0")
-    if len(set(names.values())) < len(pairs):
-        raise ValueError(f"'labels' in {DATASET_FILE} gives one name or number twice; make them differ")
-    return names
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip().removeprefix("-").isdecimal()
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _merge(rows: Sequence[LabelRow], pairs: Sequence[LabelRow]) -> Iterator[LabelRow]:
@@ -204,14 +136,20 @@ def _referred(path: Path) -> frozenset[str]:
 # ------------------------------------------------------------------- classes
 
 
-def class_names(voxels: VoxelLabels) -> tuple[str, ...]:
+def class_names(voxels: VoxelLabels, earlier: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of all classes that label files of the export may hold, the background first.
 
     Without ``dataset.json`` every label file is read for that (once: its values are remembered). Broken ones add none,
     nor do those with more than 32 values.
 
+    Args:
+        voxels: what is said about the labels.
+        earlier: classes of an earlier release, which are then returned; the export may lack some, number and order
+            them otherwise, and call the background something else.
+
     Raises:
-        ValueError: When no label file is there, or there are no classes besides the background, or more than 255.
+        ValueError: When no label file is there, there are no classes besides the background, or more than 255, or one
+            of them is none of the earlier ones.
     """
     if voxels.names is not None:
         names = list(voxels.names.values())
@@ -230,7 +168,9 @@ def class_names(voxels: VoxelLabels) -> tuple[str, ...]:
             f"{MAX_CLASSES - 1}. Check that the masks are label files and not empty; values of label files with more "
             f"than {MAX_UNNAMED} must be named in a {DATASET_FILE}"
         )
-    return tuple(names)
+    if earlier and set(names[1:]) - set(earlier[1:]):
+        raise ValueError(OTHER_CLASSES)
+    return tuple(earlier or names)
 
 
 def _label_files(voxels: VoxelLabels) -> list[Path]:
@@ -334,8 +274,8 @@ class _Finder:
         self._cases = {row.case for row in voxels.rows or ()}
         self.seen: set[str] = set()
         """Names of label files that a case has asked for."""
-        values = {name: value for value, name in (voxels.names or {}).items()}
-        self._values = tuple(values.get(name, _number(name)) for name in classes)
+        named = None if voxels.names is None else {name: value for value, name in voxels.names.items()}
+        self._values = (0, *(_number(name) if named is None else named.get(name, -1) for name in classes[1:]))
         self._referring_to: dict[str, set[str]] = defaultdict(set)
         for name, (_, header) in found.segmentations.items():
             of_instances = {found.instances.get(uid, uid) for uid in header.instances}
@@ -385,4 +325,4 @@ class _Finder:
 
 
 def _number(name: str) -> int:
-    return int(name) if name.isascii() and name.isdigit() else 0 if name == BACKGROUND else -1
+    return int(name) if name.isascii() and name.isdigit() else -1

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monai_salm.io.base import Case
+from monai_salm.release.decathlon import DATASET_FILE, LISTS, read_dataset
 from monai_salm.release.identity import mask_id, owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import ManifestRow
 from monai_salm.release.table import plain
-from monai_salm.release.voxels import DATASET_FILE, LISTS, read_dataset
 
 _PAIR = ("image", "label")
 _KEPT = (*LISTS, "labels", "modality", "channel_names")
