@@ -241,7 +241,7 @@ def test_a_wrong_folder_is_named(run, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([*LABELS, "images/v9.nii.gz,a"], ["line 6", "name nothing in the export"]),
+        ([*LABELS, "images/v9.nii.gz,a"], ["nothing in the export has the names in line 6 of"]),
         ([row.replace(",b", ",a") for row in LABELS], ["one class"]),
         ([f"{row},holdout" for row in LABELS], ["split must be train, val or test", "lines 2, 3, 4, 5"]),
         (["images/v0.nii.gz,a", "images/v0.nii.gz,b"], ["different labels", "lines 2, 3"]),

@@ -139,7 +139,7 @@ def test_a_case_without_a_row_is_refused_and_one_with_a_refused_file_is_not_miss
 
 
 def test_a_row_that_names_nothing_is_an_error_with_its_line():
-    with pytest.raises(ValueError, match="lines 7, 8 .*nothing in the export") as error:
+    with pytest.raises(ValueError, match="nothing in the export has .* lines 7, 8 of") as error:
         label_cases(catalog(2), [*rows("ab"), LabelRow(7, "secret", "a"), LabelRow(8, "c9", "a")])
     assert "secret" not in str(error.value)
 
@@ -224,6 +224,13 @@ def test_an_export_without_labels_is_an_error(tmp_path):
 def test_patients_on_both_sides_of_a_given_split_are_warned_of(caplog):
     label_cases(catalog(4, per_patient=4), rows("abab", ["train", "train", "test", "test"]))
     assert "1 patients have cases both" in caplog.text
+
+
+def test_names_that_differ_in_case_only_are_warned_of(caplog):
+    label_cases(catalog(4), rows("abab"))
+    assert not caplog.text
+    assert label_cases(catalog(4), rows("aAba")).classes == ("A", "a", "b")
+    assert "differ in capital letters alone, and count as different: a" in caplog.text
 
 
 def test_missing_labels_are_told_before_any_image_is_decoded(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_a_table_beside_it_gives_splits_and_has_the_last_word(tmp_path):
     assert [case.split for case in cohort.cases] == ["train", "val", "test"]
     assert reasons(cohort) == {"no_label": 1} and "label table" in cohort.refusals[0].detail
     table = write_labels(tmp_path, ["imagesTr/v00.nii.gz,labelsTr/v01.nii.gz,train"], "mask")
-    with pytest.raises(ValueError, match=r"line 2 of the label table name another mask"):
+    with pytest.raises(ValueError, match=r"line 2 of the label table: the mask is another"):
         load_cohort(tmp_path, spatial_dims=3)
     other = tmp_path.with_name("elsewhere.csv")
     table.rename(other)
@@ -316,6 +316,13 @@ def test_a_class_that_is_only_tested_is_an_error(tmp_path):
         load_cohort(tmp_path, spatial_dims=3)
 
 
+def test_a_class_that_no_case_has_must_leave_the_labels(tmp_path):
+    write_decathlon(tmp_path, 4)
+    edit_dataset(tmp_path, labels={"0": "background", "1": "Core", "2": "Rim", "3": "Never"})
+    with pytest.raises(ValueError, match=r"no case has a voxel of class Never; take it out of 'labels'"):
+        load_cohort(tmp_path, spatial_dims=3).tested()
+
+
 def test_slices_have_masks_too(tmp_path):
     for index in range(4):
         write_nifti(tmp_path / f"v{index}.nii", index, (6, 7))
@@ -397,6 +404,14 @@ def test_one_label_in_different_files_is_one_class(tmp_path):
     assert cohort.class_voxels[cohort.cases[1].sample_id] == (0, 0, 4 * SIZE * SIZE)
 
 
+def test_segment_labels_that_differ_in_case_only_are_warned_of(tmp_path, caplog):
+    write_segmented(tmp_path)
+    paths = [path for path in (tmp_path / "B").iterdir() if path.name != "seg"]
+    write_segmentation(tmp_path / "B" / "seg", paths, np.ones((4, SIZE, SIZE, 1), np.uint8), labels=("liver",))
+    assert load_cohort(tmp_path, spatial_dims=3).classes == ("background", "Liver", "Tumor", "liver")
+    assert "count as different: liver" in caplog.text
+
+
 def test_a_table_chooses_between_several_segmentations(tmp_path):
     write_segmented(tmp_path)
     paths = sorted(path for path in (tmp_path / "B").iterdir() if path.name != "seg")
@@ -406,7 +421,13 @@ def test_a_table_chooses_between_several_segmentations(tmp_path):
     write_labels(tmp_path, ["A,,train", "B,B/other,train"], "mask")
     cohort = load_cohort(tmp_path, spatial_dims=3)
     assert [case.mask.name for case in cohort.cases] == ["A/seg", "B/other"]
-    assert reasons(cohort) == {"mask_unused": 1}
+    assert not cohort.refusals, "what the table did not choose is simply left out"
+    write_labels(tmp_path, ["A,,train", "B,,train"], "mask")
+    assert reasons(load_cohort(tmp_path, spatial_dims=3)) == {"several_masks": 1}
+    slices = sorted(path.name for path in (tmp_path / "B").iterdir() if path.name not in ("seg", "other"))
+    write_labels(tmp_path, ["A,", *(f"B/{name},B/other" for name in slices)], "mask")
+    cohort = load_cohort(tmp_path, spatial_dims=2)
+    assert len(cohort.cases) == 8 and not cohort.refusals
 
 
 @pytest.mark.parametrize("where", ["private", "sequence"])
@@ -476,7 +497,7 @@ def test_an_image_named_as_segmentation_is_refused(tmp_path):
     name = next(path.name for path in (tmp_path / "A").iterdir() if path.name != "seg")
     write_labels(tmp_path, [f"A,A/{name},train", "B,B/seg,train"], "mask")
     cohort = load_cohort(tmp_path, spatial_dims=3)
-    assert len(cohort.cases) == 1 and reasons(cohort) == {"mask_is_image": 1, "mask_unused": 1}
+    assert len(cohort.cases) == 1 and reasons(cohort) == {"mask_is_image": 1}
 
 
 def test_segmentations_do_not_turn_a_classification_into_voxel_labels(tmp_path):

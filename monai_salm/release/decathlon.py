@@ -63,7 +63,7 @@ def read_pairs(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
         raise ValueError(f"{DATASET_FILE} lists no pair of image and label under 'training'")
     twice = [row for row in rows if row.case in unlabeled]
     if twice:
-        raise ValueError(f"{where(twice)} are listed under 'test' too; keep one of them")
+        raise ValueError(f"{where(twice)}: the image is listed under 'test' too; keep one of them")
     return names, rows, unlabeled
 
 

@@ -106,8 +106,14 @@ class Cohort:
                 "each class needs cases of two patients or more), or do not verify"
             )
         missing = set(range(self.voxelwise, len(self.classes))) - self._classes_of(cases)
+        nowhere = missing - self._classes_of(self.cases)
+        names = ", ".join(self.classes[label] for label in sorted(nowhere or missing))
+        if nowhere and self.voxelwise:
+            raise ValueError(
+                f"no case has a voxel of class {names}; take it out of 'labels' in dataset.json, or (without one) "
+                "repair or leave out the refused label files that name it"
+            )
         if missing:
-            names = ", ".join(self.classes[label] for label in sorted(missing))
             raise ValueError(
                 f"no case of class {names} is held out for split {split!r} ({len(cases)} of others are); give each "
                 "class cases of two patients or more, name some in the label table's column 'split', or do not verify"
@@ -272,7 +278,7 @@ def label_cases(
         raise ValueError(OTHER_CLASSES)
     classes = found if classes is None else tuple(classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
-    _warn_of_shared_patients(cases)
+    _warn(cases, classes)
     return Cohort(
         cases,
         classes,
@@ -302,7 +308,7 @@ def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
     }
     if catalog.class_voxels or not cases:
         _check_foreground(cases, present, catalog.classes)
-    _warn_of_shared_patients(cases)
+    _warn(cases, catalog.classes)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
     held_out = _named_test(cases) or _held_out_patients(cases, present, seed)
     return Cohort(tuple(cases), catalog.classes, tuple(refusals), catalog.root, held_out, counts, catalog.companions)
@@ -380,8 +386,12 @@ def _count(cases: Iterable[Case]) -> Counter[int]:
     return Counter(case.label for case in cases)
 
 
-def _warn_of_shared_patients(cases: Sequence[Case]) -> None:
+def _warn(cases: Sequence[Case], classes: Sequence[str]) -> None:
+    """Tell what may be a mistake."""
     test = {case.group for case in cases if case.split == "test"}
     shared = test & {case.group for case in cases if case.split != "test"}
     if shared:
         logger.warning("%d patients have cases both in split test and in a released split", len(shared))
+    alike = [name for name, count in Counter(map(str.casefold, classes)).items() if count > 1]
+    if alike:
+        logger.warning("names of classes differ in capital letters alone, and count as different: %s", ", ".join(alike))

@@ -77,8 +77,8 @@ def match(rows: Sequence[LabelRow], cases: Iterable[Case], refused: Iterable[str
     unknown = [row for row in rows if composed(row.case) not in known]
     if unknown:
         raise ValueError(
-            f"{where(unknown)} name nothing in the export; write a path relative to the export (a file, or a folder "
-            "that holds one series) or a UID, or remove the line"
+            f"nothing in the export has the names in {where(unknown)}; write a path relative to the export (a file, or "
+            "a folder that holds one series) or a UID, or remove the line"
         )
     refuse_conflicts(rows, lambda row: ids.get(composed(row.case), []))
     return {sample_id: row for row in rows for sample_id in ids.get(composed(row.case), ())}

@@ -116,7 +116,7 @@ def _merge(rows: Sequence[LabelRow], pairs: Sequence[LabelRow]) -> Iterator[Labe
             conflicts.append(row)
         yield replace(row, mask=row.mask or pair.mask, split=row.split or pair.split) if pair else row
     if conflicts:
-        raise ValueError(f"{where(conflicts)} name another mask than {DATASET_FILE}; correct one of them")
+        raise ValueError(f"{where(conflicts)}: the mask is another than in {DATASET_FILE}; correct one of them")
 
 
 def _segmentations(root: Path) -> list[Path]:
@@ -236,7 +236,10 @@ def pair(
     if spatial_dims == 2:
         paired, incomplete = _split_incomplete(paired, found)
         refusals += incomplete
+    chosen = {name for case in cases if (row := (rows or {}).get(case.sample_id)) and row.mask for name in case.names}
     for name in sorted(found.segmentations.keys() - finder.seen):
+        if (series := finder.referred(name)) and series <= chosen:
+            continue  # the table names other label files for all of its series
         detail = "no image of the export uses this segmentation; add its series, or leave it out"
         refusals.append(((name,), "", RefusedError("mask_unused", detail)))
     return paired, refusals
@@ -278,9 +281,13 @@ class _Finder:
         self._values = (0, *(_number(name) if named is None else named.get(name, -1) for name in classes[1:]))
         self._referring_to: dict[str, set[str]] = defaultdict(set)
         for name, (_, header) in found.segmentations.items():
-            of_instances = {found.instances.get(uid, uid) for uid in header.instances}
-            for uid in header.series | header.instances | of_instances:
+            for uid in header.instances | self.referred(name):
                 self._referring_to[uid].add(name)
+
+    def referred(self, name: str) -> frozenset[str]:
+        """UIDs of all series that a segmentation refers to; of an image that is not there, its own."""
+        header = self._found.segmentations[name][1]
+        return header.series | {self._found.instances.get(uid, uid) for uid in header.instances}
 
     def find(self, case: Case, name: str) -> Mask:
         """The mask of a case, by name or (DICOM) because it refers to the case.
