@@ -185,13 +185,13 @@ def test_overlapping_segments_are_refused_unless_they_are_one_class(tmp_path, se
     np.testing.assert_array_equal(found, canonical((pixels.any(-1)).astype(np.uint8)))
 
 
-def test_a_fraction_counts_from_half_of_its_maximum(tmp_path, series):
-    fractions = np.zeros((N, SIZE, SIZE, 1))
-    fractions[0, 0, :4, 0] = 0.0, 0.49, 0.5, 1.0
-    seg = write_segmentation(
-        tmp_path / "seg", series, fractions, labels=("Liver",), kind="FRACTIONAL", max_fractional_value=100
-    )
-    np.testing.assert_array_equal(read_mask(case_of(series[:1], seg, (0, 1)), 2)[0, 0, :4], [0, 0, 1, 1])
+@pytest.mark.parametrize("largest", [100, 200, 255])
+def test_a_fraction_counts_above_half_of_its_maximum(tmp_path, series, largest):
+    fractions = np.zeros((N, SIZE, SIZE, 2))
+    fractions[0, 0, :4, 0] = 0.0, 0.49, 0.5, 0.51
+    fractions[0, 0, :4, 1] = 1 - fractions[0, 0, :4, 0]
+    seg = write_segmentation(tmp_path / "seg", series, fractions, kind="FRACTIONAL", max_fractional_value=largest)
+    np.testing.assert_array_equal(read_mask(case_of(series[:1], seg), 2)[0, 0, :4], [2, 2, 0, 1])
 
 
 def test_classes_follow_the_export_and_not_the_numbers_of_segments(tmp_path, series):
