@@ -48,12 +48,24 @@ def test_a_label_of_any_type_becomes_class_indices(tmp_path, image, dtype):
     np.testing.assert_array_equal(found, voxels[None])
 
 
-def test_scaled_label_values_count_after_scaling(tmp_path, image):
-    label = write_label(tmp_path / "label.nii", class_map())
+@pytest.mark.parametrize(
+    ("times", "slope", "intercept", "values"),
+    [(1, 3, 0, (0, 3, 6)), (127, 1 / 127, 0, (0, 1, 2)), (10, 0.1, 0, (0, 1, 2)), (1, 7, 900.0, (900, 907, 914))],
+)
+def test_scaled_label_values_count_after_scaling(tmp_path, image, times, slope, intercept, values):
+    label = write_label(tmp_path / "label.nii", class_map() * np.uint8(times))
     content = bytearray(label.read_bytes())
-    content[112:120] = np.array([3, 0], "<f4").tobytes()  # scl_slope, scl_inter
+    content[112:120] = np.array([slope, intercept], "<f4").tobytes()  # scl_slope, scl_inter
     label.write_bytes(content)
-    np.testing.assert_array_equal(read_mask(pair(image, label, (0, 3, 6)), 3), class_map()[None])
+    np.testing.assert_array_equal(read_mask(pair(image, label, values), 3), class_map()[None])
+
+
+def test_scaled_values_between_whole_numbers_stay_fractions(tmp_path, image):
+    label = write_label(tmp_path / "label.nii", class_map() * np.uint8(100))
+    content = bytearray(label.read_bytes())
+    content[112:120] = np.array([0.010001, 0], "<f4").tobytes()
+    label.write_bytes(content)
+    refused(pair(image, label), "mask_is_image", "no integers")
 
 
 @settings(max_examples=30, deadline=None)
@@ -180,11 +192,23 @@ def test_a_value_that_is_not_listed_is_refused_with_its_count(tmp_path, image):
     )
 
 
-@pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
-def test_a_label_with_fractions_is_taken_for_an_image(tmp_path, image, value):
+@pytest.mark.parametrize(
+    ("value", "reason", "words"),
+    [
+        (0.5, "mask_is_image", "1 voxels of the label are no integers"),
+        (np.nan, "unknown_label_value", "1 voxels of the label are not finite"),
+        (np.inf, "unknown_label_value", "1 voxels of the label are not finite"),
+    ],
+)
+def test_a_label_with_fractions_is_taken_for_an_image(tmp_path, image, value, reason, words):
     voxels = class_map().astype(np.float32)
     voxels[0, 0, 0] = value
-    refused(pair(image, write_label(tmp_path / "label.nii", voxels)), "mask_is_image", "1 voxels")
+    refused(pair(image, write_label(tmp_path / "label.nii", voxels)), reason, words)
+
+
+def test_a_label_of_several_volumes_is_refused_with_what_to_do(tmp_path, image):
+    label = write_label(tmp_path / "label.nii", np.stack([class_map(), class_map()], -1))
+    refused(pair(image, label), "multi_volume", "2 volumes", "split it", "one-hot")
 
 
 def test_an_image_as_label_is_refused(tmp_path, image):

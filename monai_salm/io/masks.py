@@ -210,7 +210,7 @@ def _distinct(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values, ascending, and how often each occurs.
 
     Raises:
-        RefusedError: ``mask_is_image`` when a value is no integer.
+        RefusedError: ``mask_is_image`` when a value is no integer, ``unknown_label_value`` when one is not finite.
     """
     if voxels.dtype.kind in "iu" and int(voxels.max()) - int(voxels.min()) < 2**16:  # many times faster than sorting
         least = int(voxels.min())
@@ -219,7 +219,14 @@ def _distinct(voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return found + least, counts[found]
     values, counts = np.unique(voxels, return_counts=True)
     if values.dtype.kind == "f":
-        odd = ~np.isfinite(values) | (values != np.floor(values))
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise RefusedError(
+                "unknown_label_value",
+                f"{int(counts[~finite].sum())} voxels of the label are not finite (NaN or infinite); give them the "
+                "number of a class, 0 for the background",
+            )
+        odd = values != np.floor(values)
         if odd.any():
             raise RefusedError(
                 "mask_is_image",

@@ -215,7 +215,8 @@ def _grid(layout: Layout) -> Grid:
 
 
 def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]:
-    """The voxels of a label file on canonical axes, (*spatial), scaled if the header scales them, and their grid.
+    """The voxels of a label file on canonical axes, (*spatial), scaled if the header scales them (then whole where
+    they are but for the precision of the scaling), and their grid.
 
     Args:
         path: the label file.
@@ -226,11 +227,22 @@ def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]
     """
     content, layout = _load(path, spatial_dims, LABEL_TYPES)
     if layout.volumes > 1:
-        raise RefusedError("multi_volume", f"the label file has {layout.volumes} volumes; it must have one")
+        raise RefusedError(
+            "multi_volume",
+            f"the label file has {layout.volumes} volumes; split it into files, or make one map of class numbers of "
+            "one-hot channels",
+        )
     voxels = layout.axes.to_canonical(layout.voxels(content).astype(layout.dtype.newbyteorder("=")))
     if (layout.slope, layout.intercept) != (1.0, 0.0):
-        voxels = voxels * layout.slope + layout.intercept
+        voxels = _whole(voxels * layout.slope + layout.intercept, layout.intercept)
     return np.ascontiguousarray(voxels), _grid(layout)
+
+
+def _whole(scaled: np.ndarray, intercept: float) -> np.ndarray:
+    """Scaled labels with what slope and intercept, which NIfTI-1 keeps as 32-bit floats, are off whole numbers by."""
+    nearest = np.rint(scaled)
+    rounding = np.finfo(np.float32).eps * (np.abs(scaled) + 2 * abs(intercept))
+    return np.where(np.abs(scaled - nearest) <= rounding, nearest, scaled)
 
 
 def constant(stored: np.ndarray) -> bool:
