@@ -28,6 +28,9 @@ class Filters(nn.Module):
         features: number of filters.
         kernel_size: odd side of a filter in voxels.
 
+    Raises:
+        ValueError: When the side is even.
+
     Example:
         >>> Filters(2, 1, 16, 7)(torch.rand(2, 1, 28, 30)).shape
         torch.Size([2, 16, 28, 30])
@@ -35,6 +38,8 @@ class Filters(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, features: int, kernel_size: int) -> None:
         super().__init__()
+        if kernel_size % 2 != 1:
+            raise ValueError(f"kernel_size is {kernel_size}; filters have an odd side, so that images keep their size")
         self.weight = nn.Parameter(torch.empty(features, in_channels, *[kernel_size] * spatial_dims))
         nn.init.kaiming_uniform_(self.weight, math.sqrt(5))  # as PyTorch's convolutions begin
 

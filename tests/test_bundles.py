@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pydoc
+import re
 import shutil
 import signal
 import sqlite3
@@ -777,13 +778,40 @@ def test_monai_salm_protects_and_verifies_with_the_bundle(tmp_path):
     assert execute(protect, tmp_path, None).returncode == 3, "the same command again goes on, and verifies"
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (VOXELS, {"spatial_size": [30, 30, 30]}, r"victim 'unet' .* images of \(30, 30, 30\).*multiples"),
+        (VOXELS, {"num_classes": 5}, "victim 'unet' .* with 2 classes .*change it, num_classes"),
+        (FLAT, {"num_classes": 5}, "victim 'small_cnn' .* with 3 classes"),
+        (VOLUME, {"num_classes": 2}, "victim 'small_cnn' .* with 3 classes"),
+        *((name, {}, "") for name in BUNDLES),
+    ],
+)
+def test_victims_that_cannot_be_trained_are_told_before_the_fit(tmp_path, name, change, words):
+    parser = ConfigParser()
+    parser.read_config(config_file(name, "train.yaml"))
+    classes = ["a", "b"] if name == VOXELS else ["a", "b", "c"]
+    cohort = f"$__import__('types').SimpleNamespace(classes={classes}, voxelwise={name == VOXELS})"
+    parser.update({"cohort": cohort, "output_dir": str(tmp_path), **change})
+    check = "run::1"
+    if not words:
+        assert parser.get_parsed_content(check) is None
+    else:
+        with pytest.raises(RuntimeError) as error:
+            parser.get_parsed_content(check)
+        assert re.search(words, str(workflows._unwrapped(error.value)))
+    assert not list(tmp_path.iterdir()), "neither bank nor control was opened"
+
+
 def test_the_readme_of_a_bundle_names_run_ids_that_exist():
     for name in BUNDLES:
         ids = ConfigParser.load_config_file(config_file(name, "train.yaml"))
         text = (workflows.bundle_path(name) / "docs" / "README.md").read_text()
         for run_id in ("fit", "protect", "verify"):
             assert f"`{run_id}`" in text and isinstance(ids[run_id], list)
-        first, *stages = ids["run"]
-        assert "tested" in first and stages == [*ids["fit"], *ids["protect"], *ids["verify"]], name
+        first, second, *stages = ids["run"]
+        assert "tested" in first and "check_victims" in second
+        assert stages == [*ids["fit"], *ids["protect"], *ids["verify"]], name
         for expression in ids["run"]:
             ast.parse(expression.removeprefix("$").replace("@", "").replace("::", "."))

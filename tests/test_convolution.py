@@ -66,3 +66,9 @@ def test_means_nearby_are_those_of_a_window_with_zeros_beyond_the_image(size):
     expected = convolution(image, window, padding=2, groups=3)
     torch.testing.assert_close(mean_nearby(image), expected)
     torch.testing.assert_close(mean_of_means(image), expected.flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("kernel_size", [0, 2, 6])
+def test_filters_of_an_even_side_are_refused_when_they_are_made(kernel_size):
+    with pytest.raises(ValueError, match=f"kernel_size is {kernel_size}; filters have an odd side"):
+        Filters(2, 1, 4, kernel_size)
