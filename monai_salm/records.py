@@ -42,6 +42,11 @@ class Record:
     step: float = 1.0
 
 
+def smallest_type(levels: int) -> str:
+    """The first of :py:data:`TYPES` that holds steps up to ``levels``; empty where none does."""
+    return next((name for name in TYPES if levels <= np.iinfo(name).max), "")
+
+
 def image_digest(stored: Tensor | np.ndarray) -> str:
     """SHA-256 over type, shape and values of a stored image; equal for tensors and arrays of either byte order.
 
@@ -69,8 +74,8 @@ def pack(record: Record) -> tuple[Any, ...]:
     most = max(int(delta.max(initial=0)), -int(delta.min(initial=0)))
     if most > record.levels:
         raise ValueError(f"{record.sample_id}: a change of {most} lattice steps is over the budget of {record.levels}")
-    dtype = next((name for name in TYPES if record.levels <= np.iinfo(name).max), None)
-    if dtype is None:
+    dtype = smallest_type(record.levels)
+    if not dtype:
         raise ValueError(f"{record.sample_id}: a budget of {record.levels} lattice steps is over what 32 bits hold")
     delta = delta.astype(np.dtype(dtype).newbyteorder("<"))
     moved = delta != 0

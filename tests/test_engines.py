@@ -96,6 +96,38 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bytes(tmp_path, stop_after)
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+@pytest.mark.parametrize("round_", [1, 3])
+@pytest.mark.parametrize("damaged", [None, "0.pt", "2.pt"])
+def test_a_fit_that_is_killed_within_a_round_goes_on_with_the_other_cases(tmp_path, monkeypatch, round_, damaged):
+    monkeypatch.setattr("monai_salm.engines.trainer.KEPT_EVERY_S", -1.0)  # after each batch
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    killed, perturb = trainer(tmp_path / "killed"), PerturbationTrainer._perturb
+
+    def two_more(self, cases, batch, deltas, position):
+        if position == ("round", round_) and len(list(self._unfinished.folder.glob("*.pt"))) == 3:
+            raise Killed
+        return perturb(self, cases, batch, deltas, position)
+
+    monkeypatch.setattr(PerturbationTrainer, "_perturb", two_more)
+    with pytest.raises(Killed):
+        killed.run()
+    folder = tmp_path / "killed/bank.unfinished"
+    assert sorted(path.name for path in folder.iterdir()) == ["0.pt", "1.pt", "2.pt"]
+    if damaged:
+        (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-200])
+    seen = []
+    monkeypatch.setattr(
+        PerturbationTrainer, "_perturb", lambda self, *given: seen.append(given[-1]) or perturb(self, *given)
+    )
+    again = trainer(tmp_path / "killed")
+    again.run()
+    assert again.bank.revision == whole.bank.revision and not folder.exists()
+    batches = len(whole.cases.batches(4))
+    assert seen.count(("round", round_)) == batches - {None: 2, "2.pt": 1, "0.pt": 0}[damaged], "the others are kept"
+    assert (again.scores, again.passes_per_image) == (whole.scores, whole.passes_per_image)
+
+
 def test_what_a_method_learned_of_the_cohort_survives_a_kill_and_serves_other_cases(tmp_path):
     options = {"perturbation": ClasswiseErrorMinimizing(), "transplant": False, "dataset": cases(shapes=((12, 12),))}
     whole = trainer(tmp_path / "whole", **options)

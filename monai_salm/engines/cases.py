@@ -6,9 +6,10 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -252,3 +253,24 @@ class Patches(Samples):
         sides = [(max(0, -at), size - length - max(0, -at)) for at, length, size in places]
         padding = [voxels for before, after in sides[::-1] for voxels in (before, after)]
         return F.pad(part, padding, value=fill)
+
+
+class Steps:
+    """Endless batches of positions: a new order for every pass, a function of seed and step number alone."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.start = count, min(batch_size, count), seed, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step, per_pass = self.start, self.count // self.batch_size
+        while True:
+            generator = torch.Generator().manual_seed(derive(self.seed, "order", step // per_pass))
+            order = torch.randperm(self.count, generator=generator).tolist()
+            for at in range(step % per_pass, per_pass):
+                yield order[at * self.batch_size : (at + 1) * self.batch_size]
+                step += 1
+
+
+def derive(*position: Any) -> int:
+    """A seed for a place in the run."""
+    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7], "big")

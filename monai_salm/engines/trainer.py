@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +23,18 @@ from torch.utils.data import Dataset
 
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
-from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples
+from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples, Steps, derive
+from monai_salm.engines.kept import UnfinishedRound, load_weights, save_weights
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
-from monai_salm.records import Record, as_array
+from monai_salm.records import Record, as_array, smallest_type
 from monai_salm.release.progress import track
 from monai_salm.surrogates import TextureReader
 
 SETTLED_OVER = 3
 """Rounds over which the loss is compared to tell whether it has settled."""
+KEPT_EVERY_S = 20.0
+"""Perturbations are put on disk so often; a killed run loses those since."""
 
 
 class PerturbationTrainer(Trainer):
@@ -110,19 +112,22 @@ class PerturbationTrainer(Trainer):
         self.surrogate_file = surrogate_file
         self.trains = surrogate_steps > 0 and surrogate_file is None
         if surrogate_file is not None:
-            _load_weights(self.objective.network, Path(surrogate_file))
+            load_weights(self.objective.network, Path(surrogate_file))
         self.objective.to(self._compute_device)
         self.cases = Cases(dataset, self.budget, self._compute_device)
         super().__init__(
             device=self._compute_device,
             max_epochs=max_epochs,
-            data_loader=_Steps(len(self.cases), batch_size, seed),
+            data_loader=Steps(len(self.cases), batch_size, seed),
             epoch_length=surrogate_steps if self.trains else 1,  # a round needs a step: without training, an idle one
             decollate=False,
         )
         self.samples = self._samples()
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
+        self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), self.fingerprint())
+        self._done: dict[str, Tensor] = {}
+        self._tally: dict[str, float] = {}
         self.deltas: dict[str, Tensor] = {}
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
@@ -135,17 +140,27 @@ class PerturbationTrainer(Trainer):
         self._register_handlers(train_handlers or ())  # after ours, so that they see the round's loss
 
     def run(self) -> None:
-        """Fit from the last complete round to the end; returns at once when the bank is finished."""
+        """Fit from what an earlier run has done to the end; returns at once when the bank is finished."""
         if not self.bank.finished:
             self._fit()
         if self.model_file is not None and not Path(self.model_file).is_file():
-            _save_weights(self.objective.network, Path(self.model_file))
+            save_weights(self.objective.network, Path(self.model_file))
 
     def _fit(self) -> None:
-        self._bar = track(range(self._ticks_left()), "fitting")
-        super().run()
+        kept = self._unfinished.read(self.state.epoch + 1, self._compute_device)
+        self._bar = track(range(self._ticks_left() - (self.state.epoch_length if kept else 0)), "fitting")
+        if kept is not None:
+            self._go_on(*kept)
+        if not self.bank.finished:
+            super().run()
         for _ in self._bar:  # a fit that settled early leaves ticks
             pass
+
+    def _go_on(self, state: dict[str, Any], deltas: dict[str, Tensor], tally: dict[str, float]) -> None:
+        """The rest of a round whose surrogate is trained, and of whose cases some are perturbed."""
+        self._load(state, self.state.epoch + 1)
+        self._done, self._tally = deltas, tally
+        self._end_round()
 
     def perturb(self, dataset: Dataset, calls: int | None = None) -> dict[str, Tensor]:
         """Perturbations of other cases by the frozen surrogate; neither it nor the bank changes.
@@ -194,7 +209,7 @@ class PerturbationTrainer(Trainer):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _begin_round(self) -> None:
-        torch.manual_seed(_derive(self.seed, "round", self.state.epoch))  # dropout and the like
+        torch.manual_seed(derive(self.seed, "round", self.state.epoch))  # dropout and the like
         self.objective.network.train()
 
     def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
@@ -223,7 +238,7 @@ class PerturbationTrainer(Trainer):
 
     def _samples(self) -> Samples:
         """What the surrogate trains on: whole images, or patches of volumes with voxel labels."""
-        options = {"coded": self.transplant, "seed": _derive(self.seed, "codes")}
+        options = {"coded": self.transplant, "seed": derive(self.seed, "codes")}
         if self.cases.voxelwise:
             return Patches(self.cases, self.patch_size or self.objective.tile_size, **options)
         view = self.objective.network.view
@@ -239,22 +254,36 @@ class PerturbationTrainer(Trainer):
         self.state.metrics["perturbed_loss"] = self.scores[-1]
         settled = self._settled()
         self._commit(final=settled or self.state.epoch == self.state.max_epochs)
+        self._unfinished.clear()
         if settled:
             self.logger.info(f"the loss has settled after {self.state.epoch} rounds")
             self.terminate()
 
     def _perturb_all(self) -> float:
         """One call of the perturbation for every case; returns the mean objective on the way."""
-        started, before = time.monotonic(), self.objective.passes
-        self.objective.reset_mean()
+        done, tally = self._done, self._tally
+        self._done, self._tally = {}, {}
+        if not done:
+            self._unfinished.begin(self.state.epoch, self._state())
+        started, before = time.monotonic() - tally.get("seconds", 0.0), self.objective.passes - tally.get("passes", 0)
+        self.objective.reset_mean(tally.get("sum", 0.0), tally.get("count", 0))
         self.perturbation.survey(
             self.objective,
             (self.cases.read(batch, self.budget) for batch in self.cases.batches(self.batch_size)),
             generator=self._generator("survey", self.state.epoch),
         )
+        fresh: dict[str, Tensor] = {}
+        written = time.monotonic()
         for batch in self._groups(self.cases):
-            self.deltas |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
+            if self.cases.facts[batch[0]].sample_id not in done:
+                fresh |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
             next(self._bar, None)
+            if time.monotonic() - written > KEPT_EVERY_S and fresh:
+                counted = {"passes": self.objective.passes - before, "seconds": time.monotonic() - started}
+                self._unfinished.add(fresh, counted | dict(zip(("sum", "count"), self.objective.tally, strict=True)))
+                done |= fresh
+                fresh, written = {}, time.monotonic()
+        self.deltas |= done | fresh
         self.perturbation_passes += self.objective.passes - before
         self.seconds += time.monotonic() - started
         return self.objective.mean()
@@ -273,7 +302,8 @@ class PerturbationTrainer(Trainer):
         begin = None if start[0] is None else torch.stack([delta.to(image.device) for delta in start])
         generator = self._generator(*position, facts[0].sample_id)
         found = self.perturbation(self.objective, image, label, lattice, begin, generator=generator)
-        return {fact.sample_id: _compact(delta, fact.levels) for fact, delta in zip(facts, found.cpu(), strict=True)}
+        types = (getattr(torch, smallest_type(fact.levels)) for fact in facts)
+        return {fact.sample_id: delta.to(kind) for fact, kind, delta in zip(facts, types, found.cpu(), strict=True)}
 
     def _settled(self) -> bool:
         if not self.settle or len(self.scores) <= SETTLED_OVER:
@@ -281,10 +311,11 @@ class PerturbationTrainer(Trainer):
         return self.scores[-1] > (1 - self.settle) * self.scores[-1 - SETTLED_OVER]
 
     def _generator(self, *position: Any) -> torch.Generator:
-        return torch.Generator().manual_seed(_derive(self.seed, *position))
+        return torch.Generator().manual_seed(derive(self.seed, *position))
 
-    def _commit(self, *, final: bool) -> None:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What the fit needs to go on from here, besides the perturbations."""
+        return {
             "network": self.objective.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scores": self.scores,
@@ -292,8 +323,10 @@ class PerturbationTrainer(Trainer):
             "seconds": self.seconds,
             "learned": self.perturbation.learned,
         }
+
+    def _commit(self, *, final: bool) -> None:
         blob = io.BytesIO()
-        torch.save(state, blob)
+        torch.save(self._state(), blob)
         self.bank.commit(
             self._records(), round_=self.state.epoch, score=self.scores[-1], state=blob.getvalue(), final=final
         )
@@ -312,7 +345,11 @@ class PerturbationTrainer(Trainer):
         if kept is None:
             return
         round_, blob = kept
-        state = torch.load(io.BytesIO(blob), map_location=self._compute_device, weights_only=True)
+        self._load(torch.load(io.BytesIO(blob), map_location=self._compute_device, weights_only=True), round_)
+        if not self.bank.finished:
+            self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.cases.facts}
+
+    def _load(self, state: dict[str, Any], round_: int) -> None:
         self.objective.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scores, self.seconds = state["scores"], state["seconds"]
@@ -321,47 +358,10 @@ class PerturbationTrainer(Trainer):
         self.state.epoch = round_
         self.state.iteration = round_ * self.state.epoch_length
         self.data_loader.start = self.state.iteration
-        if not self.bank.finished:
-            self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.cases.facts}
 
     def _ticks_left(self) -> int:
         passes = len(self._groups(self.cases))
         return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes)
-
-
-class _Steps:
-    """Endless batches of positions: a new order for every pass, a function of seed and step number alone."""
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.start = count, min(batch_size, count), seed, 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step, per_pass = self.start, self.count // self.batch_size
-        while True:
-            generator = torch.Generator().manual_seed(_derive(self.seed, "order", step // per_pass))
-            order = torch.randperm(self.count, generator=generator).tolist()
-            for at in range(step % per_pass, per_pass):
-                yield order[at * self.batch_size : (at + 1) * self.batch_size]
-                step += 1
-
-
-def _derive(*position: Any) -> int:
-    """A seed for a place in the run."""
-    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7], "big")
-
-
-def _compact(delta: Tensor, levels: int) -> Tensor:
-    return delta.to(torch.int8 if levels < 128 else torch.int16 if levels < 32768 else torch.int32)
-
-
-def _save_weights(network: torch.nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as stream:  # on disk before the bank says that the fit is done
-        torch.save(network.state_dict(), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
 
 
 def _settings(module: Any) -> str:
@@ -380,14 +380,3 @@ def _usable(device: torch.device | str) -> torch.device:
     except (AssertionError, RuntimeError) as error:  # what torch raises depends on how it was built
         raise ValueError(f"device {str(device)!r} cannot be used on this machine; use 'cpu', or none") from error
     return torch.device(device)
-
-
-def _load_weights(network: torch.nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"there are no weights of a surrogate at {path}; name a finished fit")
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"the weights at {path} are not of this network; use the bundle and the settings of the fit that made them"
-        ) from error

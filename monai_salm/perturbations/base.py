@@ -86,9 +86,14 @@ class Objective(nn.Module):
             (gradient,) = torch.autograd.grad(loss, delta)
         return gradient
 
-    def reset_mean(self) -> None:
-        """Begin a new :py:meth:`mean`."""
-        self._sum, self._count = torch.zeros(()), 0
+    def reset_mean(self, total: float = 0.0, count: int = 0) -> None:
+        """Begin a new :py:meth:`mean`, or go on from a :py:attr:`tally`."""
+        self._sum, self._count = torch.tensor(total), count
+
+    @property
+    def tally(self) -> tuple[float, int]:
+        """Sum of the losses since :py:meth:`reset_mean`, and of how many."""
+        return float(self._sum), self._count
 
     def mean(self) -> float:
         """Mean loss over all images since :py:meth:`reset_mean`."""

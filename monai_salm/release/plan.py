@@ -19,6 +19,7 @@ import torch
 from monai_salm.io import formats
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
+from monai_salm.records import smallest_type
 from monai_salm.release.companions import belonging
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
@@ -184,7 +185,7 @@ def _try(units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, wi
 
 
 def _bytes_of(delta: np.ndarray) -> int:
-    return 1 if abs(delta).max() < 128 else 2 if abs(delta).max() < 32768 else 4
+    return np.dtype(smallest_type(int(abs(delta).max()))).itemsize
 
 
 def _spread(units: Sequence[tuple[Case, ...]]) -> list[tuple[Case, ...]]:
