@@ -232,7 +232,8 @@ class TextureClassifier(TextureReader):
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        return mean_of_means(self.vote(self.filters(image))) + self.bias.flatten()
+        # The mean of votes is the vote of means, which costs no more where there are many classes.
+        return mean_of_means(self.filters(image)) @ self.vote.weight.flatten(1).T + self.bias.flatten()
 
 
 def small_resnet(
