@@ -373,8 +373,15 @@ def test_a_changed_file_exits_with_4(run, export, stub, tmp_path):
     assert code == cli.INTEGRITY and "protected/images/v0.nii.gz" in said
 
 
-def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path):
-    stop = "$(_ for _ in ()).throw(KeyboardInterrupt)"
+@pytest.mark.parametrize(
+    "stop",
+    [
+        "$(_ for _ in ()).throw(KeyboardInterrupt)",
+        "$__import__('os').kill(__import__('os').getpid(), 15)",
+        "$__import__('os').kill(__import__('os').getpid(), 1)",
+    ],
+)
+def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path, stop):
     code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={stop}")
     assert code == cli.INTERRUPTED and "same command again" in err
     code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub)

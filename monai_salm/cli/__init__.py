@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from monai_salm.cli.arguments import parser
 from monai_salm.cli.codes import (
@@ -42,10 +46,11 @@ __all__ = [
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = parser().parse_args(arguments)
-    _quiet_logs()
+    _quiet_logs(options.debug)
     umask = os.umask(0o077)
     try:
-        return options.command(options)
+        with _ending_as_interrupted():
+            return options.command(options)
     except KeyboardInterrupt:
         say("interrupted; what is finished is kept. Run the same command again to go on")
         return INTERRUPTED
@@ -62,7 +67,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.umask(umask)
 
 
-def _quiet_logs() -> None:
-    import logging
+@contextmanager
+def _ending_as_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which schedulers and containers send, end a run as Ctrl-C does."""
 
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    alone = threading.current_thread() is threading.main_thread()  # no other may say what signals do
+    ours = [end for end in ends if alone and signal.getsignal(end) is signal.SIG_DFL]  # nohup ignores one
+    for end in ours:
+        signal.signal(end, interrupt)
+    try:
+        yield
+    finally:
+        for end in ours:
+            signal.signal(end, signal.SIG_DFL)
+
+
+def _quiet_logs(debug: bool) -> None:
+    """Warnings only, and no tracebacks: what an error may say of a file is decided here, and not by an engine."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    if not debug:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_is_no_traceback)
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info and not record.name.startswith("ignite.")
