@@ -232,8 +232,7 @@ class TextureClassifier(TextureReader):
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        # The mean of votes is the vote of means, which costs no more where there are many classes.
-        return mean_of_means(self.filters(image)) @ self.vote.weight.flatten(1).T + self.bias.flatten()
+        return mean_of_means(self.filters(image)) @ self.vote.weight.flatten(1).T + self.bias.flatten()  # as of votes
 
 
 def small_resnet(

@@ -785,16 +785,21 @@ def test_monai_salm_protects_and_verifies_with_the_bundle(tmp_path):
         (VOXELS, {"num_classes": 5}, "victim 'unet' .* with 2 classes .*change it, num_classes"),
         (FLAT, {"num_classes": 5}, "victim 'small_cnn' .* with 3 classes"),
         (VOLUME, {"num_classes": 2}, "victim 'small_cnn' .* with 3 classes"),
+        (FLAT, {"spatial_size": 64}, "spatial_size is 64; it must have 2 numbers"),
+        (FLAT, {"defenses": "foo"}, "no set of defenses 'foo'"),
+        (VOLUME, {"epochs": 0}, "epochs and batch_size must be 1 or more"),
+        (VOLUME, {"seeds": 0}, "different seeds"),
         *((name, {}, "") for name in BUNDLES),
     ],
 )
-def test_victims_that_cannot_be_trained_are_told_before_the_fit(tmp_path, name, change, words):
+def test_a_study_that_cannot_be_is_told_before_the_fit(tmp_path, name, change, words):
     parser = ConfigParser()
     parser.read_config(config_file(name, "train.yaml"))
     classes = ["a", "b"] if name == VOXELS else ["a", "b", "c"]
-    cohort = f"$__import__('types').SimpleNamespace(classes={classes}, voxelwise={name == VOXELS})"
+    told = f"classes={classes}, voxelwise={name == VOXELS}, tested=lambda split: ()"
+    cohort = f"$__import__('types').SimpleNamespace({told})"
     parser.update({"cohort": cohort, "output_dir": str(tmp_path), **change})
-    check = "run::1"
+    check = "run::0"
     if not words:
         assert parser.get_parsed_content(check) is None
     else:
@@ -810,8 +815,8 @@ def test_the_readme_of_a_bundle_names_run_ids_that_exist():
         text = (workflows.bundle_path(name) / "docs" / "README.md").read_text()
         for run_id in ("fit", "protect", "verify"):
             assert f"`{run_id}`" in text and isinstance(ids[run_id], list)
-        first, second, *stages = ids["run"]
-        assert "tested" in first and "check_victims" in second
+        first, *stages = ids["run"]
+        assert first == "$@check_study()"
         assert stages == [*ids["fit"], *ids["protect"], *ids["verify"]], name
         for expression in ids["run"]:
             ast.parse(expression.removeprefix("$").replace("@", "").replace("::", "."))

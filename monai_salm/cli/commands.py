@@ -88,7 +88,7 @@ def protect(options: argparse.Namespace) -> int:
     if options.like:
         bundle, overrides = workflows.like_overrides(options.like, overrides)
     if options.dry_run:
-        wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "require_deidentified")
+        wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "visibility", "require_deidentified")
         defaults = {"spatial_dims": _dim(options, voxelwise)} | workflows.plain_settings(bundle, wanted)
         return _plan(options, defaults | {name: overrides[name] for name in wanted if name in overrides})
     verified = not (options.no_verify or options.like)
@@ -138,20 +138,23 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Tell what the bundle would do with these settings."""
     from monai_salm.release.labels import load_cohort
     from monai_salm.release.plan import make_plan
+    from monai_salm.verification.visibility import VisibilityGate
 
     for name in ("epsilon", "mask_ratio"):
         if name not in settings:
             raise ValueError(f"the bundle computes {name}; give --{name.replace('_', '-')} for a plan")
     window = settings.get("window", "auto")
     grid = {"spatial_dims": settings["spatial_dims"], "window": window if window == "auto" else tuple(window)}
-    gate = bool(settings.get("require_deidentified"))
-    budget = settings["epsilon"]
+    strict, budget = bool(settings.get("require_deidentified")), settings["epsilon"]
     cohort = load_cohort(
-        options.export, options.labels, **grid, require_deidentified=gate, like=options.like, budget=budget
+        options.export, options.labels, **grid, require_deidentified=strict, like=options.like, budget=budget
     )
-    if not (options.no_verify or options.fit_only or options.like):
+    verified = not (options.no_verify or options.fit_only or options.like)
+    if verified:
         cohort.tested()
-    plan = make_plan(cohort, options.out, **grid, budget=budget, mask_ratio=settings["mask_ratio"])
+    noise = {"budget": budget, "mask_ratio": settings["mask_ratio"]}
+    gate = VisibilityGate(settings.get("visibility", "report"))
+    plan = make_plan(cohort, options.out, **grid, **noise, gate=gate, banks=1 + verified)
     print(*plan.lines(), sep="\n")
     return NOT_PROTECTED if plan.refused or plan.refused_at_writing else DONE
 

@@ -170,7 +170,10 @@ def load_cohort(
     )
     if earlier is None:
         return label_cases(catalog, found, seed=seed)
-    cohort = label_cases(earlier.without_its_cases(catalog), found, seed=seed, classes=earlier.classes)
+    others = earlier.without_its_cases(catalog)
+    if catalog.cases and not others.cases:
+        raise ValueError(f"all {len(catalog.cases)} cases are in the earlier release already; name an export of others")
+    cohort = label_cases(others, found, seed=seed, classes=earlier.classes)
     return replace(cohort, follows=earlier.folder)
 
 

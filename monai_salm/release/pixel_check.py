@@ -35,10 +35,11 @@ def sound_cases(
     kept: list[Case] = []
     class_voxels: dict[str, tuple[int, ...]] = {}
     refused: list[Refused] = []
-    for unit in track(formats.units(cases), "checking pixels"):
+    bar = track(cases, "checking pixels")
+    for unit in formats.units(cases):
         culprit = unit[0]
         try:
-            for culprit in unit:
+            for culprit, _ in zip(unit, bar, strict=False):
                 sound = _check_case(culprit, spatial_dims, window)
                 if culprit.mask:
                     class_voxels[culprit.sample_id] = sound.class_voxels
@@ -52,6 +53,8 @@ def sound_cases(
             name = unit[0].sample_id if len(unit) == 1 else ""
             shared = [] if unit[0].index is None else [unit[0].file_name.as_posix()]
             refused.append(([*shared, *(name for case in unit for name in case.names)], error, name))
+    for _ in bar:  # what was left of refused units
+        pass
     return kept, class_voxels, refused
 
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,13 +18,14 @@ import numpy as np
 import torch
 
 from monai_salm.io import formats
-from monai_salm.io.base import Case, RefusedError, StoredImage, Window
+from monai_salm.io.base import Case, Outline, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import smallest_type
 from monai_salm.release.companions import belonging
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
+from monai_salm.release.visibility import Gate
 from monai_salm.stored import to_signed
 
 SAMPLES = 8
@@ -84,11 +86,13 @@ class Plan:
         need = self.copy_bytes + self.bank_bytes
         yield (
             f"  disk: about {_size(self.copy_bytes)} for the copy, at most {_size(self.bank_bytes)} for perturbations; "
-            f"{_size(self.free_bytes)} are free" + ("" if need < self.free_bytes else ": NOT ENOUGH")
+            f"{_size(self.free_bytes)} are free"
+            + ("" if need < self.free_bytes else ": NOT ENOUGH")
+            + ". A study keeps what its networks see besides, as long as it runs"
         )
         yield (
-            f"  time: about {_time(self.seconds)} to write and check the files, by what reading, changing and encoding "
-            f"{self.tried[0]} of them ({_size(self.tried[1])}) just took on this machine, with reading counted twice. "
+            f"  time: about {_time(self.seconds)} to write and check the files, by what reading, changing, looking at "
+            f"and encoding {self.tried[0]} of them ({_size(self.tried[1])}) just took, with reading counted twice. "
             "Fit and study are not in it; they tell their own time once they run"
         )
 
@@ -101,6 +105,8 @@ def make_plan(
     window: Window,
     budget: Budget | str | float,
     mask_ratio: float,
+    gate: Gate | None = None,
+    banks: int = 1,
 ) -> Plan:
     """Try some images in memory, with noise in place of perturbations, and add up.
 
@@ -111,13 +117,15 @@ def make_plan(
         window: ``"auto"`` or (low, high) in physical units.
         budget: of the noise.
         mask_ratio: part of the voxels that the noise changes.
+        gate: measures how visible each image would be, as the run would.
+        banks: of perturbations, that of the control among them.
     """
     units = formats.units(cohort.released)
     by_format: dict[str, list[tuple[Case, ...]]] = defaultdict(list)
     for unit in units:
         by_format[unit[0].format].append(unit)
     noise = _Noise(Budget.parse(budget), mask_ratio)
-    rates = {form: _try(_spread(found), noise, spatial_dims, window) for form, found in by_format.items()}
+    rates = {form: _try(_spread(found), noise, spatial_dims, window, gate) for form, found in by_format.items()}
     states = _states(cohort, units)
     copy_bytes, seconds, bank_bytes = 0.0, 0.0, 0.0
     known = all(rate.files for rate in rates.values()) and bool(rates)
@@ -128,7 +136,7 @@ def make_plan(
         elif state == "protected" and rate is not None and known:
             copy_bytes += size * rate.written / rate.size
             seconds += size * rate.seconds / rate.size
-            bank_bytes += count * rate.voxels / rate.files
+            bank_bytes += banks * count * rate.voxels / rate.files
     tried = sum(rate.files for rate in rates.values()), sum(rate.size for rate in rates.values())
     return Plan(
         states,
@@ -157,7 +165,9 @@ class _Noise:
         return delta if delta.any() else upper
 
 
-def _try(units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, window: Window) -> _Rate:
+def _try(
+    units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, window: Window, gate: Gate | None
+) -> _Rate:
     rate = _Rate()
     until = time.monotonic() + SAMPLE_SECONDS
     uids, now = UidMap(secrets.token_bytes(32)), datetime.now(timezone.utc)
@@ -170,6 +180,8 @@ def _try(units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, wi
             images = {case: formats.read(case, spatial_dims, window) for case in unit}
             reading = time.monotonic() - start
             deltas = {case: noise(image) for case, image in images.items()}
+            for case, image in images.items():
+                _look(gate, case, image, deltas[case])
             written = sum(len(file.content) for file in formats.protect(unit, deltas.__getitem__, **options))
         except RefusedError as error:
             rate.refused[error.reason] += 1
@@ -182,6 +194,17 @@ def _try(units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, wi
         rate.size += sum(path.stat().st_size for path in formats.files_of(unit))
         rate.voxels += sum(image.stored.size * _bytes_of(deltas[case]) for case, image in images.items())
     return rate
+
+
+def _look(gate: Gate | None, case: Case, image: StoredImage, delta: np.ndarray) -> None:
+    """Measure an image as the run would; noise, which shows more than a perturbation, is no reason to refuse it."""
+    if gate is None:
+        return
+    outline = Outline(image.stored.shape, image.codec, image.spacing)
+    axis, indices = gate.slices(outline, delta)
+    with suppress(RefusedError):
+        if indices:
+            gate(case, image.slices(axis, indices), delta.take(indices, axis + 1))
 
 
 def _bytes_of(delta: np.ndarray) -> int:

@@ -25,6 +25,7 @@ from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
 from monai_salm.surrogates import RandomView
 from monai_salm.verification.arms import Arm, Deltas, VolumeArm
+from monai_salm.verification.asked import check_settings, seeds_of
 from monai_salm.verification.defenses import defenses_of
 from monai_salm.verification.fidelity import SSIM_CASES
 from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
@@ -127,7 +128,7 @@ class VictimStudy:
         self.spatial_dims, self.spatial_size = spatial_dims, tuple(int(size) for size in spatial_size)
         self.window: Window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
         self.victims, self.budget = dict(victims), Budget.parse(budget)
-        self.seeds = list(range(seeds)) if isinstance(seeds, int) else [int(one) for one in seeds]
+        self.seeds = seeds_of(seeds)
         self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         self.recipe["weight_decay"] = weight_decay
         self.learning = self._task(augment, transforms, resample)
@@ -242,13 +243,8 @@ class VictimStudy:
     # ---------------------------------------------------------------- checks
 
     def _check_arguments(self) -> None:
-        if len(self.spatial_size) != self.spatial_dims:
-            raise ValueError(f"spatial_size {self.spatial_size} does not have {self.spatial_dims} numbers")
         self.cohort.tested(self.eval_split)
-        if not self.victims or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"a study needs a victim and different seeds; got {list(self.victims)} and {self.seeds}")
-        if self.recipe["epochs"] < 1 or self.recipe["batch_size"] < 1 or not self.recipe["learning_rate"] > 0:
-            raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {self.recipe}")
+        check_settings(self.spatial_dims, self.spatial_size, self.victims, self.seeds, self.recipe)
         taken = sorted(set(self.controls) & set(own_arms(self.learning)))
         if taken:
             raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")

@@ -26,7 +26,6 @@ __all__ = [
     "Recipe",
     "Task",
     "VictimResult",
-    "check_victims",
     "seeded",
     "train_network",
     "victim_digest",
@@ -292,31 +291,6 @@ def victim_digest(make: Callable[[], nn.Module], images: Tensor, *output: int) -
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_victims(
-    victims: Mapping[str, Callable[[], nn.Module]], size: Sequence[int], n_classes: int, voxelwise: bool
-) -> None:
-    """Try each kind of victim once, before hours of a fit are spent for a study that cannot be.
-
-    Args:
-        victims: functions that build an untrained network, by name.
-        size: (C, *spatial) of its input.
-        n_classes: classes of the cohort.
-        voxelwise: whether every voxel has a class.
-
-    Raises:
-        ValueError: When one cannot be built, cannot take such images, or its output does not fit the classes.
-    """
-    for name, make in victims.items():
-        try:
-            victim_digest(make, torch.zeros(1, *size), n_classes, *(size[1:] if voxelwise else ()))
-        except Exception as error:  # whatever networks raise
-            said = str(error).partition("\n")[0]
-            raise ValueError(
-                f"victim {name!r} cannot be trained on images of {tuple(size[1:])} with {n_classes} classes ({said}); "
-                "change it, num_classes or spatial_size, whose sides must be multiples of a network's total stride"
-            ) from error
 
 
 @contextmanager
