@@ -36,6 +36,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--findings", type=Path, default=Path("build/fuzz"))
     options = parser.parse_args()
+    missing = [folder for folder in options.folders if not folder.is_dir()]
+    if missing:
+        parser.error(f"there is no folder {missing[0]}")
     originals = sources(*options.folders)
     broken = mutants(originals, np.random.default_rng(options.seed))
     outcome: Counter[str] = Counter()
