@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -373,6 +374,22 @@ def test_a_changed_file_exits_with_4(run, export, stub, tmp_path):
     assert code == cli.INTEGRITY and "protected/images/v0.nii.gz" in said
 
 
+@pytest.fixture
+def ordinary_signals():
+    """As of a process that was not started by nohup."""
+    before = {end: signal.signal(end, signal.SIG_DFL) for end in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for end, handler in before.items():
+        assert signal.signal(end, handler) is signal.SIG_DFL, "the command gave it back"
+
+
+def test_a_signal_that_is_ignored_stays_so(run, export, stub, tmp_path, ordinary_signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    hangup = "$__import__('os').kill(__import__('os').getpid(), 1)"
+    assert run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={hangup}")[0] == cli.DONE
+    assert signal.signal(signal.SIGHUP, signal.SIG_DFL) is signal.SIG_IGN
+
+
 @pytest.mark.parametrize(
     "stop",
     [
@@ -381,7 +398,7 @@ def test_a_changed_file_exits_with_4(run, export, stub, tmp_path):
         "$__import__('os').kill(__import__('os').getpid(), 1)",
     ],
 )
-def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path, stop):
+def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path, stop, ordinary_signals):
     code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={stop}")
     assert code == cli.INTERRUPTED and "same command again" in err
     code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub)
