@@ -97,7 +97,7 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bytes(tmp_path, stop_after)
 
 
 @pytest.mark.parametrize("round_", [1, 3])
-@pytest.mark.parametrize("damaged", [None, "0.pt", "2.pt"])
+@pytest.mark.parametrize("damaged", [None, "0.pt", "1.pt", "2.pt"])
 def test_a_fit_that_is_killed_within_a_round_goes_on_with_the_other_cases(tmp_path, monkeypatch, round_, damaged):
     monkeypatch.setattr("monai_salm.engines.trainer.KEPT_EVERY_S", -1.0)  # after each batch
     whole = trainer(tmp_path / "whole")
@@ -115,7 +115,9 @@ def test_a_fit_that_is_killed_within_a_round_goes_on_with_the_other_cases(tmp_pa
     folder = tmp_path / "killed/bank.unfinished"
     assert sorted(path.name for path in folder.iterdir()) == ["0.pt", "1.pt", "2.pt"]
     if damaged:
-        (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-200])
+        content = bytearray((folder / damaged).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / damaged).write_bytes(content)
     seen = []
     monkeypatch.setattr(
         PerturbationTrainer, "_perturb", lambda self, *given: seen.append(given[-1]) or perturb(self, *given)
@@ -124,8 +126,32 @@ def test_a_fit_that_is_killed_within_a_round_goes_on_with_the_other_cases(tmp_pa
     again.run()
     assert again.bank.revision == whole.bank.revision and not folder.exists()
     batches = len(whole.cases.batches(4))
-    assert seen.count(("round", round_)) == batches - {None: 2, "2.pt": 1, "0.pt": 0}[damaged], "the others are kept"
+    assert seen.count(("round", round_)) == batches - {None: 2, "2.pt": 1, "1.pt": 0, "0.pt": 0}[damaged]
     assert (again.scores, again.passes_per_image) == (whole.scores, whole.passes_per_image)
+
+
+@pytest.mark.parametrize("method", ["salm", "classwise"])
+def test_it_goes_on_where_other_cases_are_perturbed_together(tmp_path, monkeypatch, method):
+    monkeypatch.setattr("monai_salm.engines.trainer.KEPT_EVERY_S", -1.0)
+    options = {} if method == "salm" else {"perturbation": ClasswiseErrorMinimizing(), "transplant": False}
+    perturb, calls = PerturbationTrainer._perturb, []
+
+    def third_kills(self, *given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise Killed
+        return perturb(self, *given)
+
+    monkeypatch.setattr(PerturbationTrainer, "_perturb", third_kills)
+    with pytest.raises(Killed):
+        trainer(tmp_path, rounds=1, **options).run()
+    monkeypatch.setattr(PerturbationTrainer, "_perturb", perturb)
+    monkeypatch.setattr(PerturbationTrainer, "_groups", lambda self, cases: cases.batches(len(cases)))  # as on CUDA
+    again = trainer(tmp_path, rounds=1, **options)
+    again.run()
+    assert len(again.bank) == 10 and again.bank.finished
+    if method == "classwise":  # all its passes are those of the survey
+        assert again.passes_per_image["perturbation"] == 1.0
 
 
 def test_what_a_method_learned_of_the_cohort_survives_a_kill_and_serves_other_cases(tmp_path):

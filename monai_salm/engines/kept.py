@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import pickle
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +55,39 @@ class UnfinishedRound:
             deltas |= part["deltas"]
             tally = part["tally"]
             self._parts += 1
+        for path in self.folder.glob("*.pt"):  # behind a damaged one: their counts are not those of what is kept
+            if int(path.stem) >= self._parts:
+                path.unlink()
         return first["state"], deltas, tally
 
     def clear(self) -> None:
         """Forget the round: it is in the bank."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
         self._parts = 0
 
     def _add(self, part: Mapping[str, Any]) -> None:
-        _write(part, self.folder / f"{self._parts}.pt")
+        blob = io.BytesIO()
+        torch.save(dict(part), blob)
+        _write(hashlib.sha256(blob.getvalue()).digest() + blob.getvalue(), self.folder / f"{self._parts}.pt")
         self._parts += 1
 
     def _part(self, number: int, device: torch.device | str = "cpu") -> dict[str, Any] | None:
         try:
-            return torch.load(self.folder / f"{number}.pt", map_location=device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or damaged: made again
+            content = (self.folder / f"{number}.pt").read_bytes()
+        except FileNotFoundError:
             return None
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            return None  # damaged: it is made again
+        return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
     """Write a network's weights: all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(network.state_dict(), path)
+    blob = io.BytesIO()
+    torch.save(network.state_dict(), blob)
+    _write(blob.getvalue(), path)
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
@@ -92,10 +106,10 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
         ) from error
 
 
-def _write(content: Any, path: Path) -> None:
+def _write(content: bytes, path: Path) -> None:
     part = path.with_suffix(".part")
     with part.open("wb") as stream:  # on disk before anything says that it is there
-        torch.save(content, stream)
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, path)

@@ -126,8 +126,6 @@ class PerturbationTrainer(Trainer):
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
         self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), self.fingerprint())
-        self._done: dict[str, Tensor] = {}
-        self._tally: dict[str, float] = {}
         self.deltas: dict[str, Tensor] = {}
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
@@ -136,13 +134,14 @@ class PerturbationTrainer(Trainer):
         self.perturbation.learned = None  # a method may come from another fit
         self._restore()
         self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
-        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_round)
+        self.add_event_handler(Events.EPOCH_COMPLETED, lambda: self._end_round({}, {}))
         self._register_handlers(train_handlers or ())  # after ours, so that they see the round's loss
 
     def run(self) -> None:
         """Fit from what an earlier run has done to the end; returns at once when the bank is finished."""
         if not self.bank.finished:
             self._fit()
+        self._unfinished.clear()
         if self.model_file is not None and not Path(self.model_file).is_file():
             save_weights(self.objective.network, Path(self.model_file))
 
@@ -159,8 +158,7 @@ class PerturbationTrainer(Trainer):
     def _go_on(self, state: dict[str, Any], deltas: dict[str, Tensor], tally: dict[str, float]) -> None:
         """The rest of a round whose surrogate is trained, and of whose cases some are perturbed."""
         self._load(state, self.state.epoch + 1)
-        self._done, self._tally = deltas, tally
-        self._end_round()
+        self._end_round(deltas, tally)
 
     def perturb(self, dataset: Dataset, calls: int | None = None) -> dict[str, Tensor]:
         """Perturbations of other cases by the frozen surrogate; neither it nor the bank changes.
@@ -249,8 +247,8 @@ class PerturbationTrainer(Trainer):
         position = (step + 1) / self.state.epoch_length
         return min(1.0, 5 * position) * (0.5 + 0.5 * math.cos(math.pi * max(0.0, position - 0.2) / 0.8))
 
-    def _end_round(self) -> None:
-        self.scores.append(self._perturb_all())
+    def _end_round(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> None:
+        self.scores.append(self._perturb_all(done, tally))
         self.state.metrics["perturbed_loss"] = self.scores[-1]
         settled = self._settled()
         self._commit(final=settled or self.state.epoch == self.state.max_epochs)
@@ -259,24 +257,27 @@ class PerturbationTrainer(Trainer):
             self.logger.info(f"the loss has settled after {self.state.epoch} rounds")
             self.terminate()
 
-    def _perturb_all(self) -> float:
-        """One call of the perturbation for every case; returns the mean objective on the way."""
-        done, tally = self._done, self._tally
-        self._done, self._tally = {}, {}
+    def _perturb_all(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> float:
+        """One call of the perturbation for every case that is not done; returns the mean objective on the way."""
         if not done:
             self._unfinished.begin(self.state.epoch, self._state())
-        started, before = time.monotonic() - tally.get("seconds", 0.0), self.objective.passes - tally.get("passes", 0)
-        self.objective.reset_mean(tally.get("sum", 0.0), tally.get("count", 0))
+        started, before = time.monotonic() - tally.get("seconds", 0.0), self.objective.passes
+        self.objective.reset_mean()
         self.perturbation.survey(
             self.objective,
             (self.cases.read(batch, self.budget) for batch in self.cases.batches(self.batch_size)),
             generator=self._generator("survey", self.state.epoch),
         )
+        if tally:  # what the survey counts is in it
+            before = self.objective.passes - int(tally["passes"])
+            self.objective.reset_mean(tally["sum"], int(tally["count"]))
         fresh: dict[str, Tensor] = {}
         written = time.monotonic()
         for batch in self._groups(self.cases):
-            if self.cases.facts[batch[0]].sample_id not in done:
-                fresh |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
+            # Case by case: another device has other groups.
+            left = [at for at in batch if self.cases.facts[at].sample_id not in done]
+            if left:
+                fresh |= self._perturb(self.cases, left, self.deltas, ("round", self.state.epoch))
             next(self._bar, None)
             if time.monotonic() - written > KEPT_EVERY_S and fresh:
                 counted = {"passes": self.objective.passes - before, "seconds": time.monotonic() - started}

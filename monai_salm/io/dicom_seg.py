@@ -158,7 +158,7 @@ class _Segmentation:
         """(rows, columns) of one frame: 1 in the segment, or (LABELMAP) the segment number."""
         stored = self.dataset.get_stored_frame(index, as_index=True)
         if self.dataset.SegmentationType == "FRACTIONAL":
-            return stored > round(int(self.dataset.MaximumFractionalValue) / 2)  # as writers round a half: 128 of 255
+            return 2 * stored.astype(np.int64) > int(self.dataset.MaximumFractionalValue) + 1  # 128 of 255 is a half
         return stored
 
 
@@ -183,7 +183,8 @@ def _load(path: Path, mtime_ns: int, size: int) -> _Segmentation:
 def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
     """Class index of each voxel of a slice or a series, on the axes of ``dicom.read``.
 
-    A fractional segment counts above half of its maximum, so that probabilities which add up to 1 never overlap.
+    A fractional segment counts above half of its maximum (rounded up), so that probabilities which add up to 1 never
+    overlap.
 
     Args:
         case: one file for 2D, all slices of the volume in any order for 3D.

@@ -192,14 +192,14 @@ def _to_classes(voxels: np.ndarray, listed: Sequence[int]) -> np.ndarray:
     """Class index of each voxel; ``listed`` are the voxel values by class index."""
     found, counts = _distinct(voxels)
     _check_count(len(found), len(listed) + _SPARE_VALUES)
-    known = {value: index for index, value in enumerate(listed)}
+    known = {value: index for index, value in enumerate(listed) if value >= 0}
     unknown = [(value, count) for value, count in zip(found, counts, strict=True) if value not in known]
     if unknown:
         told = ", ".join(f"{value:g} ({count} voxels)" for value, count in unknown[:_LISTED])
         more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
         raise RefusedError(
             "unknown_label_value",
-            f"the label holds {told}{more}, the export names {_list(listed)}; name the value in dataset.json or "
+            f"the label holds {told}{more}, the export names {_list([*known])}; name the value in dataset.json or "
             "correct the label",
         )
     classes = np.array([known[value] for value in found], np.uint8)

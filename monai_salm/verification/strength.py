@@ -161,7 +161,7 @@ def closed_gap(
         pairs, floor = pairs_of(rows, metric, arm, victim), floor_of(rows, metric, victim, chance)
         span = pairs[:, 0] - (np.nan if floor is None else floor)
         lost_of_span = np.stack([pairs[:, 0] - pairs[:, 1], span], axis=1)
-        usable = len(pairs) > 0 and span.mean() >= MIN_SPAN  # NaN compares false
+        usable = len(pairs) > 0 and span.mean() >= MIN_SPAN - 1e-9  # NaN compares false
         groups.append(lost_of_span if usable else lost_of_span[:0])
         by_victim[victim] = {
             **_interval(groups[-1:]),
