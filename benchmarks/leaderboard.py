@@ -147,8 +147,11 @@ class Board:
         the victims that all methods of a budget have, ``gap_<victim>`` is of one."""
         found = []
         for level in self.levels:
-            plain = self.shared((level, method, PLAIN, NO_DEFENSE) for method in self.methods)
-            fought = self.shared((level, method, PLAIN, name) for method in self.methods for name in self.defenses)
+            # Where there is no common one, each method is shown with its own.
+            plain = self.shared((level, method, PLAIN, NO_DEFENSE) for method in self.methods) or None
+            fought = (
+                self.shared((level, method, PLAIN, name) for method in self.methods for name in self.defenses) or None
+            )
             for method in self.methods:
                 gap, mine = self.gap(level, method, victims=plain), self.of(level=level, method=method, release=PLAIN)
                 if gap is None:

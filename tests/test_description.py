@@ -17,6 +17,7 @@ from monai.transforms import Transform
 from monai_salm.verification.training import Recipe
 
 SHARE = {share}
+SIZES = ({share}, 1)
 
 class Method(Recipe):
     factor = {factor}
@@ -32,6 +33,20 @@ class Change(Transform):
     def change(image):
         return image {sign} 1
 
+class Nested:
+    def of(self, images):
+        return [each for each in images if (lambda: SIZES)()]
+
+class Decorated:
+    @torch.no_grad()
+    def of(self, image):
+        return image {sign} 1
+
+class Computed:
+    @property
+    def of(self):
+        return 0 {sign} 1
+
 class Network(torch.nn.Linear):
     def forward(self, image):
         return super().forward(image.flatten(1)) {sign} 1
@@ -45,14 +60,16 @@ def written(**values: Any) -> Any:
     return type("Module", (), names)
 
 
-@pytest.mark.parametrize(("name", "change"), [("Method", {"share": 0.5}), ("Method", {"factor": 2})])
+@pytest.mark.parametrize(
+    ("name", "change"), [("Method", {"share": 0.5}), ("Method", {"factor": 2}), ("Nested", {"share": 0.5})]
+)
 def test_a_class_is_what_its_methods_and_constants_are(name, change):
     one, again, other = (getattr(written(**values), name) for values in ({}, {}, change))
     assert described(one) == described(again) != described(other)
     assert described(one()) == described(again()) != described(other())
 
 
-@pytest.mark.parametrize("name", ["Method", "Change"])
+@pytest.mark.parametrize("name", ["Method", "Change", "Decorated", "Computed"])
 def test_a_class_is_what_its_methods_do(name):
     one, other = (getattr(written(sign=sign), name) for sign in "+-")
     assert described(one) != described(other)

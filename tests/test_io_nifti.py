@@ -240,7 +240,7 @@ def test_a_file_with_room_for_another_copy_of_its_image_is_refused(tmp_path, pla
     voxels = np.random.default_rng(0).integers(0, 999, (20, 20, 20)).astype(np.int16)
     image = nib.Nifti1Image(voxels, np.eye(4))
     for size, refused in ((1000, False), (2000, True)):  # a sixteenth of 16,000 bytes is less than a KiB
-        copy, image.header.extensions[:] = b"\x07" * size, []
+        copy, image.header.extensions[:] = (b"\x07" + bytes(49)) * (size // 50) + b"\x07", []
         if place == "extension":
             image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", copy))
         path = tmp_path / f"{size}.nii"
@@ -252,6 +252,24 @@ def test_a_file_with_room_for_another_copy_of_its_image_is_refused(tmp_path, pla
                 nifti.read(case_of(path), 3, "auto")
         else:
             assert nifti.read(case_of(path), 3, "auto").stored.shape == (1, 20, 20, 20)
+
+
+def test_a_gzip_file_that_is_copied_holds_nothing_but_its_content(tmp_path):
+    content = gzip.compress(bytes(3 << 20), mtime=0)
+    extra = content[:3] + b"\x04" + content[4:10] + (4).to_bytes(2, "little") + b"abcd" + content[10:]
+    for name, packed, good in (
+        ("one", content, True),
+        ("zeros", content + bytes(100), True),
+        ("extra", extra, False),
+        ("two", content + gzip.compress(b""), False),
+        ("behind", content + b"x", False),
+    ):
+        (tmp_path / name).write_bytes(packed)
+        if good:
+            nifti.check_copied(tmp_path / name)
+        else:
+            with pytest.raises(RefusedError, match="embedded_preview"):
+                nifti.check_copied(tmp_path / name)
 
 
 def test_trailing_bytes_are_kept(tmp_path):

@@ -171,6 +171,13 @@ def test_victims_that_rank_rightly_have_learned_whatever_their_threshold() -> No
     assert results["verdict"] == "not protected" and "AUC" in results["verdict_reasons"][0]
     assert verdict_of(rows, rules=VerdictRules(closed_gap_auc=None))[0] == "protected"
     assert "closed_gap_auc" not in make_results()
+    # A victim that ranks wrongly does not make up for one that ranks rightly, and one that never learned says nothing.
+    for other, protected in ((0.95, 0.0), (0.55, 0.5)):
+        odd = {"clean": other, "protected": protected}
+        mixed = [{**row, "auc": odd.get(row["arm"], 0.5)} if row["victim"] == "net1" else row for row in rows]
+        low = [{**row, "auc": 0.94} if (row["arm"], row["victim"]) == ("protected", "net0") else row for row in mixed]
+        (check,) = [each for each in make_results(low)["verdict_checks"] if each["rule"] == "closed_gap_auc"]
+        assert check["passed"] == (other == 0.95), check
 
 
 def test_single_pair_has_no_interval() -> None:

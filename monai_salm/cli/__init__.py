@@ -88,10 +88,11 @@ def _ending_as_interrupted() -> Iterator[None]:
 
 def _quiet_logs(debug: bool) -> None:
     """Warnings only, and no tracebacks: what an error may say of a file is decided here, and not by an engine."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
     if not debug:
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(_is_no_traceback)
+        handler.addFilter(_is_no_traceback)
+    # Nothing where the program that calls us has handlers of its own.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(levelname)s: %(message)s")
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:

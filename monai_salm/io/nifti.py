@@ -39,6 +39,7 @@ from monai_salm.io.nifti_layout import (
     Layout,
     gzip_names,
     is_gzip,
+    is_plain_gzip,
     layout_of,
     open_plain,
     read_head,
@@ -51,6 +52,7 @@ __all__ = [
     "MAX_TRAILING_BYTES",
     "SUPPORTED_TYPES",
     "Grid",
+    "check_copied",
     "check_no_text",
     "constant",
     "count_volumes",
@@ -94,6 +96,17 @@ def check_no_text(path: Path, copied: bool = False) -> None:
         raise RefusedError("not_deidentified", "its gzip header holds a name or a comment; pack it with gzip -n")
     if found:
         raise RefusedError("not_deidentified", f"the header holds {', '.join(found)}, which may name persons; clear it")
+
+
+def check_copied(path: Path) -> None:
+    """Raise when a gzip file, which is to be released byte by byte, has room for more than its content.
+
+    Raises:
+        RefusedError: ``embedded_preview`` when it has an extra field or several members (RFC 1952, 2.2 and 2.3.1).
+    """
+    if is_gzip(path) and not is_plain_gzip(path):
+        detail = "the gzip file has extra fields, several members or bytes behind them; pack it again with gzip -n"
+        raise RefusedError("embedded_preview", detail)
 
 
 def volume_names(file: PurePosixPath, index: int) -> tuple[str, str]:
@@ -305,10 +318,11 @@ def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED
     if len(trailing) > MAX_TRAILING_BYTES:
         raise RefusedError("trailing_data", "the file goes on after the last voxel; save it again without the rest")
     notes = content[_HEADER_BYTES : layout.offset] + trailing
-    found = len(notes) - notes.count(0)
+    found = len(notes.strip(b"\0"))
     if found > room_for_notes(layout.end - layout.offset):
         raise RefusedError(
-            "embedded_preview", f"extensions have {found} bytes, enough for a copy of the image; save it without them"
+            "embedded_preview",
+            f"extensions have {found} bytes, enough for a copy of the image; remove them (nifti_tool -rm_ext ALL)",
         )
     return content + trailing, layout
 

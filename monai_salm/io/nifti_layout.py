@@ -29,6 +29,7 @@ __all__ = [
     "Layout",
     "gzip_names",
     "is_gzip",
+    "is_plain_gzip",
     "layout_of",
     "open_plain",
     "read_head",
@@ -43,6 +44,7 @@ MAX_BYTES = 2**32
 """Largest decompressed file that is read."""
 _GZIP = b"\x1f\x8b"
 _HEAD_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 24
 _HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0")}
 _PAIRS = (b"ni1\0", b"ni2\0")
 
@@ -271,6 +273,23 @@ def gzip_names(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(4)
     return head[:2] == _GZIP and head[3] & 0x18 != 0
+
+
+def is_plain_gzip(path: Path) -> bool:
+    """Whether a gzip file is one member without an extra field, and zeros at most behind it."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
+        if len(head) < 4 or head[3] & 0x04:
+            return False
+        stream.seek(0)
+        unpack, rest = zlib.decompressobj(wbits=31), b""
+        while not unpack.eof and (rest := rest or stream.read(_HEAD_BYTES)):
+            try:
+                unpack.decompress(rest, _CHUNK_BYTES)
+            except zlib.error:
+                return True  # told by whoever reads it
+            rest = unpack.unconsumed_tail
+        return not unpack.unused_data.strip(b"\0") and not stream.read().strip(b"\0")
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -170,7 +170,7 @@ class _Child:
         """Send one request and wait for its answer; a child that fails to answer is ended."""
         with self._lock:
             if not self.alive:
-                raise _GoneError(_CRASHED.reason, _CRASHED.detail)
+                raise _GoneError(_CRASHED.reason, "the process that read the file died of another one; run again")
             deadline = time.monotonic() + seconds * WALL
             try:
                 while self._dropped:

@@ -162,7 +162,7 @@ def class_names(voxels: VoxelLabels, earlier: Sequence[str] = ()) -> tuple[str, 
             )
         found = {name for path in files for name in _names_in(path)}
         names = [BACKGROUND, *sorted(found - {BACKGROUND}, key=natural)]
-    if not 2 <= len(names) <= MAX_CLASSES:
+    if not (1 if earlier else 2) <= len(names) <= MAX_CLASSES:
         raise ValueError(
             f"the label files name {len(names) - 1} classes besides the background; there must be 1 to "
             f"{MAX_CLASSES - 1}. Check that the masks are label files and not empty; values of label files with more "

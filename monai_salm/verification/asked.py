@@ -25,6 +25,8 @@ def check_study(
     victims: Mapping[str, Callable[[], nn.Module]],
     seeds: Sequence[int] | int,
     epochs: int,
+    batch_size: int,
+    learning_rate: float,
     defenses: str | Sequence[str] | None,
     eval_split: str,
 ) -> None:
@@ -32,19 +34,23 @@ def check_study(
 
     Args:
         in_channels: colors of the images.
-        cohort, spatial_dims, spatial_size, victims, seeds, epochs, defenses, eval_split: as of :class:`VictimStudy`.
+        cohort, spatial_dims, spatial_size, victims, seeds, epochs, batch_size, learning_rate, defenses, eval_split: as
+            of :class:`VictimStudy`.
 
     Raises:
         ValueError: When it cannot.
     """
     cohort.tested(eval_split)
-    check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), {"epochs": epochs})
+    recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), recipe)
     defenses_of(defenses or (), cohort.voxelwise)
     check_victims(victims, (in_channels, *spatial_size), len(cohort.classes), cohort.voxelwise)
 
 
 def seeds_of(seeds: Sequence[int] | int) -> list[int]:
     """Seeds of the trainings, given as such or by their number."""
+    if isinstance(seeds, bool | str):
+        raise ValueError(f"seeds is {seeds!r}; it must be a number, or a list of numbers")
     return list(range(seeds)) if isinstance(seeds, int) else [int(one) for one in seeds]
 
 
@@ -64,8 +70,7 @@ def check_settings(
         raise ValueError(f"spatial_size is {spatial_size}; it must have {spatial_dims} numbers")
     if not victims or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"a study needs a victim and different seeds; got {list(victims)} and {list(seeds)}")
-    epochs, batch_size, rate = (recipe.get(name, 1) for name in ("epochs", "batch_size", "learning_rate"))
-    if epochs < 1 or batch_size < 1 or not rate > 0:
+    if recipe["epochs"] < 1 or recipe["batch_size"] < 1 or not recipe["learning_rate"] > 0:
         raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {dict(recipe)}")
 
 

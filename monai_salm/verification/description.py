@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import inspect
 import sys
 import types
 from collections.abc import Mapping
@@ -51,19 +52,38 @@ def described(value: Any) -> str:
 
 
 def code_of(kind: type) -> str:
-    """Digest of what the methods and constants of a class are, and of those that it inherits; empty where a library
-    brings all of them."""
+    """Digest of what the methods and plain constants of a class are, and of those that it inherits; empty where a
+    library brings all of them. Functions that they call are known by their names alone."""
     parts = []
     for own in kind.__mro__:
         if own.__module__.partition(".")[0] in _LIBRARIES:
             continue
         for name, item in sorted(vars(own).items()):
-            item = getattr(item, "__func__", getattr(item, "fget", item))  # of static and class methods, properties
-            if isinstance(item, types.FunctionType):
-                parts.append(f"{name} {_described_function(item)}")
-            elif isinstance(item, _PLAIN) and not name.startswith("__"):
-                parts.append(f"{name} {item!r}")
+            for function in _functions(item):
+                parts.append(f"{name} {_described_function(function)}")
+            if _is_plain(item) and not name.startswith("__"):
+                parts.append(f"{name} {described(item)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
+
+
+def _functions(item: Any) -> list[types.FunctionType]:
+    """Those of a method, a property or the like, without what is wrapped around them."""
+    held = [item, *(getattr(item, name, None) for name in ("__func__", "fget", "fset", "fdel", "func"))]
+    found = [inspect.unwrap(each) for each in held if callable(each) and not isinstance(each, type)]
+    return [each for each in found if isinstance(each, types.FunctionType)]
+
+
+def _is_plain(item: Any) -> bool:
+    if isinstance(item, tuple | list | set | frozenset):
+        return all(map(_is_plain, item))
+    if isinstance(item, dict):
+        return all(map(_is_plain, (*item, *item.values())))
+    return item is None or isinstance(item, _PLAIN)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inside = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return {*code.co_names}.union(*map(_names_in, inside))
 
 
 def _name(value: Any) -> str:
@@ -72,8 +92,8 @@ def _name(value: Any) -> str:
 
 def _described_function(function: types.FunctionType) -> str:
     """What a function does, its defaults, and the constants of its module that it names."""
-    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
-    constants = {name: item for name, item in named.items() if isinstance(item, _PLAIN)}
+    named = {name: function.__globals__.get(name) for name in sorted(_names_in(function.__code__))}
+    constants = {name: item for name, item in named.items() if item is not None and _is_plain(item)}
     return described([function.__code__, function.__defaults__, function.__kwdefaults__, constants])
 
 

@@ -186,8 +186,9 @@ def _strength_checks(
             f"Mean protected {_words(metric)} is {_show(protected)} (chance {_show(chance)}, at most {_show(limit)})."
         )
         checks.append(Check("protected_above_chance", protected <= limit, text, NOT_PROTECTED))
-    ranked = closed_gap_auc(rows).get("mean")
-    if rules.closed_gap_auc is not None and ranked is not None:
+    gaps = [part["mean"] for part in closed_gap_auc(rows).get("by_victim", {}).values() if part["mean"] is not None]
+    if rules.closed_gap_auc is not None and gaps:
+        ranked = sum(min(gap, 1.0) for gap in gaps) / len(gaps)  # none makes up for another by ranking wrongly
         text = (
             f"By AUC, which does not depend on a threshold, it loses {100 * ranked:.0f} % (closed gap {_show(ranked)}; "
         )
