@@ -60,6 +60,13 @@ def test_scaled_label_values_count_after_scaling(tmp_path, image, times, slope, 
     np.testing.assert_array_equal(read_mask(pair(image, label, values), 3), class_map()[None])
 
 
+def test_a_value_below_zero_is_no_class_that_the_file_lacks(tmp_path, image):
+    voxels = class_map().astype(np.int16)
+    voxels[0, 0, 0] = -1
+    label = write_label(tmp_path / "label.nii", voxels)
+    refused(pair(image, label, (0, 1, 2, -1)), "unknown_label_value", "-1 (1 voxels)", "names 0, 1, 2;")
+
+
 def test_scaled_values_between_whole_numbers_stay_fractions(tmp_path, image):
     label = write_label(tmp_path / "label.nii", class_map() * np.uint8(100))
     content = bytearray(label.read_bytes())
