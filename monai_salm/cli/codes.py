@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -55,4 +56,5 @@ def say_where(error: Exception) -> None:
 
 def say(text: str) -> None:
     """A line for the user, beside what was asked for."""
-    print(f"monai-salm: {text}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that was closed
+        print(f"monai-salm: {text}", file=sys.stderr)
