@@ -212,7 +212,7 @@ def heat_html(board: Board, level: str, columns: Sequence[tuple[str, str, str]])
     """Closed gaps of each method (rows) in each (head, release, defense), over the victims that all of them have; empty
     where nothing was run."""
     rest = [(level, method, *column[1:]) for method in board.methods for column in columns[1:]]
-    victims = board.shared(rest)
+    victims = board.shared(rest) or board.victims
     heads = "".join(f"<th>{html.escape(head)}</th>" for head, _, _ in columns)
     lines = []
     for method in board.methods:

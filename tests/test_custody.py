@@ -404,6 +404,15 @@ def test_the_gate_looks_at_nifti_label_files_too(tmp_path, where):
     assert [refusal.reason for refusal in found.refusals] == ["not_deidentified", "mask_missing"]
 
 
+def test_a_packed_label_file_with_room_for_a_copy_is_refused(tmp_path):
+    root = write_decathlon(tmp_path, 3)
+    path = root / "labelsTr" / "v01.nii.gz"
+    path.write_bytes(path.read_bytes() + gzip.compress(b"", mtime=0))
+    found = scan(root, 3, voxels=find_labels(root))
+    assert [refusal.reason for refusal in found.refusals] == ["embedded_preview", "mask_missing"]
+    assert len(found.cases) == 2
+
+
 def test_a_protected_copy_is_not_protected_again_while_its_manifest_is_near(tmp_path):
     cohort = nifti_cohort(tmp_path / "in")
     protect(cohort, bank_of(cohort), tmp_path / "out")

@@ -266,10 +266,10 @@ def test_a_gzip_file_that_is_copied_holds_nothing_but_its_content(tmp_path):
     ):
         (tmp_path / name).write_bytes(packed)
         if good:
-            nifti.check_copied(tmp_path / name)
+            nifti.check_copied(tmp_path / name, False)
         else:
             with pytest.raises(RefusedError, match="embedded_preview"):
-                nifti.check_copied(tmp_path / name)
+                nifti.check_copied(tmp_path / name, False)
 
 
 def test_trailing_bytes_are_kept(tmp_path):

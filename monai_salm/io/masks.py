@@ -150,7 +150,6 @@ def _read_nifti(case: Case, mask: Mask, spatial_dims: int) -> np.ndarray:
     if mask.file == case.files[0]:
         raise RefusedError("mask_is_image", "image and label are one file; name the label file of this image")
     _check_nifti(mask.file)
-    nifti.check_copied(mask.file)
     voxels, grid = nifti.read_labels(mask.file, spatial_dims)
     _check_grid(nifti.read_grid(case.files[0], spatial_dims), grid)
     return _to_classes(voxels, mask.values)[None]

@@ -81,32 +81,35 @@ def count_volumes(path: Path, spatial_dims: int) -> int:
     return layout_of(path, read_head(path), spatial_dims).volumes
 
 
-def check_no_text(path: Path, copied: bool = False) -> None:
+def check_no_text(path: Path) -> None:
     """Raise when the header holds what may name a person: text, or extensions.
-
-    Args:
-        path: the file.
-        copied: it is released byte by byte, with what ``gzip`` notes in its own header.
 
     Raises:
         RefusedError: ``not_deidentified``.
     """
     found = texts(read_head(path))
-    if copied and gzip_names(path):
-        raise RefusedError("not_deidentified", "its gzip header holds a name or a comment; pack it with gzip -n")
     if found:
         raise RefusedError("not_deidentified", f"the header holds {', '.join(found)}, which may name persons; clear it")
 
 
-def check_copied(path: Path) -> None:
-    """Raise when a gzip file, which is to be released byte by byte, has room for more than its content.
+def check_copied(path: Path, deidentified: bool) -> None:
+    """Raise when a label file, which is to be released byte by byte, must not be.
+
+    Args:
+        path: the file.
+        deidentified: whether its header, and that of ``gzip``, may hold no text either.
 
     Raises:
-        RefusedError: ``embedded_preview`` when it has an extra field or several members (RFC 1952, 2.2 and 2.3.1).
+        RefusedError: ``embedded_preview`` when ``gzip`` left room for more than the content, an extra field or several
+            members (RFC 1952, 2.2 and 2.3.1); ``not_deidentified``.
     """
     if is_gzip(path) and not is_plain_gzip(path):
         detail = "the gzip file has extra fields, several members or bytes behind them; pack it again with gzip -n"
         raise RefusedError("embedded_preview", detail)
+    if deidentified and gzip_names(path):
+        raise RefusedError("not_deidentified", "its gzip header holds a name or a comment; pack it with gzip -n")
+    if deidentified:
+        check_no_text(path)
 
 
 def volume_names(file: PurePosixPath, index: int) -> tuple[str, str]:

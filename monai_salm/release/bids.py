@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monai_salm import __version__
-from monai_salm.io import masks, worker
+from monai_salm.io import masks, nifti, worker
 from monai_salm.io.base import Case, RefusedError
 
 DESCRIPTION = "dataset_description.json"
@@ -96,6 +96,7 @@ def check_companion(path: Path, name: str) -> None:
     """
     if is_label(name):
         worker.call(masks.label_values, path)
+        worker.call(nifti.check_copied, path, False)
         return
     parts = _NAME.fullmatch(PurePosixPath(name).name)
     if not (_TOP.fullmatch(name) or name == DESCRIPTION or (parts and not parts["ending"].startswith(".nii"))):

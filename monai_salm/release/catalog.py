@@ -195,8 +195,8 @@ class _Findings:
             if head[128:132] == b"DICM":
                 self._add_dicom(path)
             elif self.name(path) in self._mask_names:
-                if self._require_deidentified and nifti.sniff(head):
-                    worker.call(nifti.check_no_text, path, True)
+                if nifti.sniff(head):
+                    worker.call(nifti.check_copied, path, self._require_deidentified)
                 self.masks.files[self.name(path)] = path
             elif nifti.sniff(head):
                 self._add_image(path, "nifti")

@@ -39,7 +39,8 @@ def sound_cases(
     for unit in formats.units(cases):
         culprit = unit[0]
         try:
-            for culprit, _ in zip(unit, bar, strict=False):
+            for culprit in unit:
+                next(bar, None)
                 sound = _check_case(culprit, spatial_dims, window)
                 if culprit.mask:
                     class_voxels[culprit.sample_id] = sound.class_voxels

@@ -233,10 +233,11 @@ def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, 
 
 
 def _size(count: float) -> str:
-    if count < 1024:
-        return f"{count:.0f} bytes"
-    power = min(3, int(math.log(count, 1024)))
-    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.{0 if unit == 'bytes' else 1}f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def _time(seconds: float) -> str:

@@ -13,7 +13,7 @@ from monai_salm.release.labels import Cohort
 from monai_salm.verification.defenses import defenses_of
 from monai_salm.verification.training import victim_digest
 
-__all__ = ["check_settings", "check_study", "check_victims", "seeds_of"]
+__all__ = ["check_settings", "check_study", "seeds_of"]
 
 
 def check_study(
@@ -44,7 +44,7 @@ def check_study(
     recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), recipe)
     defenses_of(defenses or (), cohort.voxelwise)
-    check_victims(victims, (in_channels, *spatial_size), len(cohort.classes), cohort.voxelwise)
+    _check_victims(victims, (in_channels, *spatial_size), len(cohort.classes), cohort.voxelwise)
 
 
 def seeds_of(seeds: Sequence[int] | int) -> list[int]:
@@ -74,7 +74,7 @@ def check_settings(
         raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {dict(recipe)}")
 
 
-def check_victims(
+def _check_victims(
     victims: Mapping[str, Callable[[], nn.Module]], size: Sequence[int], n_classes: int, voxelwise: bool
 ) -> None:
     """Try each kind of victim once.
