@@ -61,7 +61,7 @@ class UnfinishedRound:
         return first["state"], deltas, tally
 
     def clear(self) -> None:
-        """Forget the round: it is in the bank."""
+        """Forget what is kept: the round is in the bank."""
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder)
         self._parts = 0

@@ -125,7 +125,7 @@ class PerturbationTrainer(Trainer):
         self.samples = self._samples()
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
-        self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), self.fingerprint())
+        self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), self.bank.fingerprint)
         self.deltas: dict[str, Tensor] = {}
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
@@ -252,7 +252,6 @@ class PerturbationTrainer(Trainer):
         self.state.metrics["perturbed_loss"] = self.scores[-1]
         settled = self._settled()
         self._commit(final=settled or self.state.epoch == self.state.max_epochs)
-        self._unfinished.clear()
         if settled:
             self.logger.info(f"the loss has settled after {self.state.epoch} rounds")
             self.terminate()
