@@ -26,12 +26,11 @@ def inspect(options: argparse.Namespace) -> int:
     from monai_salm.release.voxels import VoxelLabels
 
     labels = find_labels(options.export, options.labels)
-    window = tuple(options.window) if options.window else "auto"
     voxels = labels if isinstance(labels, VoxelLabels) else None
     catalog = scan(
         options.export,
         _dim(options, voxels is not None),
-        window=window,
+        window=options.window or "auto",
         voxels=voxels,
         require_deidentified=options.require_deidentified,
     )
@@ -115,12 +114,14 @@ def protect(options: argparse.Namespace) -> int:
 def _check_words(options: argparse.Namespace) -> None:
     """What a typing error could spoil is checked at once, and not after hours of fitting."""
     from monai_salm import workflows
-    from monai_salm.perturbations.budget import Budget
+    from monai_salm.perturbations.budget import Budget, as_window
     from monai_salm.perturbations.masks import SparsityMask
     from monai_salm.release.commit import check_output
 
     if options.bundle:
         workflows.bundle_path(options.bundle)
+    if options.window:
+        as_window(options.window)
     if options.epsilon is not None:
         Budget.parse(options.epsilon).check_window(options.window)
     if options.mask_ratio is not None:
@@ -136,6 +137,7 @@ def _check_words(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Tell what the bundle would do with these settings."""
+    from monai_salm.perturbations.budget import as_window
     from monai_salm.release.labels import load_cohort
     from monai_salm.release.plan import make_plan
     from monai_salm.verification.visibility import VisibilityGate
@@ -143,8 +145,7 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     for name in ("epsilon", "mask_ratio"):
         if name not in settings:
             raise ValueError(f"the bundle computes {name}; give --{name.replace('_', '-')} for a plan")
-    window = settings.get("window", "auto")
-    grid = {"spatial_dims": settings["spatial_dims"], "window": window if window == "auto" else tuple(window)}
+    grid = {"spatial_dims": settings["spatial_dims"], "window": as_window(settings.get("window", "auto"))}
     strict, budget = bool(settings.get("require_deidentified")), settings["epsilon"]
     cohort = load_cohort(
         options.export, options.labels, **grid, require_deidentified=strict, like=options.like, budget=budget

@@ -202,8 +202,6 @@ def _codec(
     is_ct = enhanced_ct or header.SOPClassUID == uid.CTImageStorage
     modality = "CT" if is_ct else _modality(header)
     if isinstance(window, str):
-        if window != "auto":
-            raise ValueError(f"window is {window!r}; use 'auto' or (low, high) in physical units")
         listed = _file_windows(header) if modality in _READ_IN_THEIR_WINDOW else ()
         if listed or is_ct:
             window = listed[0] if listed else CT_WINDOW
@@ -213,7 +211,7 @@ def _codec(
             window = auto_window(values, slope, intercept)
     return StoredCodec(
         dtype=stored_dtype(header).name,
-        window=(float(window[0]), float(window[1])),
+        window=window,
         slope=slope,
         intercept=intercept,
         stored_range=stored_range(header),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -179,3 +179,22 @@ class Lattice:
     def snap(self, delta: Tensor) -> Tensor:
         """Nearest point of the lattice inside the box; the bounds are integers, so rounding cannot leave them."""
         return self.project(delta).round().to(self.lower.dtype)
+
+
+def as_window(window: Any) -> str | tuple[float, float]:
+    """A window as a user gives it: ``"auto"``, or two finite numbers, the lower one first.
+
+    Raises:
+        ValueError: When it is neither.
+    """
+    if isinstance(window, str) and window == "auto":
+        return window
+    try:
+        low, high = () if isinstance(window, str) else map(float, window)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(
+            f"window is {window!r}; use 'auto' or two finite numbers in physical units, the lower one first"
+        )
+    return low, high

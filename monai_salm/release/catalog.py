@@ -22,7 +22,7 @@ from pydicom.uid import MediaStorageDirectoryStorage
 
 from monai_salm.io import dicom, nifti, npz, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
-from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.decathlon import DATASET_FILE
@@ -105,13 +105,14 @@ def scan(
 
     Raises:
         ValueError: When the folder is missing, empty, or holds nothing that can be protected; when what tells the
-            voxel labels does not fit it; or when the budget is for another modality.
+            voxel labels does not fit it; when the window is none; or when the budget is for another modality.
     """
     root = Path(root)
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims is {spatial_dims}; use 2 for slices or 3 for volumes")
     if not root.exists():
         raise ValueError(f"export {root} does not exist; check the path")
+    window = as_window(window)
     classes = class_names(voxels, classes) if voxels else ()
     findings = _Findings(root.absolute(), spatial_dims, voxels, require_deidentified)
     files = list(_walk(root.absolute(), findings))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
-from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release.catalog import Catalog, Refusal, scan
 from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
@@ -150,12 +150,12 @@ def load_cohort(
         budget: see :py:func:`monai_salm.release.catalog.scan`.
 
     Raises:
-        ValueError: When the export holds nothing usable, the table does not fit it, or it names classes that the
-            earlier release does not have.
+        ValueError: When the window is none, the export holds nothing usable, the table does not fit it, or it names
+            classes that the earlier release does not have.
     """
+    window = as_window(window)
     earlier = EarlierRelease(like) if like else None
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
-    window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
     if found is None:  # unless archives bring labels: say so before every image is decoded
         label_cases(scan(dataset_dir, spatial_dims, check_pixels=False), None, seed=seed)
     voxels = found if isinstance(found, VoxelLabels) else None

@@ -31,7 +31,7 @@ import numpy as np
 from monai_salm import __version__
 from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, FileCheck, Outline, RefusedError, Window
-from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import bids, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
@@ -102,7 +102,7 @@ def protect_cohort(
     output_dir = Path(output_dir).absolute()
     budget = Budget.parse(budget)
     budget.check_window(window)
-    window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
+    window = as_window(window)
     shard = Shard.parse(shard or Shard())
     if rename and bids.is_tree(cohort.root):
         raise ValueError("the names of a BIDS tree say what its files are; protect it without 'rename'")

@@ -19,7 +19,7 @@ from torch import Tensor
 from monai_salm.io import dicom, formats, nifti, raster, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.masks import read_mask
-from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.records import image_digest
 from monai_salm.release import commit
 from monai_salm.release.catalog import Catalog
@@ -66,7 +66,7 @@ class LoadStored(Transform):
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims is {spatial_dims}; use 2 for images or 3 for volumes")
         self.spatial_dims = spatial_dims
-        self.window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
+        self.window = as_window(window)
         self.root = None if root is None else str(root)
 
     def __call__(self, source: Case | str | os.PathLike[str]) -> Tensor:

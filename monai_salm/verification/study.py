@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from monai_salm.io.base import Case, Window
-from monai_salm.perturbations.budget import Budget
+from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import commit as door
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
@@ -126,7 +126,7 @@ class VictimStudy:
     ) -> None:
         self.cohort, self.output_dir = cohort, Path(output_dir).absolute()
         self.spatial_dims, self.spatial_size = spatial_dims, tuple(int(size) for size in spatial_size)
-        self.window: Window = window if isinstance(window, str) else (float(window[0]), float(window[1]))
+        self.window = as_window(window)
         self.victims, self.budget = dict(victims), Budget.parse(budget)
         self.seeds = seeds_of(seeds)
         self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
