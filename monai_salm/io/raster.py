@@ -107,7 +107,7 @@ def protect(
         RefusedError: When the file cannot be read.
         ValueError: When the perturbation does not fit the image.
     """
-    count_colors(case.files[0], spatial_dims)
+    _check_dims(spatial_dims)
     module, content = _open(case.files[0])
     pixels = module.decode(content)
     image = _image(pixels, window)
@@ -151,10 +151,7 @@ def _image(pixels: Pixels, window: Window) -> StoredImage:
         )
     if isinstance(window, str):
         window = (0.0, 255.0) if stored.dtype == np.uint8 else auto_window(stored, 1.0, 0.0)
-    try:
-        return StoredImage(stored, StoredCodec(stored.dtype.name, window, inverted=pixels.inverted))
-    except ValueError as error:
-        raise RefusedError("no_window", str(error)) from error
+    return StoredImage(stored, StoredCodec(stored.dtype.name, window, inverted=pixels.inverted))
 
 
 def _decode(path: Path) -> Pixels:
