@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,10 @@ from exports import write_labels
 from torch import nn
 
 from monai_salm.io import formats
+from monai_salm.release.catalog import Refusal
+from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort, load_cohort
+from monai_salm.release.manifest import link
 from monai_salm.release.protect import IntegrityError, protect_cohort
 from monai_salm.surrogates import RandomView, SmallCNN
 from monai_salm.verification import jobs as jobs_module
@@ -346,6 +349,22 @@ def test_missing_protected_file_is_an_integrity_error(released, out):
         (out / "protected" / json.loads(line)["file"]).unlink()
     with pytest.raises(IntegrityError, match="1 released cases have no protected file"):
         study(cohort, out).run()
+
+
+def test_a_file_of_several_cases_is_missing_whatever_else_was_refused(released, out):
+    cohort, _ = released
+    lost = replace(cohort.train[0], sample_id="case-lost", names=("many.nii/0/",), index=0)
+    more = replace(cohort, cases=(*cohort.cases, lost))
+    ledger = (out / "private" / "refusals.jsonl").absolute()
+
+    def refuse(name: str) -> None:
+        ledger.write_text(link([asdict(Refusal(name, "broken_file", ""))])[0])
+
+    refuse("case-other")
+    with pytest.raises(IntegrityError, match="case-lost"):
+        study(more, out)._twins()
+    refuse(owner_id(lost))
+    assert "case-lost" not in study(more, out)._twins()
 
 
 def test_unprotected_folder_and_missing_classes_are_named(released, out, tmp_path):

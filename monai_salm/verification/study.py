@@ -21,6 +21,7 @@ from torch import nn
 from monai_salm.io.base import Case, Window
 from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import commit as door
+from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
 from monai_salm.surrogates import RandomView
@@ -259,10 +260,8 @@ class VictimStudy:
         twins = read_protected(self.cohort, self.output_dir)
         if not twins:
             raise ValueError(f"{self.output_dir} holds no protected case; run protect first")
-        refused = {refusal.name for refusal in read_refusals(self.output_dir)}
-        lost = [case for case in self.cohort.released if case.sample_id not in twins and case.sample_id not in refused]
-        # An archive is refused under a name of its own.
-        lost = [case for case in lost if case.index is None or not refused]
+        found = {*twins, *(refusal.name for refusal in read_refusals(self.output_dir))}
+        lost = [case for case in self.cohort.released if not found & {case.sample_id, owner_id(case)}]
         if lost:
             raise IntegrityError(
                 f"{len(lost)} released cases have no protected file and no refusal (first: {lost[0].sample_id}); "
