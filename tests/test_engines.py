@@ -278,6 +278,9 @@ def test_bad_datasets_are_named(tmp_path):
         trainer(tmp_path, dataset=cases(2) + cases(2))
     with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
         trainer(tmp_path, device="cuda:99")
+    unsized = Surrogate(SmallCNN(2, 1, 2, (4, 8)))
+    with pytest.raises(ValueError, match="spatial_size"):
+        trainer(tmp_path, objective=Objective(unsized, nn.CrossEntropyLoss(reduction="none")))
     with pytest.raises(ValueError, match="1 or more"):
         trainer(tmp_path, rounds=0)
 

@@ -74,8 +74,8 @@ class PerturbationTrainer(Trainer):
 
     Raises:
         ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or the bank holds
-            a fit with another configuration; when the weights are not of this network, and when the device cannot be
-            used.
+            a fit with another configuration; when the surrogate has no ``spatial_size`` and whole images have labels;
+            when the weights are not of this network, and when the device cannot be used.
     """
 
     def __init__(
@@ -240,6 +240,11 @@ class PerturbationTrainer(Trainer):
         if self.cases.voxelwise:
             return Patches(self.cases, self.patch_size or self.objective.tile_size, **options)
         view = self.objective.network.view
+        if not hasattr(view, "spatial_size"):
+            raise ValueError(
+                "the surrogate sees each image on its own grid, and images that have labels as a whole are trained on "
+                "in one size: give the surrogate a spatial_size"
+            )
         return ResizedImages(self.cases, view.spatial_size, view, **options)
 
     def _warmth(self, step: int) -> float:
