@@ -347,29 +347,20 @@ class StoredCodec:
         return low.clip(min=self.stored_range[0]), high.clip(max=self.stored_range[1])
 
 
-def to_signed(stored: np.ndarray) -> np.ndarray:
-    """The same numbers in a type that torch computes with."""
-    return stored.astype({"uint16": np.int32, "uint32": np.int64}.get(stored.dtype.name, stored.dtype), copy=False)
-
-
 def _wide(stored: np.ndarray, delta: np.ndarray) -> type:
     """An integer type that holds their sum."""
     return np.int32 if max(stored.dtype.itemsize, delta.dtype.itemsize) < 4 else np.int64
 
 
-def auto_window(
-    stored: np.ndarray, slope: float, intercept: float, padding: tuple[float, float] | None = None
-) -> tuple[float, float]:
-    """Percentiles 0.5 and 99.5 of the finite, non-padding values in physical units (the usual choice for MR).
+def auto_window(stored: np.ndarray, slope: float, intercept: float) -> tuple[float, float]:
+    """Percentiles 0.5 and 99.5 of the finite values in physical units (the usual choice for MR).
 
     Raises:
         ValueError: When the image is constant or has no finite value.
     """
     values = stored[np.isfinite(stored)] if stored.dtype.kind == "f" else stored.reshape(-1)
-    if padding is not None:
-        values = values[(values < padding[0]) | (values > padding[1])]
     if values.size == 0:
-        raise ValueError("the image has no finite value outside its padding")
+        raise ValueError("the image has no finite value")
     low, high = sorted(float(edge) * slope + intercept for edge in np.percentile(values, [0.5, 99.5]))
     if low == high:
         low, high = sorted(float(edge) * slope + intercept for edge in (values.min(), values.max()))

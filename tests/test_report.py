@@ -112,7 +112,7 @@ def make_example(size: tuple[int, int] = (24, 32), title: str = "case-1", limit:
     rng = np.random.default_rng(0)
     clean, mask = rng.random(size), rng.random(size) < 0.2
     delta = np.where(mask, rng.integers(-8, 9, size), 0)
-    return Example(title, clean, np.clip(clean + delta / 255, 0, 1), delta, mask, "stored units", limit)
+    return Example(title, clean, np.clip(clean + delta / 255, 0, 1), delta, mask, limit)
 
 
 def render(tmp_path: Path, results: dict[str, Any] | None = None, examples: tuple[Example, ...] = ()) -> str:
@@ -349,13 +349,13 @@ def test_many_large_examples_stay_below_the_limit(tmp_path: Path) -> None:
 
 def test_zero_scale_and_nan_do_not_break_panels(tmp_path: Path) -> None:
     nothing = np.zeros((5, 7))
-    example = Example("flat", nothing + np.nan, nothing, nothing, nothing.astype(bool), "stored units", 0)
+    example = Example("flat", nothing + np.nan, nothing, nothing, nothing.astype(bool), 0)
     assert len(images_of(render(tmp_path, examples=(example,)))) == 4
 
 
 def test_example_needs_one_shape() -> None:
     with pytest.raises(ValueError, match="one shape"):
-        Example("x", np.zeros((2, 2)), np.zeros((2, 2)), np.zeros((2, 3)), np.zeros((2, 2), bool), "", 1)
+        Example("x", np.zeros((2, 2)), np.zeros((2, 2)), np.zeros((2, 3)), np.zeros((2, 2), bool), 1)
 
 
 def test_report_is_deterministic(tmp_path: Path) -> None:

@@ -147,9 +147,7 @@ def scan(
 class _Findings:
     """Cases and refusals of a scan that is under way."""
 
-    def __init__(
-        self, root: Path, spatial_dims: int, voxels: VoxelLabels | None, require_deidentified: bool = False
-    ) -> None:
+    def __init__(self, root: Path, spatial_dims: int, voxels: VoxelLabels | None, require_deidentified: bool) -> None:
         self.root = root
         self.spatial_dims = spatial_dims
         self.cases: list[Case] = []

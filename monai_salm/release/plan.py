@@ -26,7 +26,6 @@ from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
 from monai_salm.release.visibility import Gate
-from monai_salm.stored import to_signed
 
 SAMPLES = 8
 """Units of each format that are tried."""
@@ -158,8 +157,8 @@ class _Noise:
         self._random = np.random.default_rng(0)
 
     def __call__(self, image: StoredImage) -> np.ndarray:
-        stored = torch.from_numpy(to_signed(image.stored))
-        lower, upper = (bound.numpy() for bound in image.codec.bounds(stored, self._budget))
+        bounds = image.codec.bounds(torch.from_numpy(image.stored), self._budget)
+        lower, upper = (bound.numpy() for bound in bounds)
         delta = np.where(self._random.random(image.stored.shape) < 0.5, lower, upper)
         delta[self._random.random(image.stored.shape) > self._ratio] = 0
         return delta if delta.any() else upper

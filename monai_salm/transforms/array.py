@@ -18,7 +18,7 @@ from monai.utils import TraceKeys, TransformBackends, convert_to_dst_type
 from monai_salm.bank import PerturbationBank, image_digest
 from monai_salm.perturbations.budget import Budget
 from monai_salm.perturbations.masks import Criterion, Scope, SparsityMask
-from monai_salm.stored import StoredCodec, lattice_of, to_signed
+from monai_salm.stored import StoredCodec, lattice_of
 from monai_salm.transforms.meta import (
     CodecLike,
     check_same_shape,
@@ -289,7 +289,7 @@ class SnapToStored(Transform):
             ValueError: When shapes differ, a value is not finite, or the budget is below one step of this image.
         """
         known = codec_of(img, codec)
-        stored = torch.from_numpy(to_signed(stored_array(img, known)))
+        stored = torch.from_numpy(stored_array(img, known))
         values = plain_tensor(perturbation).double().cpu()
         check_same_shape("perturbation", values, "image", stored)
         if not torch.isfinite(values).all():

@@ -26,7 +26,6 @@ from monai_salm.release.catalog import Catalog
 from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import KEY
-from monai_salm.stored import to_signed
 from monai_salm.transforms.meta import affine_of, check_same_shape, codec_to_meta, meta_of, stored_array
 
 __all__ = ["LoadMask", "LoadStored", "SaveStored", "case_of"]
@@ -201,7 +200,7 @@ class SaveStored(Transform):
         check_same_shape(f"{case.sample_id}: protected image", protected, "source", source.stored)
         change = protected.astype(np.float64) - source.stored.astype(np.float64)
         delta = np.rint(np.nan_to_num(change) / codec.step).astype(np.int32)
-        lower, upper = codec.bounds(torch.from_numpy(to_signed(source.stored)), self.budget)
+        lower, upper = codec.bounds(torch.from_numpy(source.stored), self.budget)
         outside = (delta < lower.numpy()) | (delta > upper.numpy())
         if outside.any() or image_digest(codec.add(source.stored, delta)) != image_digest(protected):
             raise ValueError(

@@ -244,9 +244,9 @@ def delta_panel(delta: np.ndarray, max_delta: float, side: int) -> str:
     return _png(image, side, Image.Resampling.NEAREST)
 
 
-def delta_gradient(steps: int = 17) -> str:
+def delta_gradient() -> str:
     """The colors of :func:`delta_panel` from minus to plus, as CSS color stops."""
-    return ", ".join(matplotlib.colors.to_hex(color) for color in _palette(steps))
+    return ", ".join(matplotlib.colors.to_hex(color) for color in _palette(17))
 
 
 def _palette(steps: int) -> np.ndarray:

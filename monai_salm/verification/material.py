@@ -190,7 +190,6 @@ class Material:
             after,
             change,
             moved,
-            stored_unit="stored units",
             max_delta=limit,
             label=label[0] if label else None,
         )

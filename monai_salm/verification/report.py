@@ -42,7 +42,6 @@ class Example:
         protected: Of the same shape, unit intensity [0, 1].
         delta: Shape (H, W), protected minus clean in stored units; of RGB, in the color that changed most.
         mask: Shape (H, W), true where a voxel was changed.
-        stored_unit: Name of a stored unit, for the color bar.
         max_delta: End of the color bar, in stored units; usually the budget.
         label: Shape (H, W), class indices, to draw their borders; None without voxel labels.
 
@@ -55,7 +54,6 @@ class Example:
     protected: np.ndarray
     delta: np.ndarray
     mask: np.ndarray
-    stored_unit: str
     max_delta: float
     label: np.ndarray | None = None
 
@@ -212,7 +210,6 @@ def _panels(example: Example, side: int) -> dict[str, Any]:
         "fraction": float(np.mean(np.asarray(example.mask, dtype=bool))),
         "largest": float(np.max(np.abs(np.nan_to_num(example.delta)))) if np.size(example.delta) else None,
         "max_delta": float(example.max_delta),
-        "unit": example.stored_unit,
     }
 
 

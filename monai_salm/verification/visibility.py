@@ -75,7 +75,7 @@ class VisibilityGate:
         Raises:
             RefusedError: ``visibility_gate`` when the image is more visible than allowed, and mode is ``"refuse"``.
         """
-        found = CaseVisibility(case.sample_id, measure_visibility(image, delta) if self.mode != "none" else ())
+        found = CaseVisibility(case.sample_id, measure_visibility(image, delta))
         worst = next((window for window in found.windows if not window.less_visible), None)
         if self.refuses and worst is not None:
             raise RefusedError(
