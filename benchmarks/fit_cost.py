@@ -33,7 +33,6 @@ from torch import Tensor
 
 from monai_salm.perturbations.base import Objective, frozen
 from monai_salm.stored import StoredCodec
-from monai_salm.transforms.meta import codec_to_meta
 from monai_salm.verification.results import write_atomically
 from monai_salm.workflows import bundle_for
 
@@ -57,7 +56,7 @@ class Workload:
     def items(self) -> list[dict[str, Any]]:
         """What ``LoadStoredd`` gives."""
         generator = torch.Generator().manual_seed(0)
-        codec = codec_to_meta(StoredCodec("uint8", (0.0, 255.0)))
+        codec = StoredCodec("uint8", (0.0, 255.0)).to_meta()
         items = []
         for at in range(self.count):
             stored = torch.randint(0, 256, (1, *self.shape), generator=generator, dtype=torch.uint8)

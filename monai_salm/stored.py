@@ -314,17 +314,16 @@ class StoredCodec:
         return protected
 
     def to_meta(self) -> dict[str, Any]:
-        """Strings and floats only, so that it survives collation, pickling and ``weights_only`` loading."""
-        meta = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Strings, bools, floats and lists of floats: they survive collation, pickling and ``weights_only`` loading,
+        and the items of a batch agree in type."""
         slices = json.dumps(asdict(self.slices)) if self.slices else ""  # a list's length would break collation
-        return meta | {"padding": list(self.padding or (float("nan"), float("nan"))), "slices": slices}
+        padding = self.padding or (math.nan, math.nan)
+        return {key: _floats(value) for key, value in (asdict(self) | {"padding": padding, "slices": slices}).items()}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> StoredCodec:
-        """Inverse of :py:meth:`to_meta`."""
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in meta.items()
-        }
+        """Inverse of :py:meth:`to_meta`, also after batches were collated and taken apart again."""
+        fields: dict[str, Any] = {key: _plain(value) for key, value in meta.items()}
         slices = json.loads(fields.get("slices") or "null")
         if slices:
             slices = SliceScaling(slices["axis"], tuple(slices["slopes"]), tuple(slices["intercepts"]))
@@ -345,6 +344,18 @@ class StoredCodec:
         if self.slices is None:
             return max(low, self.stored_range[0]), min(high, self.stored_range[1])
         return low.clip(min=self.stored_range[0]), high.clip(max=self.stored_range[1])
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [float(item) for item in value]
+    return value if isinstance(value, (str, bool)) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Without the arrays and tensors that collation makes of numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _wide(stored: np.ndarray, delta: np.ndarray) -> type:

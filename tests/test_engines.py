@@ -22,7 +22,6 @@ from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
 from monai_salm.stored import SliceScaling, StoredCodec, lattice_of
 from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate, TextureReader
-from monai_salm.transforms.meta import codec_to_meta
 
 
 class Killed(BaseException):
@@ -31,7 +30,7 @@ class Killed(BaseException):
 
 def cases(count: int = 10, shapes=((12, 12), (10, 14)), label=lambda at: at % 2) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
-    codec = codec_to_meta(StoredCodec("uint8", (0.0, 255.0)))
+    codec = StoredCodec("uint8", (0.0, 255.0)).to_meta()
     items = []
     for at in range(count):
         stored = torch.randint(120, 136, (1, *shapes[at % len(shapes)]), generator=generator).to(torch.uint8)
@@ -213,7 +212,7 @@ def test_cases_that_are_stored_alike_are_read_together_as_one_by_one(dtype):
     items = cases(3, shapes=((5, 7),))
     for at, item in enumerate(items):
         stored = torch.randint(0, 256, (1, 5, 7), generator=torch.Generator().manual_seed(at))
-        meta = item["image"].meta | {"stored_codec": codec_to_meta(codec)}
+        meta = item["image"].meta | {"stored_codec": codec.to_meta()}
         item["image"] = MetaTensor(stored.to(getattr(torch, dtype)), meta=meta)
     read = Cases(items, Budget.parse("8/255"), torch.device("cpu"))
     image, label, lattice = read.read([0, 2], Budget.parse("8/255"))
@@ -467,7 +466,7 @@ class TestVoxelLabels:
 def patches(image: torch.Tensor, label: torch.Tensor, size: tuple[int, ...], *, coded: bool = False) -> Patches:
     meta = {
         "sample_id": "one",
-        "stored_codec": codec_to_meta(StoredCodec("uint8", (0.0, 255.0))),
+        "stored_codec": StoredCodec("uint8", (0.0, 255.0)).to_meta(),
         "intensity": "stored",
     }
     dataset = [{"image": MetaTensor(image, meta=meta), "label": label}]
@@ -555,7 +554,7 @@ def sliced_cases(count: int = 6) -> list[dict]:
     """Volumes of three slices with slopes of their own, the brightest slice with the finest steps."""
     generator = torch.Generator().manual_seed(0)
     slices = SliceScaling(2, (0.05, 0.1, 0.5), (0.0, 0.0, 10.0))
-    codec = codec_to_meta(StoredCodec("int16", (0.0, 200.0), 0.05, slices=slices))
+    codec = StoredCodec("int16", (0.0, 200.0), 0.05, slices=slices).to_meta()
     items = []
     for at in range(count):
         physical = 60 + 20 * torch.rand((1, 8, 9, 3), generator=generator)

@@ -55,7 +55,6 @@ from monai_salm.transforms import (
     StoredToUnit,
     StoredToUnitd,
 )
-from monai_salm.transforms.meta import codec_from_meta, codec_to_meta
 
 BUDGET = Budget.parse("8/255")
 CODEC = StoredCodec("int16", window=(0.0, 255.0))
@@ -134,7 +133,7 @@ def test_loaded_values_are_those_of_the_file(tmp_path: Path, dtype: str, shape: 
     expected = formats.read(scan(path, len(shape)).cases[0], len(shape))
     assert isinstance(image, MetaTensor) and equal(image, expected.stored)
     assert image.dtype == {"uint16": torch.int32}.get(dtype, getattr(torch, dtype))
-    assert codec_from_meta(image.meta["stored_codec"]) == expected.codec
+    assert StoredCodec.from_meta(image.meta["stored_codec"]) == expected.codec
     assert image.meta["intensity"] == "stored"
 
 
@@ -188,7 +187,7 @@ def test_without_tracking_a_plain_tensor_comes_out(export: Catalog) -> None:
 
 def containers(values: np.ndarray) -> list:
     tensor = torch.from_numpy(values)
-    return [values, tensor, MetaTensor(tensor, meta={"stored_codec": codec_to_meta(CODEC), "note": "kept"})]
+    return [values, tensor, MetaTensor(tensor, meta={"stored_codec": CODEC.to_meta(), "note": "kept"})]
 
 
 def test_unit_intensity_is_the_codecs_in_the_container_that_came() -> None:
@@ -334,7 +333,7 @@ def test_snapping_says_when_nothing_is_left_or_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="use 'unit' or 'stored'"):
         SnapToStored("4 stored", "HU")
     out = SnapToStoredd("delta", "image", "4 stored")(
-        {"delta": np.ones((1, 2, 2)), "image": image, "stored_codec": codec_to_meta(CODEC)}
+        {"delta": np.ones((1, 2, 2)), "image": image, "stored_codec": CODEC.to_meta()}
     )
     assert (out["delta"] == 4).all()
 
@@ -532,7 +531,7 @@ def test_batches_of_every_dataset_decollate_and_invert(
         StoredToUnitd("image")(batch)
     for case, item in zip(export.cases, decollate_batch(batch), strict=True):
         clean = formats.read(case, 3)
-        assert codec_from_meta(item["image"].meta["stored_codec"]) == clean.codec
+        assert StoredCodec.from_meta(item["image"].meta["stored_codec"]) == clean.codec
         assert equal(item["image"], clean.stored + bank[case.sample_id].numpy())
         assert equal(pipeline.inverse(item)["image"], clean.stored)
         unit = StoredToUnit()(item["image"])

@@ -26,7 +26,7 @@ from monai_salm.release.catalog import Catalog
 from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import KEY
-from monai_salm.transforms.meta import affine_of, check_same_shape, codec_to_meta, meta_of, stored_array
+from monai_salm.transforms.meta import affine_of, check_same_shape, meta_of, stored_array
 
 __all__ = ["LoadMask", "LoadStored", "SaveStored", "case_of"]
 
@@ -81,7 +81,7 @@ class LoadStored(Transform):
         image = formats.read(case, self.spatial_dims, self.window)
         stored = convert_to_tensor(image.stored, track_meta=get_track_meta())
         if isinstance(stored, MetaTensor):
-            meta = {"sample_id": case.sample_id, "stored_codec": codec_to_meta(image.codec), "intensity": "stored"}
+            meta = {"sample_id": case.sample_id, "stored_codec": image.codec.to_meta(), "intensity": "stored"}
             stored.meta = {**stored.meta, **meta, "affine": affine_of(image.spacing)}
         return stored
 

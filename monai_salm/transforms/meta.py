@@ -24,30 +24,6 @@ from monai_salm.stored import StoredCodec
 CodecLike = StoredCodec | Mapping[str, Any]
 
 
-def codec_to_meta(codec: StoredCodec) -> dict[str, Any]:
-    """``codec.to_meta()`` with every number a float, so that the items of a batch agree in type."""
-    return {key: _as_float(value) for key, value in codec.to_meta().items()}
-
-
-def codec_from_meta(meta: CodecLike) -> StoredCodec:
-    """Inverse of :py:func:`codec_to_meta`, also after batches were collated and taken apart again."""
-    if isinstance(meta, StoredCodec):
-        return meta
-    return StoredCodec.from_meta({key: _as_python(value) for key, value in meta.items()})
-
-
-def _as_float(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_as_float(item) for item in value]
-    return value if isinstance(value, (str, bool)) else float(value)
-
-
-def _as_python(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_as_python(item) for item in value]
-    return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
-
-
 def meta_of(img: Any, key: str, given: Any = None) -> Any:
     """A fact about the image, from its metadata or as given.
 
@@ -72,7 +48,7 @@ def codec_of(img: NdarrayOrTensor, given: CodecLike | None) -> StoredCodec:
     said = given if meta is None else meta
     if isinstance(said, Mapping) and isinstance(said.get("dtype"), list | tuple):
         raise ValueError("this is a batch of images; take it apart first, with monai.data.decollate_batch")
-    return codec_from_meta(said)
+    return said if isinstance(said, StoredCodec) else StoredCodec.from_meta(said)
 
 
 def affine_of(spacing: tuple[float, ...]) -> Tensor:

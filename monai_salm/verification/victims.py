@@ -18,6 +18,7 @@ from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
 from monai_salm.surrogates import RandomView, ResizeView
 from monai_salm.verification.arms import RANDOM_NOISE, ArmWriter
+from monai_salm.verification.description import described
 from monai_salm.verification.training import Batches, Task
 
 __all__ = ["METRIC", "Classification", "evaluate", "scores"]
@@ -61,12 +62,7 @@ class Classification(Task):
         return (len(self.classes),)
 
     def describe(self) -> str:
-        """Type and plain attributes of the view; PyTorch's own text leaves the attributes out."""
-        view = self.augment
-        if view is None:
-            return ""
-        plain = {key: value for key, value in vars(view).items() if not key.startswith("_") and key != "training"}
-        return f"{type(view).__module__}.{type(view).__qualname__} {sorted(plain.items())} {view}"
+        return described(self.augment)
 
     def writer(self, path: Path) -> ArmWriter:
         return ArmWriter(path)
