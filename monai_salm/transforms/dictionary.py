@@ -295,15 +295,3 @@ ApplySparsityMaskD = ApplySparsityMaskDict = ApplySparsityMaskd
 ApplyPerturbationD = ApplyPerturbationDict = ApplyPerturbationd
 SnapToStoredD = SnapToStoredDict = SnapToStoredd
 SaveStoredD = SaveStoredDict = SaveStoredd
-
-_NAMES = (
-    "ApplyPerturbation",
-    "ApplySparsityMask",
-    "ComputeSparsityMask",
-    "LoadMask",
-    "LoadStored",
-    "SaveStored",
-    "SnapToStored",
-    "StoredToUnit",
-)
-__all__ = [f"{name}{ending}" for name in _NAMES for ending in ("d", "D", "Dict")]
