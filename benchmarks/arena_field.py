@@ -167,7 +167,7 @@ class Field:
         jobs = self._jobs(asked, folder)
         done = Rows(rows, {job.key: "/".join(map(str, asdict(cell).values())) for cell, job in jobs.items()})
         print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
-        run_jobs(list(jobs.values()), done, workers)  # type: ignore[arg-type]
+        run_jobs(list(jobs.values()), done, workers)
         return [
             asdict(cell) | {name: done[job.key][name] for name in MEASURED} | self._of_fit(cell)
             for cell, job in jobs.items()

@@ -68,12 +68,13 @@ class Ledger:
 
     Args:
         output_dir: folder of the release.
+        name: of the file in it.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self._out = output_dir
-        self._rows: dict[str, dict[str, Any]] = {}
-        path = output_dir / LEDGER
+    def __init__(self, output_dir: Path, name: str = LEDGER) -> None:
+        self._out, self._name = output_dir, name
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        path = output_dir / name
         text = path.read_text() if path.is_file() else ""
         for line in text.splitlines():
             try:
@@ -82,20 +83,23 @@ class Ledger:
             except (ValueError, KeyError, TypeError):  # the last line of a killed run
                 continue
         if text and not text.endswith("\n"):
-            door.append_line(output_dir, LEDGER, "\n")
+            door.append_line(output_dir, name, "\n")
 
     def __contains__(self, job: Job) -> bool:
         return job.key in self._rows and (not job.keep or self._weights(job.key).is_file())
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
+    def __getitem__(self, key: str) -> Mapping[str, Any]:
         return self._rows[key]
 
-    def add(self, key: str, row: dict[str, Any], weights: bytes | None) -> None:
-        """Keep a finished training; the weights come first, so that a row is never without them."""
+    def add(self, key: str, row: Mapping[str, Any], weights: bytes | None, **told: str) -> None:
+        """Keep a finished training, and what is ``told`` of it to people.
+
+        The weights come first, so that a row is never without them.
+        """
         if weights is not None:
             name = PurePosixPath(WEIGHTS, f"{key}.pt")
             door.commit(self._out, [door.Staged(name, weights, lambda _: None)])
-        door.append_line(self._out, LEDGER, json.dumps({"key": key, "row": row}) + "\n")
+        door.append_line(self._out, self._name, json.dumps({"key": key, **told, "row": row}) + "\n")
         self._rows[key] = row
 
     def network(self, job: Job) -> nn.Module:
@@ -109,7 +113,7 @@ class Ledger:
 
 
 def default_workers(device: torch.device) -> int:
-    """Worker processes to train in: one per core on CPU, none besides this one on an accelerator."""
+    """Worker processes to train in: one per core on CPU; none besides this one on an accelerator, or in a daemon."""
     if device.type != "cpu" or current_process().daemon:
         return 1
     return cores()
