@@ -13,6 +13,8 @@ from monai_salm.stored import StoredCodec
 
 Window = str | tuple[float, float]
 """``"auto"`` (see each format) or (low, high) in physical units."""
+SPLITS = ("train", "val", "test")
+"""What a case may be for; those for ``"test"`` are held out, see :py:class:`Case`."""
 
 MAX_RASTER_BYTES = 2**31
 """Largest unpacked PNG or TIFF image that is read."""

@@ -184,7 +184,8 @@ def protect(
         RefusedError: When the unit cannot be protected.
         ValueError: When a perturbation does not fit its image.
     """
-    options = {"spatial_dims": spatial_dims, "window": window, "uids": uids, "when": when}
+    options = {"spatial_dims": spatial_dims, "window": window}
+    options |= {"uids": uids, "when": when} if unit[0].format == "dicom" else {}  # no other has either
     return worker.stream(_protect, tuple(unit), [deltas(case) for case in unit], options)
 
 

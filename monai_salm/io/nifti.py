@@ -16,7 +16,6 @@ import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -144,8 +143,6 @@ def protect(
     *,
     spatial_dims: int,
     window: Window,
-    uids: object = None,
-    when: datetime | None = None,
 ) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield each protected file: its path in the protected copy, and its bytes.
 
@@ -154,8 +151,6 @@ def protect(
         deltas: (1, *spatial) lattice steps of a case in canonical axes.
         spatial_dims: 2 or 3.
         window: as for :py:func:`read`.
-        uids: unused, NIfTI has no identifiers.
-        when: unused, the file carries no date of its own.
 
     Raises:
         RefusedError: When a file cannot be read, or one of its volumes is not among the cases.
@@ -268,9 +263,10 @@ def constant(stored: np.ndarray) -> bool:
 
 
 def _image(content: bytearray, layout: Layout, index: int | None, window: Window) -> StoredImage:
-    if not (index is None and layout.volumes == 1) and not 0 <= (-1 if index is None else index) < layout.volumes:
+    at = 0 if index is None and layout.volumes == 1 else index
+    if at is None or not 0 <= at < layout.volumes:
         raise RefusedError("no_such_image", f"the file has {layout.volumes} volumes, not one with index {index}")
-    native = layout.voxels(content, index or 0).astype(layout.dtype.newbyteorder("="))
+    native = layout.voxels(content, at).astype(layout.dtype.newbyteorder("="))
     stored = np.ascontiguousarray(layout.axes.to_canonical(native))[None]
     if constant(stored):
         raise RefusedError(

@@ -13,16 +13,24 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from monai_salm.io.base import DEFLATE_RATIO, Case, FileCheck, RefusedError, StoredImage, Window, compare, move
+from monai_salm.io.base import (
+    DEFLATE_RATIO,
+    SPLITS,
+    Case,
+    FileCheck,
+    RefusedError,
+    StoredImage,
+    Window,
+    compare,
+    move,
+)
 from monai_salm.stored import StoredCodec
 
-SPLITS = ("train", "val", "test")
 KEYS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels"))
 RELEASED = ("train", "val")
 MAX_BYTES = 2**34
@@ -90,8 +98,6 @@ def protect(
     *,
     spatial_dims: int,
     window: Window,
-    uids: object = None,
-    when: datetime | None = None,
 ) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield the one protected archive: its path relative to the export, unchanged, and its bytes.
 
@@ -100,8 +106,6 @@ def protect(
         deltas: (1, *spatial) lattice steps of a case.
         spatial_dims: 2 or 3.
         window: as for :py:func:`read`.
-        uids: unused.
-        when: unused.
 
     Raises:
         RefusedError: When an image of train or val is missing among ``cases``: archives are all-or-nothing.

@@ -8,7 +8,6 @@ That includes text and Exif data, which may name persons: have them removed befo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
@@ -90,8 +89,6 @@ def protect(
     *,
     spatial_dims: int,
     window: Window,
-    uids: object = None,
-    when: datetime | None = None,
 ) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield the one protected file: its path relative to the export, unchanged, and its bytes.
 
@@ -100,8 +97,6 @@ def protect(
         delta: (C, H, W) lattice steps.
         spatial_dims: 2.
         window: as for :py:func:`read`.
-        uids: unused, the file has no identifiers.
-        when: unused.
 
     Raises:
         RefusedError: When the file cannot be read.
