@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification: ``study`` trains victims, ``fidelity`` measures images, ``results`` decides, ``report`` shows."""
+"""Verification: ``study`` trains victims, ``fidelity`` measures images, ``verdict`` decides, ``report`` shows."""
