@@ -50,6 +50,11 @@ def bundle_path(name: str) -> Path:
     raise ValueError(f"there is no bundle {name!r}; use one of {', '.join(bundle_names())}, or the folder of a bundle")
 
 
+def _full_name(name: str) -> str:
+    """The same from any folder: a name of ours, or an absolute path."""
+    return name if name in bundle_names() else str(bundle_path(name))
+
+
 def bundle_for(spatial_dims: int, voxelwise: bool = False) -> str:
     """Name of the bundle for slices (2) or volumes (3), where voxels have labels or (else) whole cases.
 
@@ -116,8 +121,8 @@ def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, rep
     from monai_salm.release.commit import PRIVATE, Staged, commit
 
     if (output_dir / PRIVATE).is_dir() and (replace or not (output_dir / RUN_CONFIG).is_file()):
-        bundle = bundle if bundle in bundle_names() else str(bundle_path(bundle))
-        text = json.dumps({"schema_version": 1, "bundle": bundle, "overrides": dict(overrides)}, indent=2) + "\n"
+        kept = {"schema_version": 1, "bundle": _full_name(bundle), "overrides": dict(overrides)}
+        text = json.dumps(kept, indent=2) + "\n"
         commit(output_dir, [Staged(PurePosixPath(RUN_CONFIG), text.encode(), lambda _: None)])
 
 
@@ -128,10 +133,9 @@ def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
         ValueError: When the settings are others than :py:func:`save_run` kept, or none were kept.
     """
     kept_bundle, kept = load_run(output_dir)
-    bundle = bundle if bundle in bundle_names() else str(bundle_path(bundle))
     moved = ("dataset_dir", "output_dir", "labels")
     new, old = ({k: v for k, v in each.items() if k not in moved} for each in (overrides, kept))
-    if bundle != kept_bundle or json.dumps(new, sort_keys=True) != json.dumps(old, sort_keys=True):
+    if _full_name(bundle) != kept_bundle or json.dumps(new, sort_keys=True) != json.dumps(old, sort_keys=True):
         raise ValueError("the perturbations were made with other settings; give the ones that --fit-only was given")
 
 

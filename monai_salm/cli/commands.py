@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def inspect(options: argparse.Namespace) -> int:
     """List what an export holds."""
     from rich.console import Console
 
-    from monai_salm.release.catalog import scan
+    from monai_salm.release.catalog import scan, tally
     from monai_salm.release.labels import LABELS_FILE, find_labels, label_cases
     from monai_salm.release.listing import cases_table, counts_line, counts_table, refusals_table
     from monai_salm.release.voxels import VoxelLabels
@@ -49,7 +48,7 @@ def inspect(options: argparse.Namespace) -> int:
     refusals = cohort.refusals if cohort else catalog.refusals
     if refusals:
         shown = refusals if options.all else refusals[:_SHOWN]
-        console.print(f"{len(refusals)} refused: {_tally(each.reason for each in refusals)}")
+        console.print(f"{len(refusals)} refused: {tally(each.reason for each in refusals)}")
         console.print(refusals_table(shown, catalog, options.names))
         if len(shown) < len(refusals):
             console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
@@ -242,6 +241,7 @@ def _outcome(out: Path, code: int, *, verified: bool = False) -> int:
     """Say what came out, and how that counts, unless the stages ended with an error (any other ``code``)."""
     import json
 
+    from monai_salm.release.catalog import tally
     from monai_salm.release.commit import PROTECTED
     from monai_salm.release.companions import reference_summary
     from monai_salm.release.protect import REFUSALS, read_refusals
@@ -252,14 +252,10 @@ def _outcome(out: Path, code: int, *, verified: bool = False) -> int:
     print(f"protected files: {out / PROTECTED}", *filter(None, [reference_summary(out), summary(out)]), sep="\n")
     refusals = read_refusals(out)
     if refusals:
-        print(f"refused and not in the copy: {_tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
+        print(f"refused and not in the copy: {tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
         code = NOT_PROTECTED
     if verified and (code == DONE or (out / "report.json").is_file()):
         verdict = json.loads((out / "report.json").read_text())["verdict"]
         print(f"verdict: {verdict}; report: {out / 'report.html'}")
         code = code if verdict == "protected" else NOT_PROTECTED
     return code
-
-
-def _tally(values: Iterable[str]) -> str:
-    return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -77,6 +77,11 @@ class Catalog:
     companions: tuple[Companion, ...] = ()
 
 
+def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
+    """Reasons with their counts, in words: ``"2 broken_file, 1 too_large"``."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()))
+
+
 def scan(
     root: Path | str,
     spatial_dims: int,
@@ -126,14 +131,14 @@ def scan(
     if voxels:
         refused = [name for names in findings.refused_names.values() for name in names]
         findings.cases, refusals = pair(voxels, classes, findings.cases, findings.masks, refused, spatial_dims)
-        for names, sample_id, error in refusals:
-            findings.refuse(names, error, sample_id)
+        for each in refusals:
+            findings.refuse(*each)
     if check_pixels:
         findings.cases, findings.class_voxels, refused_pixels = sound_cases(
             findings.cases, spatial_dims, window, budget
         )
-        for names, error, sample_id in refused_pixels:
-            findings.refuse(names, error, sample_id)
+        for each in refused_pixels:
+            findings.refuse(*each)
     companions = tuple(findings.resolve_companions())
     if not findings.cases:
         raise ValueError(
@@ -308,8 +313,8 @@ class _Findings:
     def resolve_companions(self) -> list[Companion]:
         """Companions of the cases; those of nothing else are refused."""
         kept, refused = self._companions.resolve({case.sample_id for case in self.cases}, self._owners, self._broken)
-        for names, error in refused:
-            self.refuse(names, error)
+        for each in refused:
+            self.refuse(*each)
         return kept
 
     def _add_instances(self, paths: Sequence[Path]) -> None:
@@ -390,7 +395,5 @@ def _text(header: Dataset, keyword: str) -> str:
 
 
 def _summary(refusals: Sequence[Refusal]) -> str:
-    counts = Counter(refusal.reason for refusal in refusals)
-    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
     first = f" ({refusals[0].detail})" if refusals else ""
-    return f"Refused: {listed or 'none'}{first}"
+    return f"Refused: {tally(refusal.reason for refusal in refusals) or 'none'}{first}"

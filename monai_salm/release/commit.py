@@ -18,6 +18,8 @@ PROTECTED = "protected"
 """Folder of the output folder that is meant to be shared."""
 MANIFEST = "manifest.jsonl"
 """Shared with the files: what each is now, and nothing of what it was."""
+MANIFESTS = "manifest*.jsonl"
+"""Those of all shards; their journals in ``PRIVATE`` are called alike."""
 PRIVATE = "private"
 JOURNAL = f"{PRIVATE}/manifest.jsonl"
 """The owner's: which original each file came from; grows while files are written."""
@@ -205,6 +207,11 @@ def sha256_of(path: Path) -> str:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def holds(path: Path, sha256: str) -> bool:
+    """Whether a file, and no link, is there with this digest."""
+    return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
 
 
 def _write_all(handle: int, content: bytes) -> None:

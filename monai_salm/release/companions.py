@@ -16,6 +16,7 @@ from pathlib import Path
 from monai_salm.io import dicom, worker
 from monai_salm.io.base import FileCheck, RefusedError
 from monai_salm.release import commit as door
+from monai_salm.release.gates import Refused
 from monai_salm.release.identity import UidMap, pseudonym
 from monai_salm.release.manifest import COMPANION, ManifestRow, read_chain
 
@@ -75,8 +76,8 @@ class CompanionFiles:
 
     def resolve(
         self, cases: Collection[str], owners: Mapping[str, str], broken: Mapping[Path, RefusedError]
-    ) -> tuple[list[Companion], list[tuple[list[str], RefusedError]]]:
-        """Those that belong to cases, and the names and errors of all others.
+    ) -> tuple[list[Companion], list[Refused]]:
+        """Those that belong to cases, and all others as refused.
 
         Args:
             cases: ``sample_id`` of every case.
@@ -92,8 +93,9 @@ class CompanionFiles:
             companions.append(Companion(pseudonym(uid), path, name, uid, tuple(sorted(references.items()))))
         kept = belonging(companions, cases)
         alone = {each.sample_id for each in companions} - {each.sample_id for each in kept}
-        refused = [([self._found[path][0]], error) for path, error in broken.items() if path in self._found]
-        refused += [([each.name, each.uid], ALONE) for each in companions if each.sample_id in alone]
+        refused: list[Refused] = []
+        refused += [([self._found[path][0]], error, "") for path, error in broken.items() if path in self._found]
+        refused += [([each.name, each.uid], ALONE, "") for each in companions if each.sample_id in alone]
         return kept, refused
 
 
@@ -160,8 +162,7 @@ def reference_summary(output_dir: Path) -> str:
 def _write(output_dir: Path, companion: Companion, uids: UidMap, part: str) -> ManifestRow:
     name, content = worker.call(dicom.protect_companion, companion.file, uids)
     digest = hashlib.sha256(content).hexdigest()
-    path = output_dir / door.PROTECTED / name
-    if path.is_symlink() or not path.is_file() or door.sha256_of(path) != digest:
+    if not door.holds(output_dir / door.PROTECTED / name, digest):
 
         def verify(staged: Path) -> FileCheck:
             worker.call(dicom.verify_companion, companion.file, staged)

@@ -73,13 +73,14 @@ class Journal:
         door.append_line(self._out, self._name, text)
 
 
-def start_time(output_dir: Path) -> datetime:
-    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes.
-
-    Also removes keys that a killed run had not finished making.
-    """
+def clear_key_parts(output_dir: Path) -> None:
+    """Remove what is left of keys that a killed run had not finished making."""
     for left in (output_dir / door.PRIVATE).glob(".*.part"):
         left.unlink(missing_ok=True)
+
+
+def start_time(output_dir: Path) -> datetime:
+    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes."""
     path = output_dir / door.RUN
     if not path.is_file():
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
@@ -161,13 +162,13 @@ def close(
 def write(output_dir: Path, texts: Mapping[str, str | bytes], part: str = "") -> None:
     """Commit files that are not there with the same content already."""
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
-    new = {name: content for name, content in contents.items() if not _holds(output_dir / name, content)}
+    new = {name: content for name, content in contents.items() if not door.holds(output_dir / name, _sha256(content))}
     staged = (door.Staged(PurePosixPath(name), content, lambda _: None) for name, content in new.items())
     door.commit(output_dir, staged, part)
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    return path.is_file() and not path.is_symlink() and path.read_bytes() == content
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
@@ -186,8 +187,8 @@ def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
 
 
 def _table_row(name: str, content: bytes, root: Path) -> ManifestRow:
-    digest = hashlib.sha256(content).hexdigest()
-    state = COMPANION if _holds(root / name, content) else TABLE
+    digest = _sha256(content)
+    state = COMPANION if door.holds(root / name, digest) else TABLE
     return ManifestRow(pseudonym(name), name, digest, 0, 0.0, 0, 0, digest, state=state)
 
 
@@ -197,7 +198,7 @@ def _manifests(shard: Shard, rows: Sequence[ManifestRow]) -> dict[str, str]:
 
 def _chain(text: str) -> signature.Chain:
     lines = text.splitlines(keepends=True)
-    return signature.Chain(hashlib.sha256(lines[-1].encode()).hexdigest() if lines else GENESIS, len(lines))
+    return signature.Chain(_sha256(lines[-1].encode()) if lines else GENESIS, len(lines))
 
 
 def _versions() -> dict[str, str]:
@@ -213,7 +214,7 @@ def _versions() -> dict[str, str]:
 def _check_count(output_dir: Path, shard: Shard) -> None:
     """A folder that was written in one number of shards cannot go on in another."""
     ours = {other.journal for other in shards_of(shard.count)} | {door.JOURNAL}
-    there = {f"{door.PRIVATE}/{path.name}" for path in (output_dir / door.PRIVATE).glob("manifest*.jsonl")}
+    there = {f"{door.PRIVATE}/{path.name}" for path in (output_dir / door.PRIVATE).glob(door.MANIFESTS)}
     alone = shard.count > 1 and door.JOURNAL in there and there == {door.JOURNAL}
     if there - ours or alone:
         raise ValueError(

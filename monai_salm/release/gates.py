@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydicom.dataset import Dataset
@@ -12,7 +12,8 @@ from monai_salm.io.base import RefusedError
 from monai_salm.release import commit as door
 from monai_salm.release.manifest import PROTECTED, IntegrityError, read_chain
 
-MANIFESTS = "manifest*.jsonl"
+Refused = tuple[Sequence[str], RefusedError, str]
+"""Real names of what is refused, why, and its ``sample_id`` (empty for what is no case, and for several)."""
 
 
 def check_name(name: str) -> str:
@@ -65,8 +66,8 @@ class ReleasedFiles:
     """
 
     def __init__(self, root: Path, files: Iterable[Path]) -> None:
-        beside = root.parent.glob(MANIFESTS) if root.is_dir() else ()
-        manifests = [*beside, *(path for path in files if path.match(MANIFESTS))]
+        beside = root.parent.glob(door.MANIFESTS) if root.is_dir() else ()
+        manifests = [*beside, *(path for path in files if path.match(door.MANIFESTS))]
         self._digests = {digest for path in manifests for digest in _listed(path)}
 
     def check(self, path: Path) -> None:

@@ -122,7 +122,7 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
 def _holds_anything(output_dir: Path) -> bool:
     """Whether there is a released file, or something that speaks of one."""
     told = [*signature.SIGNED, door.JOURNAL, door.MANIFEST]
-    if any((output_dir / name).exists() for name in told) or any(output_dir.glob("manifest*.jsonl")):
+    if any((output_dir / name).exists() for name in told) or any(output_dir.glob(door.MANIFESTS)):
         return True
     return next(walk(output_dir / door.PROTECTED), None) is not None
 
@@ -132,7 +132,7 @@ def _read_chains(
 ) -> dict[str, list[dict[str, Any]]]:
     """Records of the public manifests; every chain that was signed is checked."""
     records = {}
-    names = chains or {path.name: None for path in sorted(output_dir.glob("manifest*.jsonl"))}
+    names = chains or {path.name: None for path in sorted(output_dir.glob(door.MANIFESTS))}
     for name, chain in names.items():
         path = output_dir / name
         private = PurePosixPath(name).parent.as_posix() == door.PRIVATE
@@ -169,12 +169,10 @@ def _take(
 
 
 def _missing_shards(output_dir: Path, chains: dict[str, signature.Chain], shards: int) -> list[Problem]:
-    names = [name for shard in shards_of(shards) for name in [shard.manifest] if shard.count > 1]
-    there = {name for name in names if name in chains}
     return [
-        Problem("missing_shard", f"shard {number} of {shards} was not written, or was taken away", name)
-        for number, name in enumerate(names, 1)
-        if name not in there or not (output_dir / name).is_file()
+        Problem("missing_shard", f"shard {shard.index} of {shards} was not written, or was taken away", shard.manifest)
+        for shard in shards_of(shards)
+        if shards > 1 and not (shard.manifest in chains and (output_dir / shard.manifest).is_file())
     ]
 
 
@@ -185,7 +183,7 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
         if path.name == door.STAGING and next(walk(path), None) is None:
             continue
         ours = path.name in BESIDE or path.name in chains or any(map(path.match, door.TRACKING))
-        if not ours and not (not chains and path.match("manifest*.jsonl")):
+        if not ours and not (not chains and path.match(door.MANIFESTS)):
             problems.append(Problem("added", "an entry beside the protected files", path.name))
         elif path.is_symlink() or path.is_dir() == bool(path.suffix):  # what has an ending is a file here
             problems.append(Problem("changed", "a link or a folder in place of what was written", path.name))

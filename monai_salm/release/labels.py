@@ -18,13 +18,12 @@ from monai_salm.release.catalog import Catalog, Refusal, scan
 from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
-from monai_salm.release.table import LABELS_FILE, SPLITS, LabelRow, match, natural, read_labels
+from monai_salm.release.table import LABELS_FILE, LabelRow, match, natural, read_labels
 from monai_salm.release.voxels import OTHER_CLASSES, SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
 
 __all__ = [
     "HELD_OUT_FRACTION",
     "LABELS_FILE",
-    "SPLITS",
     "Cohort",
     "LabelRow",
     "count_classes",

@@ -119,9 +119,7 @@ def read_manifest(output_dir: Path | str, journals: Iterable[str] | None = None)
         IntegrityError: When a journal was edited.
     """
     folder = Path(output_dir)
-    paths = (
-        sorted((folder / door.PRIVATE).glob("manifest*.jsonl")) if journals is None else map(folder.joinpath, journals)
-    )
+    paths = sorted((folder / door.PRIVATE).glob(door.MANIFESTS)) if journals is None else map(folder.joinpath, journals)
     known = {field.name for field in fields(ManifestRow)}
     records = (record for path in paths for record in read_chain(path)[0])
     rows = (ManifestRow(**{key: value for key, value in record.items() if key in known}) for record in records)

@@ -9,12 +9,10 @@ from monai_salm.io import formats
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.soundness import Sound, examine
 from monai_salm.perturbations.budget import Budget
+from monai_salm.release.gates import Refused
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import SHARED_MASK
 from monai_salm.stored import StoredCodec
-
-Refused = tuple[Sequence[str], RefusedError, str]
-"""Real names, reason, and ``sample_id`` (empty where there are several)."""
 
 
 def sound_cases(

@@ -21,6 +21,7 @@ from monai_salm.io import formats
 from monai_salm.io.base import Case, Outline, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import smallest_type
+from monai_salm.release.catalog import tally
 from monai_salm.release.companions import belonging
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
@@ -74,11 +75,9 @@ class Plan:
         yield "plan; nothing was written"
         for (form, state), (count, size) in sorted(self.files.items()):
             yield f"  {form} {state}: {count} files, {_size(size)}"
-        refused = ", ".join(f"{count} {reason}" for reason, count in sorted(self.refused.items()))
-        yield f"  refused: {refused or 'nothing'}"
+        yield f"  refused: {tally(self.refused) or 'nothing'}"
         if self.refused_at_writing:
-            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(self.refused_at_writing.items()))
-            yield f"  refused when tried: {listed}; of those that were not tried more may be"
+            yield f"  refused when tried: {tally(self.refused_at_writing)}; of those that were not tried more may be"
         if self.copy_bytes is None or self.seconds is None:
             yield "  disk and time: not known, no image could be tried"
             return

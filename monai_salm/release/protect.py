@@ -35,7 +35,7 @@ from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import bids, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
-from monai_salm.release.custody import KEY, REFUSALS, Journal, close, read_refusals, start_time, write
+from monai_salm.release.custody import KEY, REFUSALS, Journal, clear_key_parts, close, read_refusals, start_time, write
 from monai_salm.release.earlier import CLASSES, FOLLOWED
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
@@ -161,6 +161,7 @@ def prepare_output(source: Path | str | None, output_dir: Path | str, shard: Sha
     if lock.take(output_dir, shard.lock):
         atexit.register(lock.give_back, output_dir, shard.lock)
     with lock.holding(output_dir, wait_s=_WAIT_S):
+        clear_key_parts(output_dir)
         start_time(output_dir)
     door.clear_staging(output_dir, shard.part)
 
@@ -220,6 +221,7 @@ class _Writer:
         self._gate = gate
         self._visibility = VisibilityLog(output_dir, shard.named(VISIBILITY))
         door.clear_staging(output_dir, shard.part)
+        clear_key_parts(output_dir)
         self._when = start_time(output_dir)
         self._key = load_or_create_key(Path(key_file) if key_file else output_dir / KEY)
         self.uids = UidMap(self._key)
@@ -242,7 +244,8 @@ class _Writer:
                 "the output folder holds files made with another perturbation, budget, window or key; two versions of "
                 "one image must not share their UIDs: choose a new output folder"
             )
-        if len(done) == len(formats.files_of(unit)) + bool(mask) and all(self._is_there(row) for row in done):
+        there = (door.holds(self._out / door.PROTECTED / row.file, row.sha256) for row in done)
+        if len(done) == len(formats.files_of(unit)) + bool(mask) and all(there):
             return done
         if self._gate is not None:
             self._visibility.keep([self._measure(case, outlines[case], deltas[case]) for case in unit])
@@ -385,7 +388,3 @@ class _Writer:
             for slab in deltas[case].reshape(len(deltas[case]) * deltas[case].shape[1], -1):
                 digest.update(np.ascontiguousarray(slab, dtype=np.int32))
         return digest.hexdigest()
-
-    def _is_there(self, row: ManifestRow) -> bool:
-        path = self._out / door.PROTECTED / row.file
-        return path.is_file() and not path.is_symlink() and door.sha256_of(path) == row.sha256

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from monai_salm.io.base import Case
+from monai_salm.io.base import SPLITS, Case
 
-SPLITS = ("train", "val", "test")
 LABELS_FILE = "labels.csv"
 
 

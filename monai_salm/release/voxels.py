@@ -20,6 +20,7 @@ from monai_salm.io import dicom, formats, masks
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
+from monai_salm.release.gates import Refused
 from monai_salm.release.table import LabelRow, match, natural, where
 
 BACKGROUND = "background"
@@ -32,9 +33,6 @@ OTHER_CLASSES = (
     "the labels name classes that the earlier release does not have; name them as it does, or protect these cases in a "
     "release of their own"
 )
-
-Refused = tuple[tuple[str, ...], str, RefusedError]
-"""Names of what is refused, its sample id (empty for a file that is no case), and why."""
 SHARED_MASK = RefusedError(
     "mask_shared_with_unreleased",
     "the label file refers to images that are not released, and a copy would name them; release all of them, or give "
@@ -232,7 +230,7 @@ def pair(
             mask = finder.find(case, row.mask if row else "")
             paired.append(replace(case, mask=mask, split=row.split or case.split if row else case.split))
         except RefusedError as error:
-            refusals.append((case.names, case.sample_id, error))
+            refusals.append((case.names, error, case.sample_id))
     if spatial_dims == 2:
         paired, incomplete = _split_incomplete(paired, found)
         refusals += incomplete
@@ -241,7 +239,7 @@ def pair(
         if (series := finder.referred(name)) and series <= chosen:
             continue  # the table names other label files for all of its series
         detail = "no image of the export uses this segmentation; add its series, or leave it out"
-        refusals.append(((name,), "", RefusedError("mask_unused", detail)))
+        refusals.append(((name,), RefusedError("mask_unused", detail), ""))
     return paired, refusals
 
 
@@ -260,7 +258,7 @@ def _split_incomplete(cases: Sequence[Case], found: Found) -> tuple[list[Case], 
         else:
             kept += unit
             continue
-        refusals += [(case.names, case.sample_id, error) for case in unit]
+        refusals += [(case.names, error, case.sample_id) for case in unit]
     return kept, refusals
 
 
