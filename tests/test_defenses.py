@@ -239,6 +239,27 @@ def test_the_worst_augmentation_is_trained_on():
         assert len(seen) == count
 
 
+AUGMENTED = [defense for defense in DEFENSES if getattr(defense.recipe, "func", None) is defenses.Augmented]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 12, 12)])
+@pytest.mark.parametrize("defense", AUGMENTED, ids=lambda defense: defense.name)
+def test_voxel_labels_go_where_the_image_goes(defense, shape):
+    truth = torch.zeros(16, 1, *shape, dtype=torch.uint8)
+    truth[(..., *[slice(2, 9)] * len(shape))] = 1
+    images = 0.2 + 0.6 * truth.float()
+    change, generator = defense.recipe().change, torch.Generator().manual_seed(0)
+    seen, labels = change(images, truth, generator)
+    assert seen.shape == images.shape and labels.shape == truth.shape and labels.dtype == truth.dtype
+    assert not torch.equal(seen, images) and bool(seen.isfinite().all())
+    kept = seen != 0  # the rest was erased
+    for label in (0, 1):
+        found = seen[kept & (labels == label)] > 0.5
+        assert float((found == label).float().mean()) > 0.8
+    again = change(images, truth, torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], seen) and torch.equal(again[1], labels)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (6, 6, 6)])
 def test_cutmix_weighs_the_losses_by_the_size_of_the_box(shape):
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,6 @@ later. Everything else is a way of training, a :py:class:`monai_salm.verificatio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -16,12 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.transforms import Compose, RandAdjustContrast, RandBiasField, RandCoarseDropout, RandHistogramShift
-from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
-from monai_salm.surrogates import RandomView
-from monai_salm.verification import filters
+from monai_salm.verification import augmentations, filters
+from monai_salm.verification.augmentations import Change
 from monai_salm.verification.pretraining import SelfSupervised, last_linear
 from monai_salm.verification.training import Learn, Recipe, Task
 
@@ -31,9 +28,6 @@ LEVELS = ("standard", "full")
 """``standard``: some cheap ones; ``full``: all."""
 CLEAN_SHARE = 0.2
 """Share of clean cases among those that :py:class:`CleanMixed` trains on."""
-
-Change = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-"""(B, C, *spatial) images and their truth, and what is random -> the same, augmented."""
 
 
 class Filtered(Recipe):
@@ -69,36 +63,6 @@ class Augmented(Recipe):
     ) -> dict[str, Tensor]:
         images, truth = self.change(images, truth, generator)
         return task.losses(network(images), truth)
-
-
-def strong_affine(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rotations up to 45 degrees, zoom by up to 30 % and shifts by up to 15 % of the size."""
-    view = RandomView(images.ndim - 2, rotate=math.pi / 4, scale=0.3, translate=0.15, contrast=0.0, noise=0.0)
-    drawn = view.draw(len(images), generator)
-    return view(images, drawn), truth if truth.ndim == 1 else view.move_labels(truth, drawn)
-
-
-def intensity(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A smooth bias field, gamma, and a shifted histogram."""
-    change = Compose(
-        [
-            RandBiasField(coeff_range=(-0.2, 0.2), prob=1.0),
-            RandAdjustContrast(1.0, (0.6, 1.7)),
-            RandHistogramShift(8, 1.0),
-        ]
-    )
-    return _each(images, change, generator), truth
-
-
-def cutout(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A box of half the size per axis is erased (arXiv 1708.04552)."""
-    box = [max(1, size // 2) for size in images.shape[2:]]
-    return _each(images, RandCoarseDropout(1, box, fill_value=0.0, prob=1.0), generator), truth
-
-
-def _each(images: Tensor, change: Any, generator: torch.Generator) -> Tensor:
-    change.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
-    return torch.stack([convert_to_tensor(change(image), track_meta=False) for image in images]).to(images)
 
 
 class MixedUp(Recipe):
@@ -148,7 +112,10 @@ class WorstOf(Recipe):
     def losses(
         self, task: Task, network: nn.Module, images: Tensor, truth: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        seen = [intensity(*strong_affine(images, truth, generator), generator)[0] for _ in range(self.count)]
+        seen = [
+            augmentations.intensity(*augmentations.strong_affine(images, truth, generator), generator)[0]
+            for _ in range(self.count)
+        ]
         with torch.no_grad():
             loss = torch.stack([F.cross_entropy(network(each), truth, reduction="none") for each in seen])
         worst = torch.stack(seen)[loss.argmax(0), torch.arange(len(images), device=images.device)]
@@ -306,6 +273,10 @@ def _filter(name: str, what: str, change: Callable[..., Tensor], standard: bool 
     return Defense(name, what, partial(Filtered, partial(change, **options)), 1.0, standard)
 
 
+def _augmented(name: str, what: str, change: Change, cost: float, standard: bool = False) -> Defense:
+    return Defense(name, what, partial(Augmented, change), cost, standard)
+
+
 def _of_classes(name: str, what: str, recipe: Callable[..., Recipe], cost: float = 1.0, **marks: bool) -> Defense:
     return Defense(name, what, recipe, cost, voxels=False, **marks)
 
@@ -332,9 +303,10 @@ DEFENSES: tuple[Defense, ...] = (
         )
         for factor in (1.25, 1.5, 2.0)
     ),
-    Defense("strong_affine", "strong random rotation, zoom and shift", partial(Augmented, strong_affine), 1.2, True),
-    Defense("intensity", "random bias field, gamma and histogram shift", partial(Augmented, intensity), 1.5),
-    Defense("cutout", "a random box is erased (Cutout)", partial(Augmented, cutout), 1.2),
+    _augmented("strong_affine", "strong random rotation, zoom and shift", augmentations.strong_affine, 1.2, True),
+    _augmented("intensity", "random bias field, gamma and histogram shift", augmentations.intensity, 1.5),
+    _augmented("cutout", "a random box is erased (Cutout)", augmentations.cutout, 1.2),
+    _augmented("nnunet", "the augmentation of nnU-Net", augmentations.nnunet, 2.0),
     _of_classes("mixup", "weighted means of two images (Mixup)", MixedUp),
     _of_classes("cutmix", "a random box of another image (CutMix)", CutMixed),
     _of_classes("worst_of_5", "at first the worst of 5 strong augmentations (UEraser)", partial(WorstOf, 5), 4.0),

@@ -13,10 +13,10 @@ from monai_salm.io.base import Case
 from monai_salm.verification.defenses import Defense
 from monai_salm.verification.description import described
 from monai_salm.verification.jobs import Job, Ledger
-from monai_salm.verification.strength import Row, closed_gap, mean_of, values_of
+from monai_salm.verification.strength import Row, closed_gap, closed_gap_auc, mean_of, values_of
 from monai_salm.verification.verdict import VerdictRules, learning_checks
 
-__all__ = ["clean_part", "defended", "expected_seconds", "resistance"]
+__all__ = ["announcement", "clean_part", "defended", "expected_seconds", "resistance"]
 
 Training = tuple[str, str, int]
 """Arm, victim and seed."""
@@ -73,6 +73,18 @@ def defended(
 
 def _key(*decisive: Any) -> str:
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def announcement(jobs: Iterable[Training], defenses: Sequence[Defense]) -> str:
+    """How long defenses will take as far as can be told before any training is done, as a sentence.
+
+    Args:
+        jobs: the ordinary trainings.
+        defenses: what follows them.
+    """
+    both = [arm in ARMS for arm, _, _ in jobs]
+    cost = sum(both) / len(both) * sum(defense.cost for defense in defenses)
+    return f"{len(defenses)} defenses follow the ordinary trainings, about {cost:.1f} times as long as these together"
 
 
 def expected_seconds(
@@ -139,6 +151,7 @@ def resistance(
                 "clean": means[0],
                 "protected": means[1],
                 "closed_gap": gap,
+                "closed_gap_auc": closed_gap_auc(mine),
                 "restored": (means[1] - protected) / lost if known else None,
                 "arms": [{name: value for name, value in row.items() if name != "curve"} for row in mine],
             }

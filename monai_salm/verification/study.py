@@ -32,7 +32,14 @@ from monai_salm.verification.fidelity import SSIM_CASES
 from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
 from monai_salm.verification.material import Material, Settings, own_arms
 from monai_salm.verification.report import verdict_table, write_report
-from monai_salm.verification.resistance import Training, clean_part, defended, expected_seconds, resistance
+from monai_salm.verification.resistance import (
+    Training,
+    announcement,
+    clean_part,
+    defended,
+    expected_seconds,
+    resistance,
+)
 from monai_salm.verification.results import VerdictRules, build_results, write_json
 from monai_salm.verification.segmenters import Segmentation, Transforms
 from monai_salm.verification.setting import machine, not_tested, versions
@@ -165,6 +172,8 @@ class VictimStudy:
             self._check_classes(train, material.present)
             jobs = self._jobs(material.arms, material.test)
             ledger = Ledger(self.output_dir)
+            if self.defenses:
+                print(announcement(jobs, self.defenses), flush=True)
             run_jobs(list(jobs.values()), ledger, self.workers)
             networks = {key[1:]: partial(ledger.network, job) for key, job in jobs.items() if job.keep}
             utility = utility_rows(networks, material, self.learning, int(self.recipe["batch_size"]), self.device)
