@@ -16,6 +16,8 @@ import csv
 import io
 import json
 import multiprocessing
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,12 +56,15 @@ class Arena:
         """Do what is not done yet; write and return the rows of the table."""
         asked, rows = cells(self.config, only), []
         self.work.mkdir(parents=True, exist_ok=True)
+        for left in self.work.glob("arms-*"):
+            if not Path("/proc", left.name.split("-")[1]).exists():  # of a run that was killed
+                shutil.rmtree(left)
         place = json.dumps(self.config), self.data, self.work
         fields = {name: _field(name, *place) for name in dict.fromkeys(cell.data for cell in asked)}
         self._fit_ahead(asked)
         for name, field in fields.items():
             own = [cell for cell in asked if cell.data == name]
-            with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            with tempfile.TemporaryDirectory(prefix=f"arms-{os.getpid()}-", dir=self.work) as folder:
                 rows += field.train(own, Path(folder), self.output.with_suffix(".rows.jsonl"), self.workers)
             write_table(rows, self.output)
         return rows

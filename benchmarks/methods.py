@@ -22,6 +22,7 @@ from monai_salm.records import image_digest
 from monai_salm.surrogates import SmallViT, small_densenet121, small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas
+from monai_salm.workflows import bundle_path
 
 CNN = {
     "network_def::network": {
@@ -172,7 +173,7 @@ def fit(
         seed: of everything random in the fit.
         epsilon: budget of every method but those that are published without one, which have theirs in ``METHODS``.
         work: folder of the fits, one folder each.
-        overrides: more values by config id, such as ``{"device": "cuda"}``; they win.
+        overrides: more values by config id, such as ``{"device": "cuda"}``; what makes the method wins over them.
 
     Raises:
         ValueError: When the method is none that makes perturbations.
@@ -181,9 +182,10 @@ def fit(
     if method.overrides is None:
         raise ValueError(f"{name!r} makes no perturbations; use one of {', '.join(FITTED)}")
     values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed}
-    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **method.overrides, **(overrides or {})}
+    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **(overrides or {}), **method.overrides}
     bundle = f"salm_{len(spatial_size)}d_classification"
-    decisive = json.dumps([bundle, values, method.trainer, _digest(dataset), _code()], sort_keys=True)
+    shipped = (bundle_path(bundle) / "configs/train.yaml").read_text()
+    decisive = json.dumps([shipped, values, method.trainer, _digest(dataset), _code()], sort_keys=True)
     folder = work / hashlib.sha256(decisive.encode()).hexdigest()[:16]
     parser = configured(bundle, {**values, "output_dir": str(folder), "train::dataset": dataset})
     set_determinism(seed=seed)

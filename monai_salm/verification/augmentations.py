@@ -25,7 +25,7 @@ from torch import Tensor
 
 from monai_salm.surrogates import RandomView
 
-__all__ = ["Change", "cutout", "intensity", "nnunet", "strong_affine"]
+__all__ = ["Change", "cutout", "intensity", "nnunet", "strong_affine", "waves"]
 
 Change = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(B, C, *spatial) images and their truth, and what is random -> the same, augmented."""
@@ -78,6 +78,18 @@ def nnunet(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[T
     axes = tuple(range(1, images.ndim))
     mean, scale = images.mean(axes, keepdim=True), images.std(axes, keepdim=True).clamp(min=1e-6)
     return mean + scale * _each((images - mean) / scale, change, generator), truth
+
+
+def waves(images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Four plane waves of any direction and length are added, each with an amplitude of at most 16/255: a network that
+    is to see through them cannot rely on a texture."""
+    each = (len(images), 4, *[1] * (images.ndim - 2))
+    steps = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in images.shape[2:]), indexing="ij")
+    cycles = torch.rand(len(steps), *each, generator=generator) - 0.5
+    phase, height = torch.rand(each, generator=generator), 16 / 255 * torch.rand(each, generator=generator)
+    turns = phase + sum(rate * step for rate, step in zip(cycles, steps, strict=True))
+    added = (height * torch.sin(2 * math.pi * turns)).sum(1, keepdim=True)
+    return images + added.to(images), truth
 
 
 def _moved(view: RandomView, images: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

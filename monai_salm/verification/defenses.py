@@ -306,7 +306,8 @@ DEFENSES: tuple[Defense, ...] = (
     _augmented("strong_affine", "strong random rotation, zoom and shift", augmentations.strong_affine, 1.2, True),
     _augmented("intensity", "random bias field, gamma and histogram shift", augmentations.intensity, 1.5),
     _augmented("cutout", "a random box is erased (Cutout)", augmentations.cutout, 1.2),
-    _augmented("nnunet", "the augmentation of nnU-Net", augmentations.nnunet, 2.0),
+    _augmented("nnunet", "the augmentation of nnU-Net", augmentations.nnunet, 2.0, True),
+    _augmented("waves", "random plane waves are added", augmentations.waves, 1.2),
     _of_classes("mixup", "weighted means of two images (Mixup)", MixedUp),
     _of_classes("cutmix", "a random box of another image (CutMix)", CutMixed),
     _of_classes("worst_of_5", "at first the worst of 5 strong augmentations (UEraser)", partial(WorstOf, 5), 4.0),
@@ -337,7 +338,7 @@ def defenses_of(
 
     Example:
         >>> [defense.name for defense in defenses_of("standard")]
-        ['jpeg_30', 'blur_1', 'respaced_1.25', 'strong_affine', 'orthogonal', 'clean_20']
+        ['jpeg_30', 'blur_1', 'respaced_1.25', 'strong_affine', 'nnunet', 'orthogonal', 'clean_20']
     """
     names = {defense.name: defense for defense in DEFENSES}
     if isinstance(level, str):
