@@ -15,6 +15,7 @@ from typing import Any
 from arena_cells import NO_DEFENSE, PLAIN
 from leaderboard import Board, read
 
+from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.victims import METRIC
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,17 +93,29 @@ def arena(board: Board, level: str) -> None:
 
 
 def resistance(board: Board, method: str) -> None:
-    """Closed gaps of a method by victim under each defense and each release; "?": clean victims did not learn."""
+    """Closed gaps of a method by victim under each defense and each release, by balanced accuracy and by AUC; "?":
+    clean victims did not learn."""
     level = board.levels[0]
     found = {name: board.gap(level, method, defense=name) for name in (NO_DEFENSE, *board.defenses)}
     found |= {name: board.gap(level, method, release=name) for name in board.releases}
     found = {name: part for name, part in found.items() if part}
     others = [part for name, part in found.items() if name != NO_DEFENSE]
     victims = list(dict.fromkeys(victim for part in others for victim in part["by_victim"]))
-    print(f"\n| third party | {' | '.join(victims)} |\n|{' --- |' * (len(victims) + 1)}")
+    if not victims:
+        return
+    heads = [*victims, *(f"{victim}, AUC" for victim in victims)]
+    print(f"\n| third party | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
     for name, part in found.items():
         unsure = "" if part["conclusive"] else "?"
-        print(f"| {name} | {' | '.join(unsure + gap(part['by_victim'][victim]) for victim in victims)} |")
+        gaps = [kind["by_victim"][victim] for kind in (part, part["by_auc"]) for victim in victims]
+        print(f"| {name} | {' | '.join(unsure + gap(each) for each in gaps)} |")
+    standard = [found[each.name] for each in DEFENSES if each.standard and each.name in found]
+    if standard:
+        means = (
+            mean(kind["by_victim"][v]["mean"] for kind in kinds for v in victims)
+            for kinds in zip(*((part, part["by_auc"]) for part in standard), strict=True)
+        )
+        print("mean over standard defenses: {:.2f}, by AUC {:.2f}".format(*means))
 
 
 def main() -> None:

@@ -96,10 +96,18 @@ def test_study_with_defenses_reports_them_and_keeps_what_is_done(released, out, 
     found = study(cohort, out, epochs=8, defenses=names).run()
     said = capsys.readouterr().out
     assert len(trained) == 3 * 2 * 2 and "3 defenses: 12 trainings to do, about" in said
+    ahead = sum(defense.cost for defense in defenses_of(names)) * 2 / len(set(row["arm"] for row in plain["arms"]))
+    assert f"3 defenses follow the ordinary trainings, about {ahead:.1f} times as long" in said.split("3 defenses:")[0]
     assert all(recipe.clean is None or len(recipe.clean[0]) == 6 for recipe in trained)
     assert (found["verdict"], found["arms"]) == (plain["verdict"], plain["arms"])
     validate_results(found)
     assert [part["name"] for part in found["defenses"]] == names
+    rows = [row for part in found["defenses"] for row in part["arms"] if row["arm"] == "protected"]
+    assert all(row["auc"] is not None for row in rows)
+    assert all(
+        part["closed_gap_auc"]["by_victim"].keys() == part["closed_gap"]["by_victim"].keys()
+        for part in found["defenses"]
+    )
     assert {(row["arm"], row["seed"]) for row in found["defenses"][0]["arms"]} == {
         (arm, seed) for arm in ("clean", "protected") for seed in (0, 1)
     }
