@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 BLOCK = {2: (4, 4), 3: (2, 2, 4)}
 """Voxels whose gradients are computed side by side, by spatial dims."""
-NEARBY = 5
-"""Width, which is odd, of the window that counts as near a voxel."""
 
 
 class Filters(nn.Module):
@@ -108,22 +106,23 @@ def image_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     return whole[(..., *(slice(size) for size in spatial))]
 
 
-def mean_nearby(image: Tensor) -> Tensor:
-    """Mean of (B, C, *spatial) over the window of ``NEARBY`` voxels around each one, zeros beyond the image.
+def mean_nearby(image: Tensor, width: int = 5) -> Tensor:
+    """Mean of (B, C, *spatial) over the window of odd ``width`` around each voxel, zeros beyond the image.
 
-    Axis by axis, and padded apart, since PyTorch pools no axis shorter than the window.
+    Axis by axis, and padded apart, since PyTorch pools no axis shorter than the window. (The width is an argument, for
+    TorchScript knows no constants of a module.)
     """
-    image = F.pad(image, [NEARBY // 2] * (2 * image.ndim - 4))
+    image = F.pad(image, [width // 2] * (2 * image.ndim - 4))
     for axis in range(image.ndim - 2):
-        window = [NEARBY if at == axis else 1 for at in range(image.ndim - 2)]
+        window = [width if at == axis else 1 for at in range(image.ndim - 2)]
         image = F.avg_pool2d(image, window, 1) if image.ndim == 4 else F.avg_pool3d(image, window, 1)
     return image
 
 
-def mean_of_means(image: Tensor) -> Tensor:
+def mean_of_means(image: Tensor, width: int = 5) -> Tensor:
     """(B, C): mean of :py:func:`mean_nearby` over all voxels, each counted in as many windows as it is part of."""
     for _ in range(image.ndim - 2):
         place = torch.arange(image.shape[-1], device=image.device)
-        windows = (place + NEARBY // 2 + 1).clamp(max=len(place)) - (place - NEARBY // 2).clamp(min=0)
-        image = image @ (windows / (NEARBY * len(place))).to(image.dtype)
+        windows = (place + width // 2 + 1).clamp(max=len(place)) - (place - width // 2).clamp(min=0)
+        image = image @ (windows / (width * len(place))).to(image.dtype)
     return image
