@@ -86,8 +86,11 @@ class Field:
         part = self.data.spare if seed >= ELSEWHERE else self.data.train
         bound = {"psnr": None} if level.endswith("dB") else {}  # there the budget alone is to reach the PSNR
 
+        own = METHODS[method].overrides or {}
+        shared = {name: value for name, value in self.config["fit"].items() if name not in own}
+
         def at(epsilon: str) -> Fitted:
-            overrides = {**self.config["fit"], **bound, "device": self.device}
+            overrides = {**shared, **bound, "device": self.device}
             return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
 
         if method in UNBOUNDED:

@@ -35,6 +35,7 @@ RANKING = {
     "gap": "closed gap",
     "low": "low",
     "high": "high",
+    "gap_auc": "closed gap, AUC",
     "n": "pairs",
     "standard": "mean over standard defenses",
     "worst": "least over all defenses",
@@ -160,7 +161,7 @@ class Board:
                 told = {name: part["mean"] for name, part in withstood.items() if part and part["conclusive"]}
                 standard = [told[d.name] for d in DEFENSES if d.standard and d.name in told]
                 row = {name: gap[name] for name in ("low", "high", "n")}
-                row |= {"gap": gap["mean"], "conclusive": gap["conclusive"]}
+                row |= {"gap": gap["mean"], "gap_auc": gap["by_auc"].get("mean"), "conclusive": gap["conclusive"]}
                 row |= {"standard": _mean(standard), "worst": min(told.values(), default=None)}
                 each = {victim: self.gap(level, method, victims=[victim]) for victim in self.victims}
                 row |= {f"gap_{victim}": part["mean"] for victim, part in each.items() if part}
@@ -208,15 +209,17 @@ def table_html(board: Board) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def heat_html(board: Board, level: str, columns: Sequence[tuple[str, str, str]]) -> str:
+def heat_html(board: Board, level: str, columns: Sequence[tuple[str, str, str]], by_auc: bool = False) -> str:
     """Closed gaps of each method (rows) in each (head, release, defense), over the victims that all of them have; empty
-    where nothing was run."""
+    where nothing was run. ``by_auc``: of the AUC."""
     rest = [(level, method, *column[1:]) for method in board.methods for column in columns[1:]]
     victims = board.shared(rest) or board.victims
     heads = "".join(f"<th>{html.escape(head)}</th>" for head, _, _ in columns)
     lines = []
     for method in board.methods:
         gaps = [board.gap(level, method, release, defense, victims) for _, release, defense in columns]
+        if by_auc:
+            gaps = [gap and {**gap["by_auc"], "conclusive": gap["conclusive"]} for gap in gaps]
         if any(gap is not None for gap in gaps[1:]):
             lines.append(f"<tr><td>{html.escape(method)}</td>{''.join(map(_heat, gaps))}</tr>")
     if not lines:
@@ -244,10 +247,10 @@ def page(rows: Sequence[Row]) -> str:
     parts = [
         "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>monai_salm: the arena</title>",
         f"<style>{_STYLE}</style><h1>The arena</h1><p>Closed gap: (clean − protected) / (clean − blind) in balanced "
-        "accuracy, clean with the same defense; 0 is no protection, at 1 the images teach as little as noise. "
-        "Intervals: 95 %, two-level bootstrap of paired seeds. In italics, or “?”: the clean victims did not learn, so "
-        "nothing can be said. Methods are ranked over the networks that all of them were tried on; the last columns "
-        "are of one network each. Click a head to sort.</p>",
+        "accuracy, or in AUC with 0.5 as floor, clean with the same defense; 0 is no protection, at 1 the images teach "
+        "as little as noise. Intervals: 95 %, two-level bootstrap of paired seeds. In italics, or “?”: the clean "
+        "victims did not learn, so nothing can be said. Methods are ranked over the networks that all of them were "
+        "tried on; the last columns are of one network each. Click a head to sort.</p>",
     ]
     for name in dict.fromkeys(row["data"] for row in rows):
         board = Board([row for row in rows if row["data"] == name])
@@ -257,14 +260,30 @@ def page(rows: Sequence[Row]) -> str:
             defenses = plain + [(name, PLAIN, name) for name in board.defenses]
             releases = [(PLAIN, PLAIN, NO_DEFENSE)] + [(name, name, NO_DEFENSE) for name in board.releases]
             for title, columns in (("defenses", defenses), ("releases", releases)):
-                found = heat_html(board, level, columns)
-                parts.append(f"<h3>{html.escape(level)}, {title}</h3>{found}" if found else "")
+                for by_auc in (False, True):
+                    found = heat_html(board, level, columns, by_auc)
+                    head = f"{html.escape(level)}, {title}{', by AUC' if by_auc else ''}"
+                    parts.append(f"<h3>{head}</h3>{found}" if found else "")
     return "\n".join([*parts, f"<script>{_SCRIPT}</script></html>\n"])
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rankings as Markdown, for pages of the documentation."""
-    names = ("level", "method", METRIC, "auc", "gap", "low", "high", "standard", "worst", "psnr", "ssim", "passes")
+    names = (
+        "level",
+        "method",
+        METRIC,
+        "auc",
+        "gap",
+        "low",
+        "high",
+        "gap_auc",
+        "standard",
+        "worst",
+        "psnr",
+        "ssim",
+        "passes",
+    )
     lines = []
     for data in dict.fromkeys(row["data"] for row in rows):
         lines += ["", data, "", f"| {' | '.join(RANKING[name] for name in names)} |", "| --- " * len(names) + "|"]

@@ -173,7 +173,7 @@ def fit(
         seed: of everything random in the fit.
         epsilon: budget of every method but those that are published without one, which have theirs in ``METHODS``.
         work: folder of the fits, one folder each.
-        overrides: more values by config id, such as ``{"device": "cuda"}``; what makes the method wins over them.
+        overrides: more values by config id, such as ``{"device": "cuda"}``; they win.
 
     Raises:
         ValueError: When the method is none that makes perturbations.
@@ -182,7 +182,7 @@ def fit(
     if method.overrides is None:
         raise ValueError(f"{name!r} makes no perturbations; use one of {', '.join(FITTED)}")
     values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed}
-    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **(overrides or {}), **method.overrides}
+    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **method.overrides, **(overrides or {})}
     bundle = f"salm_{len(spatial_size)}d_classification"
     shipped = (bundle_path(bundle) / "configs/train.yaml").read_text()
     decisive = json.dumps([shipped, values, method.trainer, _digest(dataset), _code()], sort_keys=True)
