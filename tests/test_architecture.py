@@ -28,6 +28,7 @@ ROOMS = (
     "surrogates",
     "stored",
     "perturbations",
+    "similarity",
     "convolution",
     "cohorts",
 )
@@ -40,6 +41,7 @@ UNKNOWN_TO = {
     "bank": ("monai", "pydicom", "nibabel"),
     "records": ("monai", "pydicom", "nibabel"),
     "surrogates": ("pydicom", "nibabel", "pathlib"),
+    "similarity": ("monai", "pydicom", "nibabel", "pathlib"),
     "convolution": ("monai", "pydicom", "nibabel", "pathlib"),
     "stored": ("monai", "pydicom", "nibabel"),
     "perturbations": ("monai", "pydicom", "nibabel", "pathlib"),

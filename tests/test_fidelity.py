@@ -15,8 +15,9 @@ from monai_salm.io import formats
 from monai_salm.io.base import StoredImage
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.protect import protect_cohort, read_protected
+from monai_salm.similarity import structural_similarity
 from monai_salm.stored import StoredCodec
-from monai_salm.verification.fidelity import Fidelity, ssim_of, ssim_sample
+from monai_salm.verification.fidelity import Fidelity, ssim_sample
 
 
 def pair(moves: dict[int, float], *, size: int = 16, dtype: str = "int16", **codec) -> tuple[StoredImage, StoredImage]:
@@ -62,16 +63,16 @@ def test_ssim_of_two_constant_images_has_the_closed_form():
     # No variance: only the luminance term is left.
     one, other = torch.full((1, 24, 24), 0.5), torch.full((1, 24, 24), 0.8)
     expected = (2 * 0.5 * 0.8 + 1e-4) / (0.5**2 + 0.8**2 + 1e-4)
-    assert ssim_of(one, other) == pytest.approx(expected, abs=1e-3)  # float32
-    assert ssim_of(one, one) == pytest.approx(1.0, abs=1e-6)
+    assert float(structural_similarity(one[None], other[None])) == pytest.approx(expected, abs=1e-3)  # float32
+    assert float(structural_similarity(one[None], one[None])) == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 5, 40), (1, 6, 7, 1), (1, 1, 1), (1, 12, 13, 4)])
 def test_ssim_window_fits_small_images(shape):
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    assert ssim_of(image, image) == pytest.approx(1.0, abs=1e-5)
+    assert float(structural_similarity(image[None], image[None])) == pytest.approx(1.0, abs=1e-5)
     if image.numel() > 1:
-        assert ssim_of(image, 1 - image) < 0.9
+        assert float(structural_similarity(image[None], (1 - image)[None])) < 0.9
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 80), (3, 90, 31), (1, 75, 24, 17), (2, 40, 12, 4)])
@@ -80,8 +81,8 @@ def test_ssim_is_that_of_monai_whatever_the_slabs(shape):
     moved = (clean + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
     size = [min(11, length - (length + 1) % 2) for length in shape[1:]]
     expected = SSIMMetric(len(shape) - 1, data_range=1.0, win_size=size, reduction="none")(moved[None], clean[None])
-    assert ssim_of(clean, moved) == pytest.approx(float(expected.mean()), abs=2e-5)
-    assert ssim_of(clean, moved) < 0.99
+    assert float(structural_similarity(clean[None], moved[None])) == pytest.approx(float(expected.mean()), abs=2e-5)
+    assert float(structural_similarity(clean[None], moved[None])) < 0.99
 
 
 def test_rounding_of_a_float_file_is_not_an_error_over_the_budget():

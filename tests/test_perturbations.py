@@ -17,6 +17,7 @@ from monai_salm.perturbations.codes import class_codes, voxel_codes
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM, RandomSign
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
+from monai_salm.similarity import structural_similarity
 from monai_salm.surrogates import RandomView, SmallCNN, Surrogate
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
@@ -197,6 +198,28 @@ class TestClosedForm:
             assert float((moved[below] / size[below]).std() / (moved[below] / size[below]).mean()) < 0.3
         assert steps.abs().amax() == 255 or psnr == 48.0
 
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_every_image_keeps_its_ssim_and_those_that_do_anyway_stay(self, dims):
+        shape = (3, 1, *[24, 25, 13][:dims])
+        image = torch.stack([0.4 + 0.1 * torch.rand(shape[1:], generator=gen()) ** power for power in (1, 4, 40)])
+        image[0] = torch.rand(shape[1:], generator=gen())  # noise hides it; the others are smoother and smoother
+        weight, label = torch.randn(shape[1:], generator=gen()), torch.zeros(3, dtype=torch.long)
+        limit = torch.full(shape, 255, dtype=torch.int16)
+        lattice = Lattice(-limit, limit, torch.full((3, *[1] * (dims + 1)), 8 / 255 / 255))
+        kept = {}
+        for least in (None, 0.95):
+            method = SALM(mask=SparsityMask(ratio=0.6), psnr=36.0, ssim=least)
+            steps = method(Objective(Linear(weight), CROSS_ENTROPY), image, label, lattice, generator=gen())
+            kept[least] = steps, structural_similarity(image, image + steps * lattice.unit_step)
+        free, bound = kept[None], kept[0.95]
+        assert free[1][0] > 0.95 > free[1][1] > free[1][2]
+        assert torch.equal(free[0][0], bound[0][0]) and (bound[1][1:] >= 0.95).all() and (bound[1][1:] < 0.952).all()
+        error = (bound[0] * lattice.unit_step).square().flatten(1).mean(1)
+        assert (-10 * error.log10() >= 36).all()
+        alone = SALM(mask=SparsityMask(ratio=0.6), ssim=0.95)
+        steps = alone(Objective(Linear(weight), CROSS_ENTROPY), image, label, lattice, generator=gen())
+        assert (structural_similarity(image, image + steps * lattice.unit_step) >= 0.95).all()
+
     def test_a_gradient_that_is_the_same_in_every_voxel_is_no_special_case(self):
         surrogate = nn.Module()
         surrogate.view, surrogate.network = nn.Identity(), lambda seen: torch.stack([m := seen.mean((1, 2, 3)), -m], 1)
@@ -244,7 +267,7 @@ class TestClosedForm:
     def test_settings_out_of_range_are_refused(self):
         mask = SparsityMask(ratio=0.4)
         wrong = [{"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 0}, {"refresh": "never"}]
-        for options in (*wrong, *({"psnr": psnr} for psnr in (0, -36, 61, float("nan"), "36", "null"))):
+        for options in (*wrong, *({"psnr": psnr} for psnr in (0, -36, 61, float("nan"), "36", "null")), {"ssim": 1}):
             with pytest.raises(ValueError, match=str(*options)):
                 SALM(mask=mask, **options)
 

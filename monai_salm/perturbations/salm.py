@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from monai_salm.perturbations.base import Objective, Perturbation, mean_size
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
+from monai_salm.similarity import structural_similarity
 
 Refresh = Literal["once", "call", "step"]
 _THRESHOLDS, _HALVINGS = 1e3, 12
 """Thresholds that are looked through are the largest gradient times or by this; steps of the search (0.3 %)."""
 _MOST_PSNR = 60.0
 """What steps of a thousandth of any budget keep."""
+_MOST_SSIM = 0.999
+
+Bound = Callable[[Tensor, Tensor | slice], Tensor]
+"""(B', C, *spatial) real-valued steps of the images at these places of the batch -> (B',) whether each is kept."""
 
 
 class SALM(Perturbation):
@@ -37,6 +43,7 @@ class SALM(Perturbation):
         psnr: least PSNR of each protected image in dB, on its own grid and in its window. Where the budget allows more,
             voxels move in proportion to the mean of their gradients, and only those with the largest ones by the whole
             budget: a wave keeps its form, in place of its signs. None: as far as the budget allows.
+        ssim: least structural similarity of each protected image, kept in the same way. None: no bound.
 
     Raises:
         ValueError: When a number is out of range or ``refresh`` unknown.
@@ -52,6 +59,7 @@ class SALM(Perturbation):
         look: int = 3,
         refresh: Refresh = "call",
         psnr: float | None = None,
+        ssim: float | None = None,
     ) -> None:
         if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or look < 1:
             raise ValueError(
@@ -64,8 +72,10 @@ class SALM(Perturbation):
             raise ValueError(
                 f"psnr is {psnr!r}; it must be above 0 and at most {_MOST_PSNR:g} dB, or None for no bound"
             )
+        if ssim is not None and not (isinstance(ssim, int | float) and 0 < ssim <= _MOST_SSIM):
+            raise ValueError(f"ssim is {ssim!r}; it must be above 0 and at most {_MOST_SSIM:g}, or None for no bound")
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
-        self.look, self.refresh, self.psnr = min(look, steps), refresh, psnr
+        self.look, self.refresh, self.psnr, self.ssim = min(look, steps), refresh, psnr, ssim
 
     def compute(
         self,
@@ -92,25 +102,39 @@ class SALM(Perturbation):
                 chosen = self.refresh != "step"
             torch.clamp(steps.sub_(mean.sign().mul_(stride)), lower, upper, out=steps)
         steps.mul_(keep)
-        return steps if self.psnr is None else _faithful(steps, mean.abs_(), lattice, self.psnr)
+        return _faithful(steps, mean.abs_(), lattice, self._bounds(image, lattice))
+
+    def _bounds(self, image: Tensor, lattice: Lattice) -> list[Bound]:
+        def change(steps: Tensor, at: Tensor | slice) -> Tensor:
+            return steps.round().mul_(lattice.unit_step[at])
+
+        bounds: list[Bound] = []
+        if self.psnr is not None:
+            most = 10 ** (-self.psnr / 10)
+            bounds.append(lambda steps, at: change(steps, at).square_().flatten(1).mean(1) <= most)
+        if self.ssim is not None:
+            least, alike = self.ssim, structural_similarity
+            bounds.append(lambda steps, at: alike(image[at], change(steps, at).add_(image[at])) >= least)
+        return bounds
 
 
-def _faithful(steps: Tensor, size: Tensor, lattice: Lattice, psnr: float) -> Tensor:
-    """(B, C, *spatial) steps in proportion to ``size``, up to the threshold at which each image just keeps its PSNR."""
-    most = 10 ** (-psnr / 10)
-    each = (-1, *[1] * (size.ndim - 1))
-    peak = size.flatten(1).amax(1).reshape(each).clamp(min=torch.finfo(size.dtype).tiny)
-    room, reach = steps.abs(), size / peak * lattice.levels
-    low, high = torch.full_like(peak, 1 / _THRESHOLDS), torch.full_like(peak, _THRESHOLDS)
-
-    def keeps(moved: Tensor) -> Tensor:
-        return moved.round().mul_(lattice.unit_step).square_().flatten(1).mean(1).reshape(each) <= most
-
-    for _ in range(_HALVINGS):
-        middle = (low * high).sqrt()
-        kept = keeps(torch.minimum(room, reach / middle))
-        low, high = torch.where(kept, low, middle), torch.where(kept, middle, high)
-    return torch.where(keeps(room), steps, torch.minimum(room, reach / high) * steps.sign())
+def _faithful(steps: Tensor, size: Tensor, lattice: Lattice, bounds: Sequence[Bound]) -> Tensor:
+    """(B, C, *spatial) steps; those of images that break a bound are in proportion to ``size``, up to the threshold
+    at which they just keep it."""
+    peak = size.flatten(1).amax(1).reshape(-1, *[1] * (size.ndim - 1)).clamp(min=torch.finfo(size.dtype).tiny)
+    reach, threshold = size / peak * lattice.levels, torch.full_like(peak, 1 / _THRESHOLDS)
+    for keeps in bounds:
+        at = (~keeps(steps, slice(None))).nonzero()[:, 0]
+        if not len(at):
+            continue
+        room, far, sign = steps[at].abs(), reach[at], steps[at].sign()
+        low, high = threshold[at], torch.full_like(peak[at], _THRESHOLDS)
+        for _ in range(_HALVINGS):
+            middle = (low * high).sqrt()
+            kept = keeps(torch.minimum(room, far / middle).mul_(sign), at).reshape(middle.shape)
+            low, high = torch.where(kept, low, middle), torch.where(kept, middle, high)
+        threshold[at], steps[at] = high, torch.minimum(room, far / high).mul_(sign)
+    return steps
 
 
 class RandomSign(Perturbation):

@@ -11,64 +11,13 @@ import numpy as np
 import torch
 
 from monai_salm.io.base import StoredImage
+from monai_salm.similarity import structural_similarity
 from monai_salm.verification.strength import spread
 
-__all__ = ["SSIM_CASES", "Fidelity", "ssim_of", "ssim_sample"]
+__all__ = ["SSIM_CASES", "Fidelity", "ssim_sample"]
 
 SSIM_CASES = {2: 200, 3: 40}
 """How many cases SSIM is measured on, by number of dimensions: enough for a mean, whatever the cohort's size."""
-_SSIM_WINDOW = 11
-_SSIM_SIGMA = 1.5
-_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
-_SSIM_SLAB = 32
-"""Places along the first axis that are computed at once."""
-
-
-def ssim_of(clean: torch.Tensor, protected: torch.Tensor) -> float:
-    """SSIM of two (C, *spatial) images in unit intensity (Wang et al. 2004, doi:10.1109/TIP.2003.819861).
-
-    The window has 11 voxels per axis (sigma 1.5), or the largest odd number that fits where the image is smaller. The
-    mean of what MONAI's ``SSIMMetric`` computes, but axis by axis, since a Gaussian is a product of its axes': 33
-    multiplications for each voxel of a volume in place of 1,331. A volume is read in slabs, so that memory is bounded.
-
-    Example:
-        >>> ramp = torch.linspace(0, 1, 256).reshape(1, 16, 16)
-        >>> round(ssim_of(ramp, ramp), 4), ssim_of(ramp, 1 - ramp) < 0
-        (1.0, True)
-    """
-    kernels = [_gaussian(min(_SSIM_WINDOW, length - (length + 1) % 2)) for length in clean.shape[1:]]
-    rows, total, count = clean.shape[1] - len(kernels[0]) + 1, 0.0, 0
-    for start in range(0, rows, _SSIM_SLAB):
-        depth = min(_SSIM_SLAB, rows - start) + len(kernels[0]) - 1
-        similarity = _ssim(clean.narrow(1, start, depth), protected.narrow(1, start, depth), kernels)
-        total, count = total + float(similarity.double().sum()), count + similarity.numel()
-    return total / count
-
-
-def _ssim(one: torch.Tensor, other: torch.Tensor, kernels: Sequence[list[float]]) -> torch.Tensor:
-    """SSIM in every place where the window lies inside."""
-    mean, mean_other = _smooth(one, kernels), _smooth(other, kernels)
-    variance = _smooth(one * one, kernels) - mean * mean
-    variance_other = _smooth(other * other, kernels) - mean_other * mean_other
-    covariance = _smooth(one * other, kernels) - mean * mean_other
-    luminance = (2 * mean * mean_other + _SSIM_C1) / (mean * mean + mean_other * mean_other + _SSIM_C1)
-    return luminance * (2 * covariance + _SSIM_C2) / (variance + variance_other + _SSIM_C2)
-
-
-def _smooth(image: torch.Tensor, kernels: Sequence[list[float]]) -> torch.Tensor:
-    for axis, kernel in enumerate(kernels, 1):
-        length = image.shape[axis] - len(kernel) + 1
-        parts = [image.narrow(axis, start, length) for start in range(len(kernel))]
-        image = parts[0] * kernel[0]
-        for part, weight in zip(parts[1:], kernel[1:], strict=True):
-            image.add_(part, alpha=weight)
-    return image
-
-
-def _gaussian(size: int) -> list[float]:
-    place = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    weight = torch.exp(-place.square() / (2 * _SSIM_SIGMA**2))
-    return (weight / weight.sum()).tolist()  # type: ignore[no-any-return]
 
 
 def ssim_sample(sample_ids: Iterable[str], limit: int) -> frozenset[str]:
@@ -131,7 +80,7 @@ class Fidelity:
         if foreground is not None:
             self._psnr_foreground += _psnr(squared[torch.from_numpy(foreground).to(self._device)])
         if ssim:
-            self._ssim.append(ssim_of(one, other))
+            self._ssim.append(float(structural_similarity(one[None], other[None])))
 
     def result(self, mask_ratio: float | None = None) -> dict[str, Any]:
         """The ``fidelity`` part of ``docs/report.md``; errors and fractions are over all cases.

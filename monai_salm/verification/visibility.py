@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from monai_salm.io.base import Case, Outline, RefusedError, StoredImage
 from monai_salm.release.visibility import CaseVisibility, WindowVisibility
+from monai_salm.similarity import structural_similarity
 from monai_salm.stored import StoredCodec
-from monai_salm.verification.fidelity import ssim_of
 from monai_salm.verification.filters import jpeg2000_copy
 
 __all__ = ["COMPRESSION", "Mode", "VisibilityGate", "measure_visibility"]
@@ -175,7 +175,7 @@ def _likeness(
         for pair in zip(before, after, strict=True)
     ]
     error = sum(float((one - other).square().sum()) for one, other in shown) / sum(one.numel() for one, _ in shown)
-    ssim = [ssim_of(one[None].float(), other[None].float()) for one, other in shown]
+    ssim = [float(structural_similarity(one[None, None].float(), other[None, None].float())) for one, other in shown]
     return -10 * float(np.log10(error)) if error > 0 else None, float(np.mean(ssim))
 
 
