@@ -2,10 +2,10 @@
 """DICOM, as the other rooms see it: exact stored values in, derived instances of the same kind out.
 
 Inside: ``dicom_parse``, ``dicom_elements`` and ``dicom_endian`` (untrusted bytes to a data set), ``dicom_support``
-(what is protected, what is refused and by which name), ``dicom_pixels`` (pixel data to integers and back),
-``dicom_volume`` (is a series a volume, and canonical axes), ``dicom_frames`` (many frames in one file), ``dicom_read``
-(images and codecs), ``dicom_seg`` (segmentations), ``dicom_companion`` (what goes along with images), ``dicom_write``
-(the derived file) and ``dicom_verify`` (its check).
+(what is protected, what is refused and by which name), ``dicom_copies`` (does a file hold its image twice),
+``dicom_pixels`` (pixel data to integers and back), ``dicom_volume`` (is a series a volume, and canonical axes),
+``dicom_frames`` (many frames in one file), ``dicom_read`` (images and codecs), ``dicom_seg`` (segmentations),
+``dicom_companion`` (what goes along with images), ``dicom_write`` (the derived file) and ``dicom_verify`` (its check).
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from monai_salm.io.dicom_endian import to_little_endian
 
 __all__ = [
     "MAX_DEPTH",
-    "byte_values",
     "holds_items",
     "holds_pixels",
     "identify",
@@ -53,10 +52,11 @@ LARGE_PRIVATE_BYTES = 4096
 """From this size on a private element may be a copy of the pixels."""
 MAX_DEPTH = 32
 """Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
-_ITEMS = (b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0")
+ITEM = b"\xfe\xff\x00\xe0"
+_ITEMS = (ITEM, b"\xfe\xff\xdd\xe0")
 """How an item and the end of a sequence begin (PS3.5 7.5), little endian."""
 _NESTED_PIXELS = b"\xe0\x7f\x10\x00"
-_ICON = 0x00880200
+ICON = 0x00880200
 _LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
 
@@ -189,7 +189,7 @@ def holds_pixels(dataset: Dataset, *, nested: bool = False) -> bool:
         return True
     for tag, element in list(dataset.items()):
         value = element.value
-        if tag == _ICON or isinstance(value, bytes) and not (_NESTED_PIXELS in value and holds_items(value)):
+        if tag == ICON or isinstance(value, bytes) and not (_NESTED_PIXELS in value and holds_items(value)):
             continue
         items = dataset[tag].value
         if isinstance(items, bytes):  # of a type that nobody knows, but with items, and such a tag among its bytes
@@ -197,16 +197,6 @@ def holds_pixels(dataset: Dataset, *, nested: bool = False) -> bool:
         if isinstance(items, Items) and any(holds_pixels(item, nested=True) for item in items):
             return True
     return False
-
-
-def byte_values(dataset: Dataset) -> Iterator[tuple[BaseTag, bytes]]:
-    """What nobody has decoded, at any depth, save icons; a sequence as a whole where its items were not looked for."""
-    for tag, element in dataset.items():
-        if isinstance(element.value, bytes):
-            yield tag, element.value
-        elif isinstance(element.value, Items) and tag != _ICON:
-            for item in element.value:
-                yield from byte_values(item)
 
 
 def _check_depth(dataset: Dataset, depth: int = 0) -> None:

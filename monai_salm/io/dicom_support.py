@@ -9,15 +9,9 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_copies import check_copies
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
-from monai_salm.io.dicom_parse import (
-    LARGE_PRIVATE_BYTES,
-    PIXEL_TAGS,
-    byte_values,
-    check_syntax,
-    holds_pixels,
-    refusing,
-)
+from monai_salm.io.dicom_parse import check_syntax, refusing
 from monai_salm.io.dicom_volume import rescale_of
 
 __all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_identity", "check_supported"]
@@ -87,7 +81,7 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
         _check_pixel_format(header)
         _check_overlays(header)
         _check_values(header)
-        _check_copies(header)
+        check_copies(header)
 
 
 def _check_class(header: Dataset, spatial_dims: int) -> None:
@@ -156,24 +150,3 @@ def _check_values(header: Dataset) -> None:
         scalings = [rescale_of(frame) for frame in frame_headers(header)]
     if not np.isfinite(scalings).all() or not all(slope for slope, _ in scalings):
         raise RefusedError("invalid_rescale", "rescale slope or intercept is not finite, or the slope is 0")
-
-
-def _check_copies(header: Dataset) -> None:
-    """A second copy of the pixels would leave unprotected: nested ones, and a private element as long as they are.
-
-    Where the pixels are there, also an element that holds them, such as the original file as a whole.
-    """
-    pixels = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
-    size = pixels * int(header.BitsAllocated) // 8
-    if holds_pixels(header):
-        raise RefusedError("pixel_copy", "a sequence holds another image; remove it first")
-    if size < LARGE_PRIVATE_BYTES:
-        return
-    own = header.get("PixelData")
-    for tag, value in byte_values(header):
-        if tag in PIXEL_TAGS or len(value) < size:
-            continue
-        if tag.is_private and len(value) <= size + 1:
-            raise RefusedError("pixel_copy", "a private element is as long as the pixels; remove it first")
-        if own and own in value:
-            raise RefusedError("pixel_copy", "an element besides the pixel data holds the pixels; remove it first")
