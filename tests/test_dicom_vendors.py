@@ -195,3 +195,65 @@ def test_without_shared_groups_each_frame_says_that_it_is_derived(tmp_path: Path
     del broken.PerFrameFunctionalGroupsSequence[1].DerivationImageSequence
     broken.save_as(tmp_path / "broken.dcm")
     assert reason(lambda: dicom.verify(path, tmp_path / "broken.dcm", 1)) == "verification_failed"
+
+
+ODD = {
+    "ImageComments": (Tag("ImageComments"), "LT", b"odd", b" "),
+    "PatientID": (Tag("PatientID"), "LO", b"12345", b" "),
+    "RescaleIntercept": (Tag("RescaleIntercept"), "DS", b"-1024.5", b" "),
+    "ConcatenationUID": (Tag("ConcatenationUID"), "UI", b"1.2.3", b"\0"),
+    "RedPaletteColorLookupTableData": (Tag("RedPaletteColorLookupTableData"), "OW", b"abc", b"\0"),
+    "private": (Tag(0x0047, 0x10E1), "OB", b"\1\2\3", b"\0"),
+    "unknown": (Tag(0x0047, 0x10E2), "UN", b"\1\2\3", b"\0"),
+}
+"""Of elements of odd length, which some scanners write: tag, type, value and what must be added (PS3.5 7.1.1, 6.2)."""
+
+
+def odd_elements(dataset: Dataset) -> None:
+    for tag, vr, value, _ in ODD.values():
+        dataset[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
+    dataset.private_block(0x0047, "GEMS_3DSTATE_001", create=True)
+
+
+def odd_values(dataset: Dataset) -> list[bytes]:
+    found = []
+    for element in list(dataset.values()):
+        if element.tag in (Tag("RequestAttributesSequence"), Tag("ConceptCodeSequence")):
+            found += [value for item in dataset[element.tag].value for value in odd_values(item)]
+        elif element.is_raw and len(element.value or b"") % 2:
+            found.append(element.value)
+    return found
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_of_odd_length_are_padded(tmp_path: Path, nested: bool, implicit: bool) -> None:
+    dataset, holder = pydicom.dcmread(bundled("MR_small_implicit.dcm" if implicit else "MR_small.dcm")), Dataset()
+    odd_elements(holder if nested else dataset)
+    if nested:
+        inner = Dataset()
+        inner.ConceptCodeSequence = Sequence([holder])
+        for item in (inner, holder):  # else pydicom decodes what it writes
+            item.set_original_encoding(implicit, True, "iso8859")
+        dataset.RequestAttributesSequence = Sequence([inner])
+    path = tmp_path / "a.dcm"
+    dataset.save_as(path)
+    assert len(odd_values(pydicom.dcmread(path))) == len(ODD)
+    _, content, _ = protect(path)
+    assert dicom.verify(path, content, 1).changed > 0
+    after = parse(content)
+    assert not odd_values(after)
+    written = after.RequestAttributesSequence[0].ConceptCodeSequence[0] if nested else after
+    for name, (tag, _, value, padding) in ODD.items():
+        if name != "ConcatenationUID":  # which is another one now
+            assert written.get_item(tag).value == value + padding, name
+
+
+def test_values_of_odd_length_are_padded_in_companions_too(tmp_path: Path) -> None:
+    sources = write_series(tmp_path / "series", "a")
+    path = write_referring(tmp_path / "a.dcm", "rtstruct", sources, odd_elements)
+    assert odd_values(pydicom.dcmread(path))
+    _, content = dicom.protect_companion(path, UIDS)
+    (tmp_path / "copy.dcm").write_bytes(content)
+    dicom.verify_companion(path, tmp_path / "copy.dcm")
+    assert not odd_values(parse(content))

@@ -12,19 +12,31 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 from pydicom.charset import convert_encodings, default_encoding
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element, empty_value_for_VR
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import data_element_generator
 from pydicom.filewriter import write_data_element
+from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
-from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
+from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STR_VR, VR
 
-__all__ = ["Elements", "Stop", "read_elements", "read_rest", "to_dataset", "to_meta", "write_elements"]
+__all__ = [
+    "Elements",
+    "Stop",
+    "pad",
+    "read_elements",
+    "read_rest",
+    "replace_elements",
+    "to_dataset",
+    "to_meta",
+    "write_elements",
+]
 
 Elements = dict[BaseTag, RawDataElement | DataElement]
 Stop = Callable[[BaseTag, str | None, int], bool]
@@ -34,6 +46,7 @@ UNDEFINED = 0xFFFFFFFF
 _CHARACTER_SET = BaseTag(0x00080005)
 _PIXEL_DATA = BaseTag(0x7FE00010)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
+_TEXT = STR_VR - {VR.UI}
 _SHORT, _IMPLICIT, _LONG = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
 _tag = lru_cache(maxsize=1 << 14)(BaseTag)
 """To make one takes longer than all else that is done with an element, and files of a kind have the same ones."""
@@ -119,6 +132,37 @@ def to_dataset(preamble: bytes, meta: FileMetaDataset, elements: Elements, *, im
     dataset = FileDataset(io.BytesIO(), Dataset(elements), preamble, meta, implicit, True)
     dataset.set_original_encoding(implicit, True, _character_set(elements))
     return dataset
+
+
+def replace_elements(dataset: Dataset, elements: Iterable[DataElement | RawDataElement]) -> None:
+    """Let a data set have these elements in place of its own."""
+    dataset.clear()
+    # Private creators last: once they are there, pydicom decodes the elements of their block as they are set.
+    for element in sorted(elements, key=lambda element: (element.tag.is_private_creator, element.tag)):
+        dataset[element.tag] = element
+
+
+def pad(dataset: Dataset) -> None:
+    """Give each value that nobody has decoded, at any depth, an even length (PS3.5 7.1.1 and 6.2)."""
+    elements = list(dataset.values())
+    for element in elements:
+        for item in element.value if isinstance(element.value, Items) else ():
+            pad(item)
+    padded = [_padded(element) for element in elements]
+    if any(new is not old for new, old in zip(padded, elements, strict=True)):
+        replace_elements(dataset, padded)
+
+
+def _padded(element: DataElement | RawDataElement) -> DataElement | RawDataElement:
+    value, vr = element.value, element.VR
+    if not isinstance(value, bytes) or len(value) % 2 == 0 or element.is_raw and element.length == UNDEFINED:
+        return element
+    if vr in (None, "UN") and dictionary_has_tag(element.tag):
+        vr = dictionary_VR(element.tag)
+    value += b" " if vr in _TEXT else b"\0"
+    if element.is_raw:
+        return element._replace(value=value, length=len(value))
+    return DataElement(element.tag, element.VR, value)
 
 
 def write_elements(dataset: Dataset) -> Iterator[bytes]:

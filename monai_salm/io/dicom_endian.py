@@ -12,6 +12,7 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_elements import replace_elements
 
 __all__ = ["to_little_endian"]
 
@@ -36,11 +37,7 @@ def _convert(dataset: Dataset) -> None:
         if dataset.get_item(tag).VR == "SQ":
             for item in dataset[tag].value or ():
                 _convert(item)
-    elements = [_converted(dataset.get_item(tag)) for tag in dataset.keys()]
-    dataset.clear()
-    # Private creators last: once they are there, pydicom decodes the elements of their block as they are set.
-    for element in sorted(elements, key=lambda element: (element.tag.is_private_creator, element.tag)):
-        dataset[element.tag] = element
+    replace_elements(dataset, [_converted(dataset.get_item(tag)) for tag in dataset.keys()])
     dataset.set_original_encoding(False, True, dataset.original_character_set)
 
 

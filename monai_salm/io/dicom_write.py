@@ -21,7 +21,7 @@ from pydicom.tag import Tag
 
 from monai_salm import __version__
 from monai_salm.io.base import Case, RefusedError, Window, move
-from monai_salm.io.dicom_elements import write_elements
+from monai_salm.io.dicom_elements import pad, write_elements
 from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, encode
@@ -312,5 +312,6 @@ def _append_item(dataset: Dataset, keyword: str, item: Dataset) -> None:
 def _to_bytes(dataset: Dataset) -> bytes:
     meta = DicomBytesIO()
     write_file_meta_info(meta, dataset.file_meta, enforce_standard=True)
+    pad(dataset)
     preamble = bytes(128)  # that of the source can hold another program or image (CVE-2019-11687)
     return b"".join([preamble, b"DICM", meta.getvalue(), *write_elements(dataset)])
