@@ -17,9 +17,11 @@ from dicom_files import UIDS, WHEN, bundled, case_of, parse, protect, reason, re
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 
 from monai_salm.io import dicom, dicom_parse, dicom_pixels
 from monai_salm.io.base import FileCheck, RefusedError
@@ -142,6 +144,15 @@ def float_pixels(dataset: Dataset) -> None:
     dataset.FloatPixelData = np.zeros(128 * 128, "<f4").tobytes()
 
 
+def more_pixels(count: int) -> Callable[[Dataset], None]:
+    """Pixel data that begin again behind their end."""
+
+    def change(dataset: Dataset) -> None:
+        dataset.PixelData += dataset.PixelData[:count]
+
+    return change
+
+
 def private_copy(dataset: Dataset) -> None:
     dataset.private_block(0x0099, "COPY", create=True).add_new(1, "OB", dataset.PixelData)
 
@@ -163,6 +174,10 @@ def constant_but_for_padding(dataset: Dataset) -> None:
         ("multi_frame", {"NumberOfFrames": 2}),
         ("missing_uid", {"SOPInstanceUID": None}),
         ("missing_uid", {"StudyInstanceUID": "1.2.840.10008.1.1"}),
+        ("missing_uid", {"StudyInstanceUID": "../.."}),
+        ("missing_uid", {"SeriesInstanceUID": ["1.2", "1.3"]}),
+        ("missing_uid", {"SOPInstanceUID": "1.2." + "3" * 61}),
+        ("missing_uid", {"SOPInstanceUID": "1.2.3\x1b[1m"}),
         ("missing_pixel_data", {"PixelData": None}),
         ("unsupported_pixel_format", {"change": float_pixels}),
         ("unsupported_pixel_format", {"BitsAllocated": 32}),
@@ -181,6 +196,9 @@ def constant_but_for_padding(dataset: Dataset) -> None:
         ("constant_image", {"change": constant}),
         ("constant_image", {"change": constant_but_for_padding}),
         ("truncated_pixel_data", {"Rows": 130}),
+        ("codestream_mismatch", {"change": more_pixels(64)}),
+        ("codestream_mismatch", {"change": more_pixels(1000)}),
+        ("codestream_mismatch", {"change": more_pixels(32768)}),
         ("unreadable", {"Rows": None}),
         ("unreadable", {"BitsStored": None}),
         ("over_budget", {"Rows": 65535, "Columns": 65535}),
@@ -190,6 +208,33 @@ def test_what_is_not_supported_is_refused_by_name(
     edited: Callable[..., Path], refused: str, attributes: dict[str, Any]
 ) -> None:
     assert refusal(edited(**attributes)) == refused
+
+
+@pytest.mark.parametrize("count", [2, 64, 1000])
+def test_zeros_behind_the_pixels_are_padding(edited: Callable[..., Path], count: int) -> None:
+    path = edited(change=lambda dataset: setattr(dataset, "PixelData", dataset.PixelData + bytes(count)))
+    _, content, _ = protect(path)
+    assert dicom.verify(path, content, 1).changed > 0 and len(parse(content).PixelData) == 2 * 128 * 128
+
+
+@pytest.mark.parametrize("padding", [b"\0", b" ", b"\0\0\0"])
+def test_padding_is_no_part_of_a_uid(edited: Callable[..., Path], padding: bytes) -> None:
+    def change(dataset: Dataset) -> None:
+        value = b"1.2.3.4.5" + padding
+        dataset["StudyInstanceUID"] = RawDataElement(Tag("StudyInstanceUID"), "UI", len(value), value, 0, False, True)
+
+    dicom.check_supported(dicom.read_header(edited(change=change)))
+
+
+def test_unused_bits_are_told_with_what_may_use_them(edited: Callable[..., Path]) -> None:
+    def not_extended(dataset: Dataset) -> None:
+        """-2000 of 16 bits is 2096 of 12."""
+        dataset.BitsStored, dataset.HighBit = 12, 11
+        pixels = np.frombuffer(dataset.PixelData, "<u2") & 0xFFF
+        dataset.PixelData = pixels.tobytes()
+
+    with pytest.raises(RefusedError, match=r"unused_bits_set: .* an embedded overlay, or signed values that are not"):
+        dicom.read(case_of(edited(change=not_extended)), 2)
 
 
 def test_header_alone_tells_what_is_missing(edited: Callable[..., Path]) -> None:

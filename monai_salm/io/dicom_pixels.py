@@ -43,9 +43,9 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
     ``Dataset.decompress`` is never used: it changes the data set, and fails on some valid JPEG 2000.
 
     Raises:
-        RefusedError: ``truncated_pixel_data``, ``codestream_mismatch``, ``undecodable_pixel_data``, or
-            ``unused_bits_set`` when bits above BitsStored are in use (an embedded overlay, for instance): writing the
-            image back would destroy them.
+        RefusedError: ``truncated_pixel_data``, ``undecodable_pixel_data``; ``codestream_mismatch``, also where more
+            than zeros stands behind the last native frame; or ``unused_bits_set`` when bits above BitsStored are in use
+            (an embedded overlay, signed values that are not sign-extended): the copy would not have them.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     shape = (int(dataset.Rows), int(dataset.Columns))
@@ -54,8 +54,13 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
         key = ()
         if syntax in NATIVE:
             pixels = shape[0] * shape[1]
-            if len(dataset.PixelData) < dtype.itemsize * pixels * frames:
+            size = dtype.itemsize * pixels * frames
+            if len(dataset.PixelData) < size:
                 raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
+            if frame == 0 and dataset.PixelData[size + size % 2 :].strip(b"\0"):  # which no copy would have
+                raise RefusedError(
+                    "codestream_mismatch", "there are more pixels than header and frames tell; repair the header"
+                )
             offset = frame * pixels * dtype.itemsize
             plane = np.frombuffer(dataset.PixelData, dtype.newbyteorder("<"), pixels, offset).reshape(shape)
         else:
@@ -73,7 +78,11 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
             raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
         low, high = stored_range(dataset)
         if plane.min() < low or plane.max() > high:
-            raise RefusedError("unused_bits_set", "bits above Bits Stored are in use, as by an embedded overlay")
+            raise RefusedError(
+                "unused_bits_set",
+                "bits above Bits Stored are in use: an embedded overlay, or signed values that are not sign-extended; "
+                "convert the overlay, extend the signs, or correct Bits Stored",
+            )
         plane = np.ascontiguousarray(plane, dtype=dtype)
         return _DECODED.keep(key, plane) if key else plane
 
