@@ -30,7 +30,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io import dicom, dicom_volume, formats
-from monai_salm.io.base import StoredImage
+from monai_salm.io.base import RefusedError, StoredImage
 from monai_salm.perturbations.budget import Budget
 
 
@@ -122,7 +122,7 @@ def on_slice(k: int, **attributes: Any) -> Callable[[Dataset, int], None]:
     ("refused", "change"),
     [
         ("duplicate_position", move(2, -2.5)),
-        ("irregular_spacing", move(2, 0.06)),
+        ("irregular_spacing", move(2, 0.15)),
         ("irregular_spacing", move(4, 2.5)),
         ("irregular_spacing", on_slice(2, ImagePositionPatient=[10.5, -20, 35])),
         ("mixed_geometry", on_slice(1, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])),
@@ -151,8 +151,14 @@ def shear(dataset: Dataset, k: int) -> None:
     dataset.ImagePositionPatient = [x, float(y) + 0.8 * k, z]
 
 
+def rounded(dataset: Dataset, k: int) -> None:
+    """To 0.02 mm, up and down in turn, as of a scanner that counts in steps of its table."""
+    move(k, 0.02 * (-1) ** k)(dataset, k)
+
+
 @pytest.mark.parametrize(
-    "change", [move(2, 0.02), shear, on_slice(2, ImageOrientationPatient=[1, 0.00001, 0, 0, 1, 0])]
+    "change",
+    [move(2, 0.02), move(2, 0.1), rounded, shear, on_slice(2, ImageOrientationPatient=[1, 0.00001, 0, 0, 1, 0])],
 )
 def test_rounded_positions_and_a_tilted_gantry_are_a_volume(
     tmp_path: Path, change: Callable[[Dataset, int], None]
@@ -160,6 +166,15 @@ def test_rounded_positions_and_a_tilted_gantry_are_a_volume(
     paths = write_mr_series(tmp_path, change=change)
     order = dicom.order_volume(headers_of(paths))
     assert [int(paths[index].suffix[1:]) for index in order] == [0, 1, 2, 3, 4]
+
+
+def test_the_refusal_says_where_slices_are_missing(tmp_path: Path) -> None:
+    paths = write_mr_series(tmp_path, n=9)
+    headers = headers_of([path for path in paths if path.suffix not in (".4", ".5")])
+    expected = r"between slices 4 and 5 in space: 7\.5 mm where others have 2\.5 mm"
+    with pytest.raises(RefusedError, match=expected) as caught:
+        dicom.order_volume(headers)
+    assert not any(str(header.SOPInstanceUID) in str(caught.value) for header in headers)
 
 
 def test_single_slice_is_no_volume(tmp_path: Path) -> None:
