@@ -70,7 +70,7 @@ def test_nine_encodings_of_one_slice_hold_the_same_integers(data_dir: Path) -> N
         assert np.array_equal(dicom.read(case_of(path), 2).stored[0], expected)
         name, content, delta = protect(path, levels=3)
         assert np.array_equal(dicom_pixels.decode(dicom_parse.parse(content)), expected + delta[0])
-        assert dicom.verify(path, content, 3) == FileCheck(int((delta != 0).sum()), 3)
+        assert dicom.verify(path, content, 3) == FileCheck(int((delta != 0).sum()), 3, 3)
 
 
 @pytest.mark.data
@@ -435,7 +435,7 @@ def test_pixels_move_only_where_delta_says_and_the_syntax_is_kept_if_lossless(na
     assert written.file_meta.TransferSyntaxUID == syntax and written["PixelData"].VR in ("OW", "OB")
     after = dicom_pixels.decode(dicom_parse.parse(content))
     assert np.array_equal(after.astype(int) - before[0], delta[0]) and after.dtype == before.dtype
-    assert dicom.verify(path, content, 5) == FileCheck(int((delta != 0).sum()), 5.0)
+    assert dicom.verify(path, content, 5) == FileCheck(int((delta != 0).sum()), 5.0, 5.0)
     assert dicom.verify(path.read_bytes(), content, 5).max_abs == 5
 
 
@@ -598,7 +598,7 @@ def test_odd_number_of_bytes_is_padded(tmp_path: Path) -> None:
     options = {"spatial_dims": 2, "window": (0, 255), "uids": UIDS, "when": WHEN}
     ((_, content),) = dicom.protect(case_of(tmp_path / "odd.dcm"), delta, **options)
     assert np.array_equal(dicom_pixels.decode(dicom_parse.parse(content)), pixels + delta[0].astype(np.uint8))
-    assert dicom.verify(tmp_path / "odd.dcm", content, 3) == FileCheck(1, 3)
+    assert dicom.verify(tmp_path / "odd.dcm", content, 3) == FileCheck(1, 3, 3)
     assert len(parse(content).PixelData) == 10
 
 
@@ -677,7 +677,7 @@ def test_verification_needs_a_whole_file_within_the_budget() -> None:
 
 def test_unchanged_slice_passes_only_where_it_is_allowed() -> None:
     content = rewritten(protect(bundled("CT_small.dcm"))[1], source_pixels)
-    assert dicom.verify(bundled("CT_small.dcm"), content, 1, allow_unchanged=True) == FileCheck(0, 0.0)
+    assert dicom.verify(bundled("CT_small.dcm"), content, 1, allow_unchanged=True) == FileCheck(0, 0.0, 1)
     assert reason(lambda: dicom.verify(bundled("CT_small.dcm"), content, 1)) == "verification_failed"
 
 

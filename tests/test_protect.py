@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+from dicom_files import fitting_delta
 from exports import write_labels, write_nifti, write_npz, write_series
+from pydicom import dcmread
 
 from monai_salm.io import formats
 from monai_salm.perturbations.budget import Budget
@@ -95,6 +97,23 @@ def test_every_released_case_is_written_and_no_other(tmp_path):
     for row in rows:
         assert row.sha256 == hashlib.sha256((out / "protected" / row.file).read_bytes()).hexdigest()
     assert not (out / door.STAGING).exists()
+
+
+def test_slices_that_are_scaled_differently_have_levels_of_their_own(tmp_path):
+    slopes = [0.5, 1.0, 2.0, 0.7]
+    for index, path in enumerate(write_series(tmp_path / "in" / "s", "s")):
+        dataset = dcmread(path)
+        dataset.RescaleSlope = slopes[index]
+        dataset.save_as(path)
+    write_series(tmp_path / "in" / "t", "t")
+    write_labels(tmp_path / "in", ["s,a", "t,b"])
+    cohort = load_cohort(tmp_path / "in", spatial_dims=3)
+    window = (-2000.0, 3000.0)
+    bank = {case.sample_id: fitting_delta(formats.read(case, 3, window)) for case in cohort.cases}
+    rows = protect(cohort, bank, tmp_path / "out", budget="4 physical", window=window)
+    rows = [row for row in rows if row.state == "protected"]
+    found = [(float(dcmread(tmp_path / "out/protected" / row.file).RescaleSlope), row.levels) for row in rows]
+    assert sorted(found) == [(0.5, 8), (0.7, 5), *[(1.0, 4)] * 5, (2.0, 2)]
 
 
 def test_what_is_private_is_closed_to_others(tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -166,10 +167,12 @@ class FileCheck:
     Args:
         changed: voxels whose stored value differs.
         max_abs: largest difference in stored units.
+        allowed: largest difference that was allowed in this file, in stored units, where it has a bound of its own.
     """
 
     changed: int
     max_abs: float
+    allowed: float = math.inf
 
 
 def move(stored: np.ndarray, delta: np.ndarray, codec: StoredCodec) -> np.ndarray:

@@ -39,8 +39,8 @@ class ManifestRow:
         sample_id: the case, or a pseudonym of what belongs to many: an archive, a label file, a table.
         file: path below ``protected/``.
         sha256: of the file.
-        levels: lattice steps the budget allows (of slices that are scaled differently, the most that any of them has);
-            0 for files that accompany the images, which hold no perturbation.
+        levels: lattice steps the budget allows in this file (of frames that are scaled differently, the most that any
+            of them has); 0 for files that accompany the images, which hold no perturbation.
         max_abs: largest change, in stored units, measured on the written file.
         changed: voxels that differ from the source.
         voxels: all voxels of the file that may change.

@@ -256,7 +256,7 @@ class _Writer:
                 sample_id=owner,
                 file=file.name.relative_to(door.PROTECTED).as_posix(),
                 sha256=file.sha256,
-                levels=levels,
+                levels=int(min(levels, file.result.allowed)),
                 max_abs=float(file.result.max_abs),
                 changed=int(file.result.changed),
                 voxels=voxels,
