@@ -18,6 +18,8 @@ from exports import write_labels, write_nifti, write_series
 from orthanc import Orthanc, free_ports
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pynetdicom import AE, AllStoragePresentationContexts, StoragePresentationContexts, evt
 from pynetdicom.sop_class import CTImageStorage, StudyRootQueryRetrieveInformationModelMove, Verification
 from test_later_cases import BUNDLE, SETTINGS
@@ -162,6 +164,16 @@ class TestOrthanc:
         again = push(tmp_path / "out", server.target)
         assert again == sent, "what is there already is no error"
 
+    def test_copies_of_files_with_values_of_odd_length_are_taken(self, server, tmp_path):
+        for name in ("odd0", "odd1"):
+            for path in write_series(tmp_path / "in" / name, name, 2):
+                dataset, tag = dcmread(path), Tag("ImageComments")
+                dataset[tag] = RawDataElement(tag, "LT", 3, b"odd", 0, False, True)
+                dataset.save_as(path)
+        write_labels(tmp_path / "in", ["odd0,a", "odd1,b"])
+        release(tmp_path / "in", tmp_path / "out")
+        assert push(tmp_path / "out", server.target).compared == 4
+
     def test_success_is_not_believed_when_other_pixels_are_kept_under_the_uid(self, server, tmp_path):
         write_series(tmp_path / "in/s0", "trap", 3)
         write_series(tmp_path / "in/s1", "trap1", 3)
@@ -263,6 +275,45 @@ class TestCommand:
 
         with self.peer(contexts, [(evt.EVT_C_STORE, end)]) as target:
             with pytest.raises(PushError, match=r"not_stored: 4 of 4 .*no answer"):
+                push(out, target)
+
+    def test_a_file_that_ends_the_connection_keeps_no_other_from_being_stored(self, out):
+        contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
+        uids = [str(dcmread(path).SOPInstanceUID) for path in sorted((out / "protected").rglob("*.dcm"))]
+        bad, stored = uids[1], []
+
+        def keep(event: evt.Event) -> int:
+            uid = str(event.request.AffectedSOPInstanceUID)
+            if uid == bad:
+                event.assoc.abort()
+            else:
+                stored.append(uid)
+            return 0
+
+        with self.peer(contexts, [(evt.EVT_C_STORE, keep)]) as target:
+            with pytest.raises(
+                PushError, match=r"not_stored: 1 of 4 files .*\(1 with no answer\).*again: " + bad + "$"
+            ):
+                push(out, target)
+        assert sorted([*stored, bad]) == sorted(uids)
+
+    def test_a_pacs_that_never_answers_is_not_asked_for_each_file(self, out, monkeypatch):
+        monkeypatch.setattr(pacs, "_IN_VAIN", 2)
+        contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
+        with self.peer(contexts, [(evt.EVT_C_STORE, lambda event: event.assoc.abort() or 0)]) as target:
+            with pytest.raises(PushError, match=r"4 of 4 .*\(2 with no answer, 2 with not sent\)"):
+                push(out, target)
+
+    def test_a_pacs_that_goes_meanwhile_is_told_with_the_files(self, out, monkeypatch):
+        contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
+
+        def go(event: evt.Event) -> int:
+            event.assoc._server.server_close()
+            event.assoc.abort()
+            return 0
+
+        with self.peer(contexts, [(evt.EVT_C_STORE, go)]) as target:
+            with pytest.raises(PushError, match=r"4 of 4 .*\(1 with no answer, 3 with not sent\)"):
                 push(out, target)
 
     def test_a_release_without_dicom_is_told(self, tmp_path):

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ SECONDS = 60.0
 """How long any answer may take."""
 _CONTEXTS = 64
 """Presentation contexts of one association; there may be 128."""
+_IN_VAIN = 5
+"""So many files in a row without an answer, and the rest is not sent."""
+_NAMED = 20
+"""Files that a message names at most."""
 _TEXT = re.compile(r"([^@\\\s]{1,16})@([^@\s:]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", re.ASCII)
 _UIDS = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"]
 
@@ -44,7 +48,7 @@ class PushError(RuntimeError):
 
     Args:
         reason: ``no_connection``, ``not_accepted``, ``not_stored`` or ``no_read_back``.
-        detail: what was found and what to do, without names, UIDs or paths.
+        detail: what was found and what to do, without names, paths or UIDs of originals.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -215,29 +219,59 @@ def _store(files: Sequence[_File], target: Target, ae_title: str) -> None:
     from pynetdicom import _config
 
     before, _config.STORE_SEND_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET, True  # bytes as they are on disk
-    failed: Counter[str] = Counter()
+    failed: dict[str, str] = {}  # why, by the UID of the copy
     try:
         for group in _kinds(files):
-            with _association(target, ae_title, group) as association:
-                accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
-                refused = {(file.sop_class, file.syntax) for file in group} - accepted
-                if refused:
-                    raise PushError(
-                        "not_accepted",
-                        f"the PACS takes {len(refused)} of {len(accepted | refused)} kinds of file not in their "
-                        "transfer syntax; allow it there, or write the release in another one. None of these was sent",
-                    )
-                for file in track(group, "sending"):
-                    status = association.send_c_store(file.path) if association.is_established else Dataset()
-                    code = int(status.Status) if "Status" in status else None
-                    if code != 0 and (code is None or code >> 12 != 0xB):  # 0xBxxx: stored, with a warning
-                        failed["no answer" if code is None else f"status {code:04x}"] += 1
+            _store_kinds(group, target, ae_title, failed)
     finally:
         _config.STORE_SEND_CHUNKED_DATASET = before
     if failed:
-        told = ", ".join(f"{count} with {status}" for status, count in sorted(failed.items()))
-        detail = f"{failed.total()} of {len(files)} files were not stored ({told}); send them again"
+        told = ", ".join(f"{count} with {status}" for status, count in sorted(Counter(failed.values()).items()))
+        named = ", ".join(list(failed)[:_NAMED]) + (f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else "")
+        detail = f"{len(failed)} of {len(files)} files were not stored ({told}); look at them and send again: {named}"
         raise PushError("not_stored", detail)
+
+
+def _store_kinds(group: Sequence[_File], target: Target, ae_title: str, failed: dict[str, str]) -> None:
+    """Send files of kinds that are negotiated together.
+
+    A PACS may end the association on a file that it cannot read; the others go by a new one.
+    """
+    association, in_vain = None, 0
+    with ExitStack() as stack:
+        for file in track(group, "sending"):
+            if association is None or not association.is_established:
+                stack.close()
+                association = _open(stack, group, target, ae_title, failed) if in_vain < _IN_VAIN else None
+            if association is None:
+                failed[file.instance], in_vain = "not sent", _IN_VAIN
+                continue
+            status = association.send_c_store(file.path)
+            if "Status" not in status:
+                failed[file.instance], in_vain, association = "no answer", in_vain + 1, None
+                continue
+            in_vain, code = 0, int(status.Status)
+            if code != 0 and code >> 12 != 0xB:  # 0xBxxx: stored, with a warning
+                failed[file.instance] = f"status {code:04x}"
+
+
+def _open(stack: ExitStack, group: Sequence[_File], target: Target, ae_title: str, failed: dict[str, str]) -> Any:
+    """An association that takes all of these files; None where there was one and the PACS has gone since."""
+    try:
+        association = stack.enter_context(_association(target, ae_title, group))
+    except PushError:
+        if failed:
+            return None
+        raise
+    accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
+    refused = {(file.sop_class, file.syntax) for file in group} - accepted
+    if refused:
+        raise PushError(
+            "not_accepted",
+            f"the PACS takes {len(refused)} of {len(accepted | refused)} kinds of file not in their "
+            "transfer syntax; allow it there, or write the release in another one. None of these was sent",
+        )
+    return association
 
 
 def _compare(files: Sequence[_File], target: Target, ae_title: str) -> None:
