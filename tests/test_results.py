@@ -279,9 +279,11 @@ def test_fidelity_rules(change: dict[str, Any], verdict: str, words: str) -> Non
     assert found == verdict and words in reason
 
 
-def segmentation_rows() -> list[dict[str, Any]]:
-    """Class a is protected, class b is not; their mean looks half protected."""
-    levels = {"clean": (0.9, 0.8), "protected": (0.4, 0.8), "random_noise": (0.9, 0.8), "blind": (0.4, 0.3)}
+HALF_PROTECTED = {"clean": (0.9, 0.8), "protected": (0.4, 0.8), "random_noise": (0.9, 0.8), "blind": (0.4, 0.3)}
+"""Class a is protected, class b is not; their mean looks half protected."""
+
+
+def segmentation_rows(levels: dict[str, tuple[float, float]] = HALF_PROTECTED) -> list[dict[str, Any]]:
     return [
         {
             "arm": arm,
@@ -296,6 +298,33 @@ def segmentation_rows() -> list[dict[str, Any]]:
         for victim in ("net0", "net1")
         for seed in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict", "words"),
+    [
+        ({}, "protected", ""),
+        ({"protected": (0.1, 0.58)}, "not protected", "Of all classes b is protected least (closed gap 0.400;"),
+        ({"clean": (0.9, 0.15)}, "inconclusive", "closed gap is undefined for b"),
+        ({"clean": (0.15, 0.9), "protected": (0.1, 0.6)}, "not protected", "classes b is protected least"),
+    ],
+    ids=["all", "weak", "not learned", "weak and not learned"],
+)
+def test_a_class_without_protection_is_not_made_up_for(changed: dict[str, Any], verdict: str, words: str) -> None:
+    levels = {"clean": (0.9, 0.9), "protected": (0.1, 0.1), "random_noise": (0.9, 0.9), "blind": (0.1, 0.1), **changed}
+    rows = segmentation_rows(levels)
+    lenient = {"control_within": None, "closed_gap_mean": 0.4, "closed_gap_low": 0.3}
+    parts = {"fidelity": FIDELITY, "budget": BUDGET}
+    found = decide(rows, "dice", rules=VerdictRules(**lenient), **parts)
+    assert found.verdict == verdict and words in found.reasons[0]
+    off = VerdictRules(**lenient, closed_gap_per_class=None)
+    assert decide(rows, "dice", rules=off, **parts).verdict == "protected"
+
+
+def test_one_class_is_judged_by_the_mean_alone() -> None:
+    rows = [{**row, "dice_per_class": {"a": row["dice"]}} for row in segmentation_rows()]
+    rules = [check.rule for check in decide(rows, "dice").checks]
+    assert "closed_gap_mean" in rules and "closed_gap_per_class" not in rules
 
 
 def test_closed_gap_per_class_shows_what_the_mean_hides() -> None:

@@ -44,7 +44,7 @@ __all__ = [
     "write_json",
 ]
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 _NUMBER = (int, float, type(None))
 _REQUIRED: dict[str, tuple[type, ...]] = {
     "schema_version": (str,),

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monai_salm.verification.strength import Row, closed_gap, closed_gap_auc, floor_of, mean_of, values_of
+from monai_salm.verification.strength import (
+    Row,
+    closed_gap,
+    closed_gap_auc,
+    closed_gap_per_class,
+    floor_of,
+    mean_of,
+    values_of,
+)
 
 __all__ = [
     "INCONCLUSIVE",
@@ -37,6 +45,7 @@ class VerdictRules:
         clean_above_blind: Every victim's mean clean metric must exceed its blind floor by at least this much.
         control_within: The mean random-noise control may lie at most this far below the clean mean. Optional.
         closed_gap_mean: Least mean closed gap.
+        closed_gap_per_class: Least mean closed gap of every class, where rows tell more than one. Optional.
         closed_gap_low: Least lower bound of its interval.
         closed_gap_auc: Least mean closed gap of the AUC, where victims have one and clean ones learned by it. Optional.
         protected_above_chance: The mean protected metric may exceed chance by at most this much. Optional, and not
@@ -54,6 +63,7 @@ class VerdictRules:
     clean_above_blind: float = 0.10
     control_within: float | None = 0.10
     closed_gap_mean: float = 0.70
+    closed_gap_per_class: float | None = 0.50
     closed_gap_low: float = 0.50
     closed_gap_auc: float | None = 0.50
     protected_above_chance: float | None = 0.15
@@ -179,6 +189,9 @@ def _strength_checks(
     rows: Sequence[Row], metric: str, chance: float | None, gap: Mapping[str, Any], rules: VerdictRules
 ) -> list[Check]:
     checks = [_gap_check(gap, rules.closed_gap_mean)]
+    per_class = {name: part["mean"] for name, part in closed_gap_per_class(rows, metric).items()}
+    if rules.closed_gap_per_class is not None and len(per_class) > 1:
+        checks.append(_class_check(per_class, rules.closed_gap_per_class))
     protected = mean_of(values_of(rows, metric, "protected"))
     if rules.protected_above_chance is not None and chance is not None and protected is not None:
         limit = chance + rules.protected_above_chance
@@ -211,6 +224,19 @@ def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
     text = f"A victim trained on the protected copy loses {only}{100 * mean:.0f} % of what clean images teach it "
     text += f"(closed gap {_show(mean)}{interval}; at least {needed:g} is needed)."
     return Check("closed_gap_mean", mean >= needed, text, NOT_PROTECTED)
+
+
+def _class_check(gaps: Mapping[str, float | None], needed: float) -> Check:
+    """That no class is left unprotected behind a good mean; one that is known to be weak counts before unknown ones."""
+    known = {name: gap for name, gap in gaps.items() if gap is not None}
+    weakest = min(known, key=lambda name: known[name], default=None)
+    held = weakest is None or known[weakest] >= needed
+    if held and len(known) < len(gaps):
+        unknown = ", ".join(name for name in gaps if name not in known)
+        text = f"The closed gap is undefined for {unknown}: some victim did not learn this from clean images."
+        return Check("closed_gap_per_class", False, text, INCONCLUSIVE)
+    text = f"Of all classes {weakest} is protected least (closed gap {_show(known.get(str(weakest)))}; "
+    return Check("closed_gap_per_class", held, text + f"at least {needed:g} is needed of each).", NOT_PROTECTED)
 
 
 def _show(value: float | None) -> str:
