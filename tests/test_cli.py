@@ -194,9 +194,9 @@ def test_inspect_shows_the_first_refusals_and_all_on_request(run, export):
     _, out, _ = run("inspect", export, "--dim", 3, "--names")
     assert "and 10 more; --all lists them" in out and "note29.txt" not in out
     _, out, _ = run("inspect", export, "--dim", 3, "--all")
-    assert "note" not in out and "v0.nii.gz" not in out
+    assert "note" not in out and "v0.nii.gz" not in out and out.count("inspect EXPORT --all --names") == 1
     _, out, _ = run("inspect", export, "--dim", 3, "--all", "--names")
-    assert "note29.txt" in out and "images/v0.nii.gz" in out
+    assert "note29.txt" in out and "images/v0.nii.gz" in out and "inspect EXPORT" not in out
 
 
 def test_inspect_shows_names_without_control_codes(run, export):
@@ -347,7 +347,11 @@ def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path
 def test_a_refused_file_exits_with_3_and_says_where_the_reasons_are(run, export, stub, tmp_path):
     (export / "note.txt").write_text("x")
     code, out, _ = run("protect", export, tmp_path / "out", "--bundle", stub)
-    assert code == cli.NOT_PROTECTED and "1 unknown_file" in out and "refusals.jsonl" in out
+    said = f"1 of 5 cases were refused (1 unknown_file): see {tmp_path / 'out' / 'private' / 'refusals.jsonl'}"
+    hint = "'monai-salm inspect EXPORT --all --names'"
+    assert code == cli.NOT_PROTECTED and out.count(said) == out.count("refused (") == out.count(hint) == 1
+    code, out, _ = run("verify", tmp_path / "out")
+    assert code == cli.NOT_PROTECTED and "\n1 cases were refused (1 unknown_file): see " in out and hint in out
 
 
 def test_the_code_that_a_stage_exits_with_is_kept(run, export, stub, tmp_path):

@@ -177,7 +177,7 @@ def test_an_archive_is_one_file_with_the_same_name(tmp_path):
     protect(cohort, bank, tmp_path / "out", 2)
 
 
-def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path):
+def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path, capsys):
     cohort = nifti_cohort(tmp_path / "in", 6)
     bank = bank_of(cohort)
     names = [case.sample_id for case in cohort.cases]
@@ -195,6 +195,8 @@ def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path):
         names[3]: "outside_budget",
         names[4]: "delta_outside_bounds",
     }
+    reasons = "delta_outside_bounds, 1 empty_perturbation, 1 no_perturbation, 1 other_image, 1 outside_budget"
+    assert capsys.readouterr().out.count(f"5 of 6 cases were refused (1 {reasons}): see {tmp_path}") == 1
     assert len(list((tmp_path / "out" / "protected").rglob("*.nii.gz"))) == 1
 
 

@@ -7,21 +7,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monai_salm.cli.codes import DONE, FAILED, INTEGRITY, NOT_PROTECTED, say
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from monai_salm.release.catalog import Catalog, Refusal
+
 _SHOWN = 20
 """Rows of a list on the screen unless all are asked for."""
+_NAMES = "names of what was refused: 'monai-salm inspect EXPORT --all --names'"
+"""Reasons are kept under pseudonyms, since names may be personal."""
 
 
 def inspect(options: argparse.Namespace) -> int:
     """List what an export holds."""
     from rich.console import Console
 
-    from monai_salm.release.catalog import scan, tally
+    from monai_salm.release.catalog import scan
     from monai_salm.release.labels import LABELS_FILE, find_labels, label_cases
-    from monai_salm.release.listing import cases_table, counts_line, counts_table, refusals_table
+    from monai_salm.release.listing import cases_table, counts_line, counts_table
     from monai_salm.release.voxels import VoxelLabels
 
     labels = find_labels(options.export, options.labels)
@@ -47,14 +54,26 @@ def inspect(options: argparse.Namespace) -> int:
         console.print(cases_table(catalog, cohort, options.names))
     refusals = cohort.refusals if cohort else catalog.refusals
     if refusals:
-        shown = refusals if options.all else refusals[:_SHOWN]
-        console.print(f"{len(refusals)} refused: {tally(each.reason for each in refusals)}")
-        console.print(refusals_table(shown, catalog, options.names))
-        if len(shown) < len(refusals):
-            console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
+        _list_refusals(console, refusals, catalog, options)
     if problem:
         raise problem
     return NOT_PROTECTED if refusals else DONE
+
+
+def _list_refusals(
+    console: Console, refusals: Sequence[Refusal], catalog: Catalog, options: argparse.Namespace
+) -> None:
+    """Count what was refused, and list it, or the first ones."""
+    from monai_salm.release.catalog import tally
+    from monai_salm.release.listing import refusals_table
+
+    shown = refusals if options.all else refusals[:_SHOWN]
+    console.print(f"{len(refusals)} refused: {tally(each.reason for each in refusals)}")
+    console.print(refusals_table(shown, catalog, options.names))
+    if len(shown) < len(refusals):
+        console.print(f"and {len(refusals) - len(shown)} more; --all lists them")
+    if not options.names:
+        console.print(_NAMES, soft_wrap=True)
 
 
 def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
@@ -93,7 +112,7 @@ def protect(options: argparse.Namespace) -> int:
     stages = workflows.ALL if verified else workflows.WITHOUT_VERIFY
     if options.shard:
         workflows.check_same_run(options.out, bundle, overrides)
-        return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}))
+        return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}), told=True)
     try:
         code = _stages(bundle, workflows.FIT if options.fit_only else stages, overrides)
     except BaseException:  # of a run that others came before, theirs stays
@@ -102,7 +121,7 @@ def protect(options: argparse.Namespace) -> int:
     workflows.save_run(options.out, bundle, overrides)
     if options.fit_only:
         return code
-    code = _outcome(options.out, code, verified=verified)
+    code = _outcome(options.out, code, verified=verified, told=True)
     if options.push and code == DONE:
         return _push(options.out, options.push)
     if options.push:
@@ -237,22 +256,22 @@ def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> in
     return DONE
 
 
-def _outcome(out: Path, code: int, *, verified: bool = False) -> int:
-    """Say what came out, and how that counts, unless the stages ended with an error (any other ``code``)."""
+def _outcome(out: Path, code: int, *, verified: bool = False, told: bool = False) -> int:
+    """Say what came out (refusals, unless the stages have told them), and how that counts, unless the stages ended with
+    an error (any other ``code``)."""
     import json
 
-    from monai_salm.release.catalog import tally
     from monai_salm.release.commit import PROTECTED
     from monai_salm.release.companions import reference_summary
-    from monai_salm.release.protect import REFUSALS, read_refusals
+    from monai_salm.release.custody import refusals_line
     from monai_salm.release.visibility import summary
 
     if code not in (DONE, NOT_PROTECTED):
         return code
     print(f"protected files: {out / PROTECTED}", *filter(None, [reference_summary(out), summary(out)]), sep="\n")
-    refusals = read_refusals(out)
-    if refusals:
-        print(f"refused and not in the copy: {tally(each.reason for each in refusals)}; reasons in {out / REFUSALS}")
+    refused = refusals_line(out)
+    if refused:
+        print(_NAMES if told else f"{refused}\n{_NAMES}")
         code = NOT_PROTECTED
     if verified and (code == DONE or (out / "report.json").is_file()):
         verdict = json.loads((out / "report.json").read_text())["verdict"]

@@ -17,7 +17,7 @@ from monai_salm import __version__
 from monai_salm.io.base import Case
 from monai_salm.release import bids, signature
 from monai_salm.release import commit as door
-from monai_salm.release.catalog import Refusal
+from monai_salm.release.catalog import Refusal, tally
 from monai_salm.release.companions import REFERENCES, closure, write_companions
 from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.identity import UidMap, load_or_create_key, owner_id, pseudonym
@@ -94,6 +94,17 @@ def read_refusals(output_dir: Path | str) -> list[Refusal]:
     """What the release left out, with reasons: refused files, cases without label, cases that did not verify."""
     paths = sorted((Path(output_dir) / door.PRIVATE).glob("refusals*.jsonl"))
     return [Refusal(**record) for path in paths for record in read_chain(path)[0]]
+
+
+def refusals_line(output_dir: Path | str, cohort: Cohort | None = None) -> str:
+    """How much was refused (of how much, with a cohort), why, and where that is told; empty where nothing was."""
+    refusals = read_refusals(output_dir)
+    if not refusals:
+        return ""
+    names = {refusal.name for refusal in refusals}
+    whole = f" of {len(names.union(map(owner_id, cohort.cases)))}" if cohort else ""
+    reasons = tally(refusal.reason for refusal in refusals)
+    return f"{len(names)}{whole} cases were refused ({reasons}): see {Path(output_dir) / REFUSALS}"
 
 
 def close(

@@ -32,7 +32,7 @@ from monai_salm import __version__
 from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, FileCheck, Outline, RefusedError, Window
 from monai_salm.perturbations.budget import Budget, as_window
-from monai_salm.release import bids, lock
+from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
 from monai_salm.release.custody import KEY, REFUSALS, Journal, clear_key_parts, close, read_refusals, start_time, write
@@ -74,7 +74,7 @@ def protect_cohort(
     shard: Shard | str | None = None,
     rename: bool = False,
 ) -> list[ManifestRow]:
-    """Write the protected file of every released case, verified before it becomes visible.
+    """Write the protected file of every released case, verified before it becomes visible, and say what was refused.
 
     Args:
         cohort: labelled cases; those of split ``test`` are never written.
@@ -128,6 +128,8 @@ def protect_cohort(
     if units and not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
         raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / REFUSALS}")
+    if told := custody.refusals_line(output_dir, cohort):
+        print(told, flush=True)
     return manifest
 
 
