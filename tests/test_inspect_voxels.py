@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exports import class_map, write_decathlon, write_label, write_labels
-from test_voxels import SHAPE, write_segmented
+from test_voxels import SHAPE, edit_dataset, write_segmented
 
 from monai_salm import cli
+from monai_salm.release.labels import load_cohort
 
 
 @pytest.fixture
@@ -69,6 +70,18 @@ def test_inspect_finds_segmentations(inspect, tmp_path, spatial_dims):
     code, out, _ = inspect(tmp_path, "--dim", spatial_dims)
     assert code == cli.DONE and [row[0] for row in table(out)] == ["class", "background", "Liver", "Tumor"]
     assert "verification holds" in out
+
+
+def test_inspect_tells_what_protect_will_end_with(inspect, tmp_path):
+    write_decathlon(tmp_path, 4)
+    code, out, _ = inspect(tmp_path, "--dim", 3)
+    assert code == cli.DONE and "--no-verify" not in out
+    edit_dataset(tmp_path, labels={"0": "background", "1": "Core", "2": "Rim", "3": "Never"})
+    with pytest.raises(ValueError) as caught:
+        load_cohort(tmp_path, spatial_dims=3).tested()
+    code, out, _ = inspect(tmp_path, "--dim", 3)
+    assert code == cli.DONE and "no case has a voxel of class Never" in str(caught.value)
+    assert f"'protect' will need --no-verify, or end with: {caught.value}\n" in out
 
 
 def test_inspect_tells_a_broken_dataset_json(inspect, tmp_path):

@@ -57,6 +57,11 @@ def inspect(options: argparse.Namespace) -> int:
         _list_refusals(console, refusals, catalog, options)
     if problem:
         raise problem
+    try:
+        if cohort:
+            cohort.tested()
+    except ValueError as error:  # no refusal: without a study, it can be protected
+        console.print(f"'protect' will need --no-verify, or end with: {error}", soft_wrap=True, markup=False)
     return NOT_PROTECTED if refusals else DONE
 
 

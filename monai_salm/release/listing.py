@@ -26,7 +26,6 @@ def counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
     line = f"{len(cases)} cases of {patients} patients: {', '.join(f'{count} {form}' for form, count in formats)}"
     if cohort and all(case.split != "test" for case in cases):
         line += f"; no test split, verification holds {len(cohort.held_out)} back"
-        line += "" if cohort.held_out else " (each class needs cases of two patients or more, or a test split)"
     if catalog.companions:
         line += f"; {len(catalog.companions)} companions go along with them"
     return line
