@@ -185,6 +185,21 @@ def test_overlapping_segments_are_refused_unless_they_are_one_class(tmp_path, se
     np.testing.assert_array_equal(found, canonical((pixels.any(-1)).astype(np.uint8)))
 
 
+@pytest.mark.parametrize(("kind", "words"), [("BINARY", " of segment 1 for"), ("LABELMAP", " for")])
+def test_two_frames_of_one_segment_for_one_slice_are_refused_with_its_number(tmp_path, series, kind, words):
+    seg = write_segmentation(tmp_path / "seg", series, truth() if kind == "LABELMAP" else one_hot(truth()), kind=kind)
+
+    def repeat(dataset: Dataset) -> None:
+        first, second = dataset.PerFrameFunctionalGroupsSequence[1:3]
+        for name in ("DerivationImageSequence", "PlanePositionSequence"):
+            setattr(second, name, getattr(first, name))
+
+    edit_dicom(seg, repeat)
+    said = f"frames 2 and 3 of the segmentation are both{words} slice 3 of {N}"
+    refused(case_of(series, seg), "mask_repeated_frame", said)
+    refused(case_of(series[2:3], seg), "mask_repeated_frame", "slice 1 of 1", spatial_dims=2)
+
+
 @pytest.mark.parametrize("largest", [100, 200, 255])
 def test_a_fraction_counts_above_half_of_its_maximum(tmp_path, series, largest):
     fractions = np.zeros((N, SIZE, SIZE, 2))

@@ -197,7 +197,7 @@ def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
     Raises:
         RefusedError: ``mask_format``, ``mask_is_image``, ``mask_unreadable``; ``mask_shape``, ``mask_affine`` and
             ``mask_frame_of_reference``, where grids differ; ``mask_missing_slices``, ``mask_unplaced``,
-            ``mask_overlap`` and ``unknown_label_value``.
+            ``mask_repeated_frame``, ``mask_overlap`` and ``unknown_label_value``.
     """
     if not is_segmentation(mask.file):
         reason = "mask_is_image" if identify(mask.file)[0] else "mask_format"
@@ -315,9 +315,19 @@ def _paint(
 ) -> NDArray[np.uint8]:
     labels = np.zeros(shape, np.uint8)
     overlap = 0
+    seen: dict[tuple[int | None, int], int] = {}
     for index, place in enumerate(slices):
         if place is None:
             continue
+        segment = segmentation.frames[index].segment
+        first = seen.setdefault((segment, place), index)
+        if first != index:
+            of = "" if segment is None else f" of segment {segment}"
+            raise RefusedError(
+                "mask_repeated_frame",
+                f"frames {first + 1} and {index + 1} of the segmentation are both{of} for slice {place + 1} of "
+                f"{len(labels)}, and which one counts is not told; export it again",
+            )
         painted = _frame_classes(segmentation.values(index), segmentation.frames[index].segment, classes)
         plane = labels[place]
         overlap += int(((plane != 0) & (painted != 0) & (plane != painted)).sum())

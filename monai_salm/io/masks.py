@@ -42,8 +42,8 @@ def read_mask(case: Case, spatial_dims: int) -> np.ndarray:
 
     Raises:
         RefusedError: ``mask_shape``, ``mask_affine``, ``mask_orientation``, ``mask_frame_of_reference`` when image and
-            label have different grids; ``mask_missing_slices``, ``mask_overlap``, ``unknown_label_value``,
-            ``mask_is_image``, ``mask_format``; and as the readers of the formats do.
+            label have different grids; ``mask_missing_slices``, ``mask_repeated_frame``, ``mask_overlap``,
+            ``unknown_label_value``, ``mask_is_image``, ``mask_format``; and as the readers of the formats do.
         ValueError: When the case has no mask.
     """
     if case.mask is None:
