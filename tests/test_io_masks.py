@@ -265,7 +265,7 @@ def test_a_slice_and_its_label_of_shape_h_w_1_agree(tmp_path):
     assert found.shape == formats.read(case, 2).stored.shape
     flat = write_nifti(tmp_path / "flat.nii", shape=(6, 7, 1))
     np.testing.assert_array_equal(read_mask(pair(flat, write_label(tmp_path / "l.nii", voxels)), 2).sum(), voxels.sum())
-    refused(pair(flat, label), "not_3d", "spatial_dims=2")
+    refused(pair(flat, label), "not_3d", "use --dim 2 (spatial_dims=2)")
 
 
 def test_a_slice_and_its_label_keep_their_pixels_together(tmp_path):

@@ -457,6 +457,17 @@ def test_a_segmentation_of_a_series_that_is_not_there_is_refused(tmp_path):
     write_series(tmp_path / "D", "D", 3, patient="D")
     cohort = load_cohort(tmp_path, spatial_dims=3)
     assert len(cohort.cases) == 2 and reasons(cohort) == {"mask_unused": 1, "no_label": 1}
+    assert "no image of the export uses" in next(r.detail for r in cohort.refusals if r.reason == "mask_unused")
+
+
+def test_a_segmentation_whose_images_were_refused_says_so(tmp_path):
+    write_segmented(tmp_path, "ABC")
+    for path in (tmp_path / "C").iterdir():
+        if path.name != "seg":
+            edit_dicom(path, lambda dataset: setattr(dataset, "ImagePositionPatient", [0, 0, 0]))
+    cohort = load_cohort(tmp_path, spatial_dims=3)
+    assert len(cohort.cases) == 2 and reasons(cohort) == {"duplicate_position": 1, "mask_unused": 1}
+    assert "the images that it refers to were refused" in cohort.refusals[-1].detail
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -477,6 +488,17 @@ def test_slices_that_share_a_segmentation_are_refused_together(tmp_path):
     cohort = load_cohort(tmp_path, spatial_dims=2)
     assert len(cohort.cases) == 4
     assert reasons(cohort) == {"constant_image": 1, "mask_shared_with_unreleased": 3}
+    assert "refers to images that are not released, and a copy would name them" in cohort.refusals[0].detail
+
+
+def test_images_that_share_a_label_file_with_a_tested_one_are_refused(tmp_path):
+    rows = write_pairs(tmp_path, 4)
+    rows[1] = "images/v1.nii.gz,masks/m0.nii.gz"
+    (tmp_path / "masks" / "m1.nii.gz").unlink()
+    write_labels(tmp_path, [f"{row},{'test' if index == 0 else 'train'}" for index, row in enumerate(rows)], "mask")
+    (refusal,) = load_cohort(tmp_path, spatial_dims=3).refusals
+    assert refusal.reason == "mask_shared_with_unreleased"
+    assert refusal.detail.startswith("the label file also labels an image that is not released; release all")
 
 
 def test_slices_held_back_by_a_table_hold_back_those_that_share_their_segmentation(tmp_path):

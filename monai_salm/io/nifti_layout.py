@@ -230,11 +230,9 @@ def _check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> None:
         raise RefusedError("broken_header", f"the header's shape {shape} has no voxels")
     flat = shape[2:3] in ((), (1,)) and len(shape) > 1
     if spatial_dims == 2 and not flat:
-        raise RefusedError("not_2d", f"the file has shape {shape}; use spatial_dims=3 (the 3D bundle) for volumes")
+        raise RefusedError("not_2d", f"the file has shape {shape}; use --dim 3 (spatial_dims=3) for volumes")
     if spatial_dims == 3 and (len(shape) < 3 or flat):
-        raise RefusedError(
-            "not_3d", f"the file has shape {shape}; use spatial_dims=2 (the 2D bundle) for single slices"
-        )
+        raise RefusedError("not_3d", f"the file has shape {shape}; use --dim 2 (spatial_dims=2) for single slices")
 
 
 def _axes(header: Any, ndim: int, plane: bool) -> Axes:

@@ -53,7 +53,7 @@ def count_colors(path: Path, spatial_dims: int) -> int:
 
 def _check_dims(spatial_dims: int) -> None:
     if spatial_dims != 2:
-        raise RefusedError("not_3d", "the file holds a single image; use spatial_dims=2 (the 2D bundle)")
+        raise RefusedError("not_3d", "the file holds a single image; use --dim 2 (spatial_dims=2)")
 
 
 def check_no_text(path: Path) -> None:

@@ -19,7 +19,7 @@ from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
 from monai_salm.release.table import LABELS_FILE, LabelRow, match, natural, read_labels
-from monai_salm.release.voxels import OTHER_CLASSES, SHARED_MASK, VoxelLabels, class_names, find_voxel_labels
+from monai_salm.release.voxels import VoxelLabels, class_names, find_voxel_labels, other_classes, shared_mask
 
 __all__ = [
     "HELD_OUT_FRACTION",
@@ -277,7 +277,7 @@ def label_cases(
                 "was refused, and repair it or take these classes out of the labels"
             )
     elif set(found) - set(classes):
-        raise ValueError(OTHER_CLASSES)
+        raise ValueError(other_classes(set(found) - set(classes)))
     classes = found if classes is None else tuple(classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
     _warn(cases, classes)
@@ -299,7 +299,8 @@ def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
         shared = any(case.split == "test" for case in unit)
         for case in unit:
             if shared and case.split != "test":
-                refusals.append(Refusal(case.sample_id, SHARED_MASK.reason, SHARED_MASK.detail))
+                error = shared_mask(case)
+                refusals.append(Refusal(case.sample_id, error.reason, error.detail))
             else:
                 cases.append(case)
     order = {case.sample_id: position for position, case in enumerate(catalog.cases)}

@@ -11,7 +11,7 @@ from monai_salm.io.soundness import Sound, examine
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.gates import Refused
 from monai_salm.release.progress import track
-from monai_salm.release.voxels import SHARED_MASK
+from monai_salm.release.voxels import shared_mask
 from monai_salm.stored import StoredCodec
 
 
@@ -47,7 +47,9 @@ def sound_cases(
             kept += unit
         except RefusedError as error:
             if unit[0].mask and len(unit) > 1:
-                refused += [(case.names, error if case is culprit else SHARED_MASK, case.sample_id) for case in unit]
+                refused += [
+                    (case.names, error if case is culprit else shared_mask(case), case.sample_id) for case in unit
+                ]
                 continue
             name = unit[0].sample_id if len(unit) == 1 else ""
             shared = [] if unit[0].index is None else [unit[0].file_name.as_posix()]

@@ -29,15 +29,21 @@ MAX_CLASSES = 255
 MAX_UNNAMED = 32
 """Without ``dataset.json`` a label file with more distinct values names no classes: it may be an image."""
 
-OTHER_CLASSES = (
-    "the labels name classes that the earlier release does not have; name them as it does, or protect these cases in a "
-    "release of their own"
-)
-SHARED_MASK = RefusedError(
-    "mask_shared_with_unreleased",
-    "the label file refers to images that are not released, and a copy would name them; release all of them, or give "
-    "each its own label file",
-)
+
+def other_classes(names: Iterable[str]) -> str:
+    """What is said of labels that name classes which an earlier release does not have."""
+    return (
+        f"the labels name classes that the earlier release does not have ({', '.join(sorted(names, key=natural))}); "
+        "name them as it does, or protect these cases in a release of their own"
+    )
+
+
+def shared_mask(case: Case) -> RefusedError:
+    """The refusal of a case whose label file is that of another too, which is not released."""
+    dicom_seg = "refers to images that are not released, and a copy would name them"
+    others = dicom_seg if case.format == "dicom" else "also labels an image that is not released"
+    detail = f"the label file {others}; release all of them, or give each its own label file"
+    return RefusedError("mask_shared_with_unreleased", detail)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def class_names(voxels: VoxelLabels, earlier: Sequence[str] = ()) -> tuple[str, 
             f"than {MAX_UNNAMED} must be named in a {DATASET_FILE}"
         )
     if earlier and set(names[1:]) - set(earlier[1:]):
-        raise ValueError(OTHER_CLASSES)
+        raise ValueError(other_classes(set(names[1:]) - set(earlier[1:])))
     return tuple(earlier or names)
 
 
@@ -216,7 +222,7 @@ def pair(
     Raises:
         ValueError: When a row names nothing in the export, or rows contradict each other.
     """
-    rows = None
+    rows, refused = None, frozenset(refused)
     if voxels.rows is not None:
         rows = match(voxels.rows, cases, {*refused, *found.segmentations, *found.files})
     paired: list[Case] = []
@@ -239,6 +245,8 @@ def pair(
         if (series := finder.referred(name)) and series <= chosen:
             continue  # the table names other label files for all of its series
         detail = "no image of the export uses this segmentation; add its series, or leave it out"
+        if series & refused:
+            detail = "the images that it refers to were refused; see the reason there"
         refusals.append(((name,), RefusedError("mask_unused", detail), ""))
     return paired, refusals
 
@@ -254,7 +262,7 @@ def _split_incomplete(cases: Sequence[Case], found: Found) -> tuple[list[Case], 
         if missing:
             error = dicom.missing_slices(missing, len(referred))
         elif referred - {name for case in unit for name in case.names}:
-            error = SHARED_MASK
+            error = shared_mask(unit[0])
         else:
             kept += unit
             continue
