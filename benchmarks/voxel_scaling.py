@@ -86,7 +86,7 @@ class Work:
             network.double() if self.double else network,
             nn.CrossEntropyLoss(reduction="none"),
             tile_size=(tile,) * 3,
-            halo=0 if self.whole else self.halo,
+            halo=self.halo,
         )
 
     def data(self) -> tuple[Tensor, Tensor, Lattice]:

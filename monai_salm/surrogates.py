@@ -166,8 +166,8 @@ class LinearClassifier(nn.Module):
 class TextureReader(nn.Module):
     """The smallest network that tells textures apart, voxel by voxel: filters, rectified, and a vote of those nearby.
 
-    It sees only what lies within ``kernel_size // 2 + 2`` voxels and has no stride, so tiles with such a halo give what
-    the whole image would. What so simple a network reads, others learn early.
+    It sees only what lies within ``kernel_size // 2 + 2`` voxels (``reach``) and has no stride: tiles with such a halo
+    give what the whole image would. What so simple a network reads, others learn early.
 
     Args:
         spatial_dims: 2 or 3.
@@ -191,7 +191,7 @@ class TextureReader(nn.Module):
             Filters(spatial_dims, in_channels, features, kernel_size), norm(features), nn.ReLU(inplace=True)
         )
         self.vote = Conv[Conv.CONV, spatial_dims](features, out_channels, 1, bias=False)
-        self.bias = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims))
+        self.bias, self.reach = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims)), kernel_size // 2 + 2
 
     def forward(self, image: Tensor) -> Tensor:
         return mean_nearby(self.vote(self.filters(image))) + self.bias

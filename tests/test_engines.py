@@ -310,14 +310,14 @@ def segmenter(dims: int, classes: int = 3, guarded: bool = False) -> Surrogate:
 
 
 def voxel_trainer(
-    folder, dims: int = 2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, guard=0.0, **options
+    folder, dims=2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, guard=0.0, axes=None, **options
 ):
     surrogate = surrogate or segmenter(dims, guarded=guard > 0)
     loss = nn.CrossEntropyLoss(reduction="none")
-    view = RandomView(dims)
+    view, tiles = RandomView(dims), (tile,) * (axes or dims)
     return PerturbationTrainer(
         dataset=volumes(dims) if dataset is None else dataset,
-        objective=VoxelObjective(surrogate, loss, view=view, tile_size=(tile,) * dims, halo=halo, guard_weight=guard),
+        objective=VoxelObjective(surrogate, loss, view=view, tile_size=tiles, halo=halo, guard_weight=guard),
         optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
         perturbation=method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1),
         budget="8/255",
@@ -404,7 +404,7 @@ class TestVoxelLabels:
 
     def test_a_texture_reader_starts_with_pieces_of_the_codes(self, tmp_path):
         surrogate = Surrogate(TextureReader(2, 1, 3, features=6, kernel_size=3))
-        begun = voxel_trainer(tmp_path, surrogate=surrogate)
+        begun = voxel_trainer(tmp_path, surrogate=surrogate, halo=3)
         codes = begun.samples.codes
         pieces = codes.unfold(2, 3, 1).unfold(3, 3, 1).flatten(0, 3).flatten(1)
         pieces = pieces - pieces.mean(1, keepdim=True)
@@ -412,6 +412,13 @@ class TestVoxelLabels:
         filters = surrogate.network.filters[0].weight.detach().flatten(1)
         assert torch.allclose((pieces @ filters[0::2].T).amax(0), torch.ones(3), atol=1e-5)
         assert torch.allclose(filters[0::2], -filters[1::2])
+
+    @pytest.mark.parametrize("options", [{"patch_size": (8, 8, 8)}, {"tile": 8, "axes": 3}])
+    def test_sizes_of_other_axes_are_told_before_anything_is_trained(self, tmp_path, options):
+        name = "patch_size" if "patch_size" in options else "tile_size"
+        with pytest.raises(ValueError, match=rf"{name} is \[8, 8, 8\]; images of 2 axes need as many numbers"):
+            voxel_trainer(tmp_path, **{"patch_size": (8, 8)} | options)
+        assert not list(tmp_path.iterdir())
 
     def test_other_labels_are_another_fit(self, tmp_path):
         voxel_trainer(tmp_path).run()

@@ -107,8 +107,11 @@ class TestTiles:
     def test_so_it_is_with_a_texture_reader_and_the_halo_it_asks_for(self, dims):
         torch.manual_seed(1)
         network = _trained(Surrogate(TextureReader(dims, 1, 3, features=4, kernel_size=5)))
-        whole, _ = gradients(network, (LARGE,) * dims, 0)
+        whole, _ = gradients(network, (LARGE,) * dims, 4)
         assert difference(gradients(network, (7,) * dims, 4)[0], whole) < 1e-12
+        with pytest.raises(ValueError, match="halo is 3; the surrogate reads voxels up to 4 away, so use 4 or more"):
+            gradients(network, (7,) * dims, 3)
+        network.network.reach = 0  # it is no more than is needed
         assert difference(gradients(network, (7,) * dims, 3)[0], whole) > 1e-4
 
     def test_a_halo_of_16_covers_the_receptive_field_of_the_bundled_kind_of_network(self):

@@ -238,7 +238,11 @@ class PerturbationTrainer(Trainer):
         """What the surrogate trains on: whole images, or patches of volumes with voxel labels."""
         options = {"coded": self.transplant, "seed": derive(self.seed, "codes")}
         if self.cases.voxelwise:
-            return Patches(self.cases, self.patch_size or self.objective.tile_size, **options)
+            axes, size = len(self.cases.facts[0].shape) - 1, self.patch_size or self.objective.tile_size
+            for name, given in (("patch_size", size), ("tile_size", getattr(self.objective, "tile_size", size))):
+                if len(given) != axes:
+                    raise ValueError(f"{name} is {list(given)}; images of {axes} axes need as many numbers")
+            return Patches(self.cases, size, **options)
         view = self.objective.network.view
         if not hasattr(view, "spatial_size"):
             raise ValueError(

@@ -58,8 +58,9 @@ class VoxelObjective(Objective):
         guard_weight: size of the guard's part of the gradient, relative to the surrogate's; 0 asks no guard.
 
     Raises:
-        ValueError: When a tile has no voxels, the halo or the weight is negative, there is no guard to weigh, or in a
-            call images and labels differ in shape.
+        ValueError: When a tile has no voxels, the halo or the weight is negative, the halo is smaller than the
+            network's ``reach`` (where it tells one), there is no guard to weigh, or in a call images and labels differ
+            in shape.
     """
 
     def __init__(
@@ -78,6 +79,9 @@ class VoxelObjective(Objective):
                 f"tile_size is {tuple(tile_size)}, halo {halo} and guard_weight {guard_weight}; tiles are 1 or more, "
                 "the others 0 or more"
             )
+        reach = getattr(getattr(network, "network", None), "reach", 0)
+        if halo < reach:
+            raise ValueError(f"halo is {halo}; the surrogate reads voxels up to {reach} away, so use {reach} or more")
         if guard_weight and getattr(network, "guard", None) is None:
             raise ValueError(f"guard_weight is {guard_weight}, but the surrogate has no guard; give it one, or use 0")
         self.tile_size, self.halo = tuple(int(size) for size in tile_size), int(halo)
