@@ -30,9 +30,10 @@ class SparsityMask:
         criterion: the score: ``"gradient"`` |dL/dx|, ``"gradient_input"`` |dL/dx * x|, ``"foreground"`` intensity,
             ``"random"`` uniform (the control that every other criterion has to beat), ``"label"`` labeled voxels first,
             then those around them (voxel labels only; the support then shows where the labels are).
-        scope: over which voxels the fraction is taken: ``"image"``, ``"slice"`` (last spatial axis, volumes only),
-            ``"channel"``, or ``"class"``: all images of a class in the call share one mask; with voxel labels, the
-            fraction is that of each class of each image, so that the support is as dense in one class as in another.
+        scope: over which voxels the fraction is taken: ``"image"``, ``"slice"`` (of the last spatial axis; made for
+            volumes, of an image it is each line), ``"channel"``, or ``"class"``: all images of a class in the call
+            share one mask; with voxel labels, the fraction is that of each class of each image, so that the support is
+            as dense in one class as in another.
 
     Raises:
         ValueError: When ``ratio`` is outside (0, 1] or a name is unknown.
