@@ -10,10 +10,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monai_salm.release.labels import Cohort
 
 ALL = ("run",)
 """Fit, protect and verify."""
+CHECK = ("check",)
+"""What ``run`` asks first: whether there can be a study."""
 FIT = ("fit",)
 WRITE = ("protect",)
 WITHOUT_VERIFY = FIT + WRITE
@@ -146,6 +151,31 @@ def plain_settings(bundle: str, names: Sequence[str]) -> dict[str, Any]:
     content = yaml.safe_load((bundle_path(bundle) / "configs" / "train.yaml").read_text())
     found = {name: content.get(name) for name in names}
     return {name: value for name, value in found.items() if value is not None and not str(value).startswith(("$", "@"))}
+
+
+def has_check(bundle: str) -> bool:
+    """Whether a bundle can be asked for its study beforehand; a copy of an earlier version cannot."""
+    return bool(plain_settings(bundle, CHECK))
+
+
+def check_study(bundle: str, overrides: Mapping[str, Any], cohort: Cohort) -> None:
+    """Ask a bundle whether its study can be with these settings and cases, and write nothing.
+
+    Raises:
+        ValueError: When it cannot.
+    """
+    from monai.bundle import ConfigParser
+
+    if not has_check(bundle):
+        cohort.tested()
+        return
+    parser = ConfigParser()
+    parser.read_config(str(bundle_path(bundle) / "configs" / "train.yaml"))
+    parser.update({**overrides, "cohort": cohort})
+    try:
+        parser.get_parsed_content(CHECK[0])
+    except RuntimeError as error:
+        raise _unwrapped(error) from None
 
 
 def load_run(output_dir: Path) -> tuple[str, dict[str, Any]]:

@@ -816,7 +816,7 @@ def test_the_readme_of_a_bundle_names_run_ids_that_exist():
         for run_id in ("fit", "protect", "verify"):
             assert f"`{run_id}`" in text and isinstance(ids[run_id], list)
         first, *stages = ids["run"]
-        assert first == "$@check_study()"
+        assert first == "$@check_study()" and ids["check"] == [first]
         assert stages == [*ids["fit"], *ids["protect"], *ids["verify"]], name
         for expression in ids["run"]:
             ast.parse(expression.removeprefix("$").replace("@", "").replace("::", "."))

@@ -593,3 +593,11 @@ def test_the_shipped_bundles_refuse_one_class_before_they_fit(run, tmp_path, dim
     write_labels(export, rows)
     assert_refused(run("protect", export, tmp_path / "out", "--dim", dim), "one class")
     assert not (tmp_path / "out" / "protected").exists()
+
+
+@pytest.mark.parametrize("part", ["--dry-run", "--fit-only", "--dim=3"])
+def test_a_patch_that_victims_cannot_take_is_told_before_the_fit(run, tmp_path, part):
+    size = "spatial_size=[20, 20, 20]"
+    command = ("protect", write_decathlon(tmp_path / "in", 4), tmp_path / "out", "--set", size, part)
+    assert_refused(run(*command), "victim 'unet' cannot be trained on images of (20, 20, 20)", "must be multiples")
+    assert not (tmp_path / "out" / workflows.BANK).exists()

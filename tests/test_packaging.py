@@ -162,7 +162,7 @@ def test_the_bundles_readme_explains_every_knob(name):
     folder = workflows.bundle_path(name)
     config = ConfigParser.load_config_file(str(folder / "configs" / "train.yaml"))
     knobs = {key for key, value in config.items() if not isinstance(value, dict)}
-    knobs -= {"imports", "initialize", "run", "fit", "protect", "verify", "finalize", "bundle_root"}
+    knobs -= {"imports", "initialize", "run", "check", "fit", "protect", "verify", "finalize", "bundle_root"}
     knobs -= {"num_classes", "in_channels"}  # follow from the data
     text = (folder / "docs" / "README.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
     told = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))

@@ -112,14 +112,17 @@ def protect(options: argparse.Namespace) -> int:
     if options.dry_run:
         wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "visibility", "require_deidentified")
         defaults = {"spatial_dims": _dim(options, voxelwise)} | workflows.plain_settings(bundle, wanted)
-        return _plan(options, defaults | {name: overrides[name] for name in wanted if name in overrides})
+        settings = defaults | {name: overrides[name] for name in wanted if name in overrides}
+        return _plan(options, bundle, overrides, settings)
     verified = not (options.no_verify or options.like)
     stages = workflows.ALL if verified else workflows.WITHOUT_VERIFY
+    if options.fit_only:  # a study that cannot be is told before the fit
+        stages = (*(workflows.CHECK if verified and workflows.has_check(bundle) else ()), *workflows.FIT)
     if options.shard:
         workflows.check_same_run(options.out, bundle, overrides)
         return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}), told=True)
     try:
-        code = _stages(bundle, workflows.FIT if options.fit_only else stages, overrides)
+        code = _stages(bundle, stages, overrides)
     except BaseException:  # of a run that others came before, theirs stays
         workflows.save_run(options.out, bundle, overrides, replace=False)
         raise
@@ -158,8 +161,9 @@ def _check_words(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
 
 
-def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
+def _plan(options: argparse.Namespace, bundle: str, overrides: dict[str, Any], settings: dict[str, Any]) -> int:
     """Tell what the bundle would do with these settings."""
+    from monai_salm import workflows
     from monai_salm.perturbations.budget import as_window
     from monai_salm.release.labels import load_cohort
     from monai_salm.release.plan import make_plan
@@ -173,12 +177,12 @@ def _plan(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     cohort = load_cohort(
         options.export, options.labels, **grid, require_deidentified=strict, like=options.like, budget=budget
     )
-    verified = not (options.no_verify or options.fit_only or options.like)
+    verified = not (options.no_verify or options.like)
     if verified:
-        cohort.tested()
+        workflows.check_study(bundle, overrides, cohort)
     noise = {"budget": budget, "mask_ratio": settings["mask_ratio"]}
     gate = VisibilityGate(settings.get("visibility", "report"))
-    plan = make_plan(cohort, options.out, **grid, **noise, gate=gate, banks=1 + verified)
+    plan = make_plan(cohort, options.out, **grid, **noise, gate=gate, banks=1 + (verified and not options.fit_only))
     print(*plan.lines(), sep="\n")
     return NOT_PROTECTED if plan.refused or plan.refused_at_writing else DONE
 
