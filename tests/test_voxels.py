@@ -412,6 +412,16 @@ def test_segment_labels_that_differ_in_case_only_are_warned_of(tmp_path, caplog)
     assert "count as different: liver" in caplog.text
 
 
+def test_fractions_are_warned_of(tmp_path, caplog):
+    write_segmented(tmp_path, "AB")
+    load_cohort(tmp_path, spatial_dims=3)
+    assert not caplog.messages
+    paths = write_series(tmp_path / "C", "C", 4, patient="C")
+    write_segmentation(tmp_path / "C" / "seg", paths, np.full((4, SIZE, SIZE, 2), 0.4), kind="FRACTIONAL")
+    load_cohort(tmp_path, spatial_dims=3)
+    assert caplog.messages == ["1 segmentations have fractions: a voxel counts above half of the maximum"]
+
+
 def test_a_table_chooses_between_several_segmentations(tmp_path):
     write_segmented(tmp_path)
     paths = sorted(path for path in (tmp_path / "B").iterdir() if path.name != "seg")

@@ -47,11 +47,13 @@ class SegHeader:
         series: UIDs of the series that it names.
         instances: UIDs of all images that it names, as a whole or as the source of a frame.
         segments: number and label of each segment; those called background are left out.
+        fractional: whether voxels have fractions, of which more than half of the maximum counts.
     """
 
     series: frozenset[str]
     instances: frozenset[str]
     segments: tuple[tuple[int, str], ...]
+    fractional: bool = False
 
 
 def is_segmentation(source: Dataset | Path) -> bool:
@@ -80,7 +82,8 @@ def seg_header(header: Dataset) -> SegHeader:
             series.add(str(item.SeriesInstanceUID))
             instances |= {str(each.ReferencedSOPInstanceUID) for each in item.get("ReferencedInstanceSequence") or ()}
         instances = instances.union(*(sources for _, sources in _groups(header)))
-        return SegHeader(frozenset(series), frozenset(instances), tuple(_segments(header)))
+        fractional = header.get("SegmentationType") == "FRACTIONAL"
+        return SegHeader(frozenset(series), frozenset(instances), tuple(_segments(header)), fractional)
 
 
 def _segments(header: Dataset) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ none), segments of SEG files by their SegmentLabel. Class 0 is the background.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
 from monai_salm.release.gates import Refused
 from monai_salm.release.table import LabelRow, match, natural, where
+
+logger = logging.getLogger(__name__)
 
 BACKGROUND = "background"
 MAX_CLASSES = 255
@@ -237,6 +240,10 @@ def pair(
             paired.append(replace(case, mask=mask, split=row.split or case.split if row else case.split))
         except RefusedError as error:
             refusals.append((case.names, error, case.sample_id))
+    used = {case.mask.name for case in paired if case.mask} & found.segmentations.keys()
+    fractional = sum(found.segmentations[name][1].fractional for name in used)
+    if fractional:
+        logger.warning("%d segmentations have fractions: a voxel counts above half of the maximum", fractional)
     if spatial_dims == 2:
         paired, incomplete = _split_incomplete(paired, found)
         refusals += incomplete
