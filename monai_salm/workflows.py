@@ -169,8 +169,10 @@ def check_study(bundle: str, overrides: Mapping[str, Any], cohort: Cohort) -> No
     if not has_check(bundle):
         cohort.tested()
         return
+    config = bundle_path(bundle) / "configs" / "train.yaml"
+    _check_ids(config, [*overrides])
     parser = ConfigParser()
-    parser.read_config(str(bundle_path(bundle) / "configs" / "train.yaml"))
+    parser.read_config(str(config))
     parser.update({**overrides, "cohort": cohort})
     try:
         parser.get_parsed_content(CHECK[0])

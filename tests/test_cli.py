@@ -601,3 +601,4 @@ def test_a_patch_that_victims_cannot_take_is_told_before_the_fit(run, tmp_path, 
     command = ("protect", write_decathlon(tmp_path / "in", 4), tmp_path / "out", "--set", size, part)
     assert_refused(run(*command), "victim 'unet' cannot be trained on images of (20, 20, 20)", "must be multiples")
     assert not (tmp_path / "out" / workflows.BANK).exists()
+    assert_refused(run(*command, "--set", "spatial_sise=1"), "did you mean 'spatial_size'?")
