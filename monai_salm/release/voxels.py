@@ -225,9 +225,10 @@ def pair(
     Raises:
         ValueError: When a row names nothing in the export, or rows contradict each other.
     """
-    rows, refused = None, frozenset(refused)
+    rows = None
+    gone = frozenset(refused)
     if voxels.rows is not None:
-        rows = match(voxels.rows, cases, {*refused, *found.segmentations, *found.files})
+        rows = match(voxels.rows, cases, {*gone, *found.segmentations, *found.files})
     paired: list[Case] = []
     refusals: list[Refused] = []
     finder = _Finder(voxels, classes, found)
@@ -252,7 +253,7 @@ def pair(
         if (series := finder.referred(name)) and series <= chosen:
             continue  # the table names other label files for all of its series
         detail = "no image of the export uses this segmentation; add its series, or leave it out"
-        if series & refused:
+        if series & gone:
             detail = "the images that it refers to were refused; see the reason there"
         refusals.append(((name,), RefusedError("mask_unused", detail), ""))
     return paired, refusals
