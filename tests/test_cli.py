@@ -216,7 +216,7 @@ def test_inspect_shows_what_was_found_before_it_complains_of_labels(run, export)
     write_series(export / "S1", "one")
     result = run("inspect", export, "--dim", 2)
     assert_refused(result, "no case has a label")
-    assert "4 not_2d" in result[1] and "the 3D bundle" in result[1].replace("\n", " ")
+    assert "4 not_2d" in result[1] and "--dim 3 (spatial_dims=3)" in result[1].replace("\n", " ")
 
 
 def test_inspect_reads_real_files(run, data_dir):
