@@ -42,7 +42,7 @@ SOP_CLASSES = frozenset(
         uid.SecondaryCaptureImageStorage,
     }
 )
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"[0-9A-Za-z.]{1,64}")  # letters: hashes, as some de-identification tools write
 _OVERLAYS = [(Tag(group, 0x0010), Tag(group, 0x3000)) for group in range(0x6000, 0x6020, 2)]
 _MULTI_FRAME_CLASSES = frozenset(
     {
@@ -114,7 +114,7 @@ def check_identity(header: Dataset) -> None:
     """
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         value = header.get(keyword)
-        if not _UID.fullmatch(str(value)) or str(value).startswith("1.2.840.10008."):
+        if not (isinstance(value, str) and _UID.fullmatch(value)) or value.startswith("1.2.840.10008."):
             raise RefusedError("missing_uid", f"{keyword} is missing or broken; export the image again")
 
 
