@@ -126,6 +126,7 @@ METHODS: dict[str, Method] = {
     "salm_0.4": Method({"mask_ratio": 0.4}),
     "salm_0.2": Method({"mask_ratio": 0.2}),
     "salm_0.1": Method({"mask_ratio": 0.1}),
+    "salm_0.4_psnr": Method({"mask_ratio": 0.4, "ssim": None}),
     "salm_0.4_full": Method({"mask_ratio": 0.4, "psnr": None, "ssim": None}),
     "em": Method(EM_AS_PUBLISHED),
     "em_classwise": Method({**EM_AS_PUBLISHED, "perturbation": _target("classwise.ClasswiseErrorMinimizing")}),
