@@ -122,14 +122,23 @@ def main() -> None:
     """Every report in the results folder."""
     for path in [*sorted(RESULTS.glob("demo_*.json")), RESULTS / "lesions_3d.json"]:
         demo(path)
-    for name in ("arena_default", "arena", "arena_more", "arena_psnr", "arena_classes", "arena_volumes"):
+    for name in (
+        "arena_default",
+        "arena",
+        "arena_more",
+        "arena_augmented",
+        "arena_psnr",
+        "arena_classes",
+        "arena_volumes",
+    ):
         for data, board in boards(name):
             for level in board.levels:
                 print(f"\n{name}, {data}, {level}")
                 arena(board, level)
-    for name in ("arena_default", "arena", "arena_defenses", "arena_more"):
+    for name in ("arena_default", "arena", "arena_defenses", "arena_more", "arena_augmented"):
         for _, board in boards(name):
-            for method in [each for each in board.methods if name == "arena_more" or each in (DEFAULT, UNBOUND)]:
+            all_of = name in ("arena_more", "arena_augmented")
+            for method in [each for each in board.methods if all_of or each in (DEFAULT, UNBOUND)]:
                 print(f"\n{name}, {method}")
                 resistance(board, method)
 

@@ -234,7 +234,7 @@ def test_parts_that_are_written_at_the_same_time_make_one_release(tmp_path):
 
 
 def test_a_hostile_uid_names_no_file(tmp_path):
-    for name in ("A", "B"):
+    for name in ("A", "B", "C"):
         paths = write_series(tmp_path / "in" / name, name, 3)
     series, instance = "../../../../tmp/evil", "../../evil/../x"
 
@@ -245,8 +245,9 @@ def test_a_hostile_uid_names_no_file(tmp_path):
 
     for path in paths:
         edit_dicom(path, change)
-    write_labels(tmp_path / "in", ["A,a", "B,b"])
+    write_labels(tmp_path / "in", ["A,a", "B,b", "C,b"])
     cohort = load_cohort(tmp_path / "in", spatial_dims=3)
+    assert {refusal.reason for refusal in cohort.refusals} == {"missing_uid"} and len(cohort.released) == 2
     protect(cohort, bank_of(cohort), tmp_path / "out")
     names = [path.relative_to(tmp_path / "out" / "protected").as_posix() for path in tmp_path.rglob("*.dcm")]
     assert len(names) == 6 and all(re.fullmatch(r"([0-9.]{1,64}/){2}[0-9.]{1,64}\.dcm", name) for name in names)

@@ -313,17 +313,18 @@ def test_without_test_split_written_files_of_held_out_cases_give_utility(tmp_pat
 
 def test_verdict_decides_the_exit_code(released, out, capsys):
     cohort, _ = released
-    failed = study(cohort, out, epochs=1, rules={"min_seeds": 9})
+    failed = study(cohort, out, epochs=1, rules={"min_seeds": 9, "ssim_mean": 0.9999})
     with pytest.raises(SystemExit) as caught:
         failed.raise_for_verdict()
     assert caught.value.code == 3
     shown = capsys.readouterr()
     assert failed.results is not None
     assert failed.results["verdict_reasons"][0] in shown.err
-    assert "report.html" in shown.out
+    assert "report.html" in shown.out and "the verdict asks for 0.9999: a fit with ssim=0.9999 keeps" in shown.out
     lenient = {"closed_gap_mean": -9, "closed_gap_low": -9, "protected_above_chance": None, "ssim_mean": -1}
     lenient |= {"min_seeds": 1, "min_victims": 1, "clean_learned": -9, "clean_above_blind": -9, "control_within": None}
     study(cohort, out, rules=lenient).raise_for_verdict()
+    assert "the verdict asks for" not in capsys.readouterr().out
 
 
 def test_one_case_of_a_control_is_missing(released, out):

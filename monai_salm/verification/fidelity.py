@@ -82,6 +82,11 @@ class Fidelity:
         if ssim:
             self._ssim.append(float(structural_similarity(one[None], other[None])))
 
+    @property
+    def mean_ssim(self) -> float | None:
+        """Over the cases that it was measured on; None where there are none."""
+        return float(np.mean(self._ssim)) if self._ssim else None
+
     def result(self, mask_ratio: float | None = None) -> dict[str, Any]:
         """The ``fidelity`` part of ``docs/report.md``; errors and fractions are over all cases.
 

@@ -170,6 +170,7 @@ class VictimStudy:
         with self._scratch() as folder:
             material = Material(self._settings(), train, held_out, twins, folder)
             self._check_classes(train, material.present)
+            self._warn_of_ssim(material.fidelity.mean_ssim)
             jobs = self._jobs(material.arms, material.test)
             ledger = Ledger(self.output_dir)
             if self.defenses:
@@ -322,6 +323,16 @@ class VictimStudy:
                     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
                     jobs[name, victim, seed] = Job(key, make, arm, test, self.learning, options, name == "clean")
         return jobs
+
+    def _warn_of_ssim(self, mean: float | None) -> None:
+        """What the verdict will be whatever the victims learn, before hours are spent on them."""
+        least = self.rules.ssim_mean
+        if mean is not None and mean < least:
+            print(
+                f"mean SSIM is {mean:.3f}, and the verdict asks for {least:g}: "
+                f"a fit with ssim={least:g} keeps that, and protects less",
+                flush=True,
+            )
 
     def _resistance(
         self, jobs: Mapping[Training, Job], ledger: Ledger, held_out: Sequence[Case], material: Material
