@@ -57,7 +57,8 @@ class Arena:
         asked, rows = cells(self.config, only), []
         self.work.mkdir(parents=True, exist_ok=True)
         for left in self.work.glob("arms-*"):
-            if not Path("/proc", left.name.split("-")[1]).exists():  # of a run that was killed
+            owner = Path("/proc", left.name.split("-")[1])
+            if owner.parent.is_dir() and not owner.exists():  # a run that was killed
                 shutil.rmtree(left)
         place = json.dumps(self.config), self.data, self.work
         fields = {name: _field(name, *place) for name in dict.fromkeys(cell.data for cell in asked)}

@@ -219,13 +219,18 @@ def heat_html(board: Board, level: str, columns: Sequence[tuple[str, str, str]],
     for method in board.methods:
         gaps = [board.gap(level, method, release, defense, victims) for _, release, defense in columns]
         if by_auc:
-            gaps = [gap and {**gap["by_auc"], "conclusive": gap["conclusive"]} for gap in gaps]
+            gaps = [gap and _by_auc(gap) for gap in gaps]
         if any(gap is not None for gap in gaps[1:]):
             lines.append(f"<tr><td>{html.escape(method)}</td>{''.join(map(_heat, gaps))}</tr>")
     if not lines:
         return ""
     table = f'<table class="heat"><thead><tr><th>method</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return f"<p>Networks: {html.escape(', '.join(victims))}.</p>{table}"
+
+
+def _by_auc(gap: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"mean": None, **gap["by_auc"]}
+    return {**found, "conclusive": gap["conclusive"] and found["mean"] is not None}
 
 
 def _heat(gap: Mapping[str, Any] | None) -> str:

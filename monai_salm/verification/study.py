@@ -330,7 +330,7 @@ class VictimStudy:
         if mean is not None and mean < least:
             print(
                 f"mean SSIM is {mean:.3f}, and the verdict asks for {least:g}: "
-                f"a fit with ssim={least:g} keeps that, and protects less",
+                "a fit with a bound on it (ssim) keeps that, and protects less",
                 flush=True,
             )
 

@@ -95,8 +95,7 @@ def _image_checks(fidelity: Row | None, budget: Row | None, utility: Sequence[Ro
     fidelity = fidelity or {}
     ssim = (fidelity.get("ssim") or {}).get("mean")
     known = ssim is not None and math.isfinite(ssim)
-    need = f"at least {rules.ssim_mean:g} is needed, which a fit with ssim={rules.ssim_mean:g} keeps"
-    text = f"Mean SSIM is {ssim:.4f} ({need})." if known else "SSIM was not measured."
+    text = f"Mean SSIM is {ssim:.4f} (at least {rules.ssim_mean:g} is needed)." if known else "SSIM was not measured."
     otherwise = NOT_PROTECTED if known else INCONCLUSIVE
     check = Check("ssim_mean", bool(known and ssim >= rules.ssim_mean), text, otherwise)
     checks = [_budget_check(fidelity, budget or {}), check] if rules.within_budget else [check]
