@@ -85,13 +85,15 @@ def zipped(dataset: Dataset) -> bytes:
     return file.getvalue()
 
 
-def as_items(frame: Callable[[Dataset], bytes]) -> Callable[[Dataset], bytes]:
+def as_items(frame: Callable[[Dataset], bytes], frames: int = 1, *, table: bool = False) -> Callable[[Dataset], bytes]:
     """As encapsulated pixel data are."""
 
     def encode(dataset: Dataset) -> bytes:
         value = frame(dataset)
         value += bytes(len(value) % 2)
-        return b"\xfe\xff\0\xe0\0\0\0\0\xfe\xff\0\xe0" + struct.pack("<L", len(value)) + value
+        offsets = struct.pack(f"<{frames}L", *range(0, frames * (len(value) + 8), len(value) + 8)) if table else b""
+        items = [offsets, *[value] * frames]
+        return b"".join(b"\xfe\xff\0\xe0" + struct.pack("<L", len(item)) + item for item in items)
 
     return encode
 
@@ -108,14 +110,22 @@ COPIES: dict[str, Callable[[Dataset], bytes]] = {
     "RLE": encoded(uid.RLELossless),
     "JPEG 2000 in items": as_items(encoded(uid.JPEG2000Lossless)),
     "RLE in items": as_items(encoded(uid.RLELossless)),
+    **{
+        f"{frames} JPEG in items with offsets": as_items(picture("JPEG", quality=98), frames, table=True)
+        for frames in (2, 3, 4)
+    },
     "DICOM file": whole_file,
     "zlib": lambda dataset: zlib.compress(raw(dataset), 9),
     "gzip": lambda dataset: gzip.compress(raw(dataset)),
+    "gzip of two members": lambda dataset: gzip.compress(b"x") + gzip.compress(raw(dataset)),
     "gzip behind its length": lambda dataset: struct.pack("<L", 9999) + gzip.compress(raw(dataset)),
     "zip": zipped,
     "base64": lambda dataset: base64.encodebytes(raw(dataset)),
     "base64 of 8 bits": lambda dataset: b"xxxxx" + base64.b64encode(eight_bits(dataset)),
     "base64 of JPEG": lambda dataset: base64.b64encode(picture("JPEG", quality=98)(dataset)),
+    "base64 of JPEG for URLs": lambda dataset: base64.urlsafe_b64encode(picture("JPEG", quality=98)(dataset)),
+    "hexadecimal text": lambda dataset: raw(dataset).hex().encode(),
+    "hexadecimal text of JPEG": lambda dataset: picture("JPEG", quality=98)(dataset).hex().encode(),
     "base64 of gzip": lambda dataset: base64.b64encode(gzip.compress(raw(dataset))),
 }
 
@@ -219,6 +229,51 @@ def test_a_frame_and_all_frames_are_copies(tmp_path: Path, frames: int) -> None:
     assert reason(lambda: dicom.check_supported(parse(path.read_bytes()))) == "pixel_copy"
 
 
+def dark(dataset: Dataset) -> None:
+    """Values whose lower bytes are all letters and digits."""
+    values = NOISE.normal(80, 15, (128, 128)).clip(48, 122).astype("<u2")
+    dataset.PixelData, dataset.PixelRepresentation = values.tobytes(), 0
+
+
+@pytest.mark.parametrize("pack", [zlib.compress, gzip.compress])
+@pytest.mark.parametrize("content", [raw, lambda dataset: dataset.pixel_array.astype(np.uint8).tobytes()])
+def test_a_packed_copy_of_values_that_look_like_text_is_refused(
+    tmp_path: Path, content: Callable[[Dataset], bytes], pack: Callable[[bytes], bytes]
+) -> None:
+    def change(dataset: Dataset) -> None:
+        dark(dataset)
+        in_private(dataset, pack(content(dataset)))
+
+    assert refusal(edited(tmp_path / "a.dcm", change)) == "pixel_copy"
+
+
+TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as it is": lambda values: values,
+    "inverted": lambda values: 127 - values,
+    "upside down": lambda values: values[::-1],
+    "from its end": lambda values: values[::-1, ::-1],
+    "transposed": lambda values: values.T,
+}
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("kind", ["u1", "<u2", ">u2", "<i4", "<f4", "<f8"])
+@pytest.mark.parametrize("turn", TURNS)
+def test_what_is_like_the_picture_is_refused_even_as_text(tmp_path: Path, turn: str, kind: str, parts: int) -> None:
+    def change(dataset: Dataset) -> None:
+        dark(dataset)
+        value = TURNS[turn](dataset.pixel_array.astype(int)).astype(kind).tobytes()
+        in_private(
+            dataset,
+            *(
+                value[at::parts] if turn == "transposed" else value[at * len(value) // parts :][: len(value) // parts]
+                for at in range(parts)
+            ),
+        )
+
+    assert refusal(edited(tmp_path / "a.dcm", change)) == "pixel_copy"
+
+
 def protocol(size: int) -> bytes:
     """As GE writes it: text, packed, behind its length."""
     lines = "".join(
@@ -249,6 +304,25 @@ def test_what_makers_write_stays(tmp_path: Path, kind: str, where: Callable[...,
     assert OWN[kind] in content and dicom.verify(path, content, 1).changed > 0
 
 
+SMALL: dict[str, list[bytes]] = {
+    "zeros": [bytes(2048)] * 2,
+    "larger zeros": [bytes(4096)] * 2,
+    "blanks": [b" " * 1024] * 4,
+    "names": [f"protocol name {number:02}".ljust(64).encode() for number in range(64)],
+    "one table of doubles": [np.linspace(0, 1, 512).astype("<f8").tobytes()],
+    "two tables of floats": [np.linspace(0, end, 1024).astype("<f4").tobytes() for end in (1, 2)],
+    "two tables of integers": [np.linspace(0, end, 1024).astype("<u2").tobytes() for end in (100, 4095)],
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_is_as_long_as_a_small_picture_and_unlike_it_stays(tmp_path: Path, kind: str) -> None:
+    path = edited(tmp_path / "a.dcm", lambda dataset: in_private(dataset, *SMALL[kind]), "MR_small.dcm")
+    dicom.check_supported(dicom.read_outline(path))
+    _, content, _ = protect(path)
+    assert all(value in content for value in SMALL[kind])
+
+
 def test_the_packed_protocol_is_long_enough_to_be_looked_at() -> None:
     assert len(OWN["packed protocol"]) > 4096 and len(gzip.decompress(OWN["packed protocol"][4:])) > 128 * 128
 
@@ -260,6 +334,13 @@ def test_sequences_of_an_unknown_type_are_not_followed_without_end(tmp_path: Pat
         value = b"\xfe\xff\0\xe0" + struct.pack("<L", len(element)) + element
     path = edited(tmp_path / "a.dcm", lambda dataset: in_unknown(dataset, value))
     assert refusal(path) == "nested_too_deep"
+
+
+def test_the_refusal_names_an_element_that_is_in_the_file(tmp_path: Path) -> None:
+    copy = as_items(picture("JPEG", quality=98), 2, table=True)
+    path = edited(tmp_path / "a.dcm", lambda dataset: in_unknown(dataset, copy(dataset)))
+    with pytest.raises(RefusedError, match=r"element \(0071,1001\) begins as an image file"):
+        dicom.check_supported(dicom.read_header(path))
 
 
 def test_the_refusal_says_which_element(tmp_path: Path) -> None:

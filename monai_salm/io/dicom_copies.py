@@ -11,11 +11,14 @@ import binascii
 import io
 import re
 import string
+import struct
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydicom.charset import default_encoding
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
@@ -24,13 +27,21 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_parse import ICON, ITEM, LARGE_PRIVATE_BYTES, MAX_DEPTH, PIXEL_TAGS, holds_pixels, too_deep
+from monai_salm.io.dicom_parse import (
+    ICON,
+    ITEM,
+    LARGE_PRIVATE_BYTES,
+    MAX_DEPTH,
+    MAX_HEADER_BYTES,
+    PIXEL_TAGS,
+    holds_pixels,
+    too_deep,
+)
 from monai_salm.io.dicom_pixels import decode
 
 __all__ = ["check_copies"]
 
 _IMAGE = re.compile(
-    rb"(?:\xfe\xff\0\xe0.{4}(?:\0{4})?){0,2}"  # items, as of encapsulated pixel data; the first one may hold an offset
     rb"(?:\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"  # JPEG and JPEG-LS, JPEG 2000, JP2
     rb"|[\x01\x02]\0\0\0\x40\0\0\0.{4}\0{52}"  # RLE of DICOM, of 8 and 16 bits
     rb"|\x89PNG\r\n|II[*+]\0|MM\0[*+]|GIF8[79]a"
@@ -40,18 +51,64 @@ _IMAGE = re.compile(
 """How images and archives begin; gzip is not among them, for makers write short texts with it."""
 _TEXT = string.printable.encode()
 _SPACE = string.whitespace.encode()
-_BASE64 = (string.ascii_letters + string.digits + "+/=").encode() + _SPACE + b"\0"
+_HEX = string.hexdigits.encode()
+_BASE64 = (string.ascii_letters + string.digits + "+/-_=").encode() + _SPACE + b"\0"
+_FROM_URLS = bytes.maketrans(b"-_", b"+/")
+_GZIP = b"\x1f\x8b"
 _ZLIB_OR_GZIP = 47
+_CHUNK = 1 << 14
+"""Bytes unpacked at a time: what follows the end of a member is copied, and a hostile value has many."""
+_WRAPPINGS = 3
+"""So many layers are taken off: base64 of gzip of gzip."""
 _MIN_PART = 64
 """Bytes of an element that may be part of a copy; a part is a row at least."""
+_LIKE = 0.9
+"""Correlation from which on values are those of the picture, whatever their scale; tables and texts stay far below."""
+_KINDS = {1: ["u1"], 2: ["<u2", ">u2", "<i2", ">i2"], 4: ["<f4", ">f4", "<i4", ">i4"], 8: ["<f8", ">f8"]}
+"""Types that a picture may have been converted to, by bytes per pixel."""
+_NUMBERS = (1e-9, 1e9)
+"""Sizes of the floating point numbers that makers put in tables; bytes of a picture, read so, are of all sizes."""
 
 
 class _Value(NamedTuple):
-    """An element that nobody has decoded, and whether it or a sequence around it is private."""
+    """An element that nobody has decoded (or the one around it that a file names), and whether it is private."""
 
     tag: BaseTag
     private: bool
     content: bytes
+
+
+class _Image:
+    """The pixels that others are compared with."""
+
+    def __init__(self, header: Dataset) -> None:
+        self._header = header
+        self.pixels = int(header.Rows) * int(header.Columns)
+        self.frames = int(header.get("NumberOfFrames") or 1)
+        self.frame_bytes = self.pixels * int(header.BitsAllocated) // 8
+
+    def lengths(self, length: int, spare: int = 1) -> Iterator[tuple[int, int]]:
+        """Frames and bytes per pixel, of one frame or of all, that so many bytes, padded or not, would have."""
+        for frames in dict.fromkeys((1, self.frames)):
+            for width in _KINDS:
+                if 0 <= length - frames * width * self.pixels <= spare:
+                    yield frames, width
+
+    def is_as_long(self, length: int, spare: int = 1) -> bool:
+        """Whether so many bytes are those of a frame or of all, of one or two bytes per pixel."""
+        return any(width <= 2 for _, width in self.lengths(length, spare))
+
+    def is_like(self, content: bytes) -> bool:
+        """Whether bytes as long as the pixels are the picture in other numbers, turned, or from its last pixel on."""
+        for frames, width in self.lengths(len(content)):
+            for index in [self.frames // 2] if frames > 1 else range(self.frames):
+                plane = decode(self._header, index)
+                start = index * width * self.pixels if frames > 1 else 0
+                for kind in _KINDS[width]:
+                    found = np.frombuffer(content, kind, self.pixels, start)
+                    if any(_correlation(found, turned.ravel()) > _LIKE for turned in _turned(plane)):
+                        return True
+        return False
 
 
 def check_copies(header: Dataset) -> None:
@@ -65,53 +122,101 @@ def check_copies(header: Dataset) -> None:
     """
     if holds_pixels(header):
         raise RefusedError("pixel_copy", "a sequence holds another image; remove it first")
-    pixels, frames = int(header.Rows) * int(header.Columns), int(header.get("NumberOfFrames") or 1)
-    size = pixels * int(header.BitsAllocated) // 8
-    if size * frames < LARGE_PRIVATE_BYTES:
+    image = _Image(header)
+    if image.frame_bytes * image.frames < LARGE_PRIVATE_BYTES:
         return
     values = list(_values(header))
     large = [value for value in values if len(value.content) >= LARGE_PRIVATE_BYTES]
     for tag, private, content in large:
-        rule = _rule(content, pixels)
-        if rule is None and private and _is_as_long(len(content), pixels, frames) and content.strip(content[:1]):
+        rule = _rule(content, image.pixels)
+        if rule is None and private and image.is_as_long(len(content)) and not _is_plain(content):
             rule = "is as long as the pixels, of 8 or 16 bits"
         if rule is not None:
             raise RefusedError("pixel_copy", f"element {tag} {rule}; remove it first")
-    lengths = Counter(len(content) for _, private, content in values if private)
-    for length, count in lengths.items():
-        if (
-            count > 1
-            and length >= max(header.Columns, _MIN_PART)
-            and _is_as_long(count * length, pixels, frames, spare=count)
-        ):
-            raise RefusedError(
-                "pixel_copy", f"{count} private elements of {length} bytes are as long as the pixels; remove them first"
-            )
-    if "PixelData" in header and any(len(value.content) >= min(size, len(header.PixelData)) for value in large):
-        _check_pixels(header, large, frames)
+    parts = list(_parts(values, image, max(int(header.Columns), _MIN_PART)))
+    if "PixelData" in header:
+        _check_pixels(header, image, large, parts)
+    else:
+        for each in parts:
+            if image.is_as_long(sum(map(len, each)), spare=len(each)) and not all(map(_is_plain, each)):
+                raise _in_parts(each)
 
 
-def _check_pixels(dataset: Dataset, values: Sequence[_Value], frames: int) -> None:
-    """The pixel data as they stand in the file, and one decoded frame, wherever they stand in another element."""
-    plane = decode(dataset, frames // 2)
-    copies = [dataset.PixelData] if plane.min() == plane.max() else [dataset.PixelData, plane.tobytes()]
+def _parts(values: Sequence[_Value], image: _Image, least: int) -> Iterator[list[bytes]]:
+    """Private elements of one length that are together as long as the pixels: halves, or rows."""
+    found: dict[int, list[bytes]] = defaultdict(list)
+    for _, private, content in values:
+        if private and len(content) >= least:
+            found[len(content)].append(content)
+    for length, parts in found.items():
+        if len(parts) > 1 and any(image.lengths(len(parts) * length, spare=len(parts))):
+            yield parts
+
+
+def _in_parts(parts: Sequence[bytes]) -> RefusedError:
+    told = f"{len(parts)} private elements of {len(parts[0])} bytes are as long as the pixels"
+    return RefusedError("pixel_copy", f"{told}; remove them first")
+
+
+def _check_pixels(dataset: Dataset, image: _Image, values: Sequence[_Value], parts: Sequence[list[bytes]]) -> None:
+    """The pixel data as they stand in the file, one decoded frame, and what is like it, wherever they are."""
+    least = min(image.frame_bytes, len(dataset.PixelData))
+    limit = max(8 * image.pixels, min(8 * image.pixels * image.frames, MAX_HEADER_BYTES)) + LARGE_PRIVATE_BYTES
+    plane, copies = None, []
     for tag, _, content in values:
-        if any(copy in content for copy in copies):
-            raise RefusedError("pixel_copy", f"element {tag} holds the pixels; remove it first")
+        for _, form in _forms(content, limit):
+            if len(form) < least and not any(image.lengths(len(form))):
+                continue
+            if plane is None:
+                plane = decode(dataset, image.frames // 2)
+                copies = [dataset.PixelData] + [plane.tobytes()] * bool(plane.min() < plane.max())
+            if any(copy in form for copy in copies) or image.is_like(form):
+                raise RefusedError("pixel_copy", f"element {tag} holds the pixels; remove it first")
+    for each in parts:
+        if any(image.is_like(joined) for joined in _joined(each, image)):
+            raise _in_parts(each)
 
 
-def _values(dataset: Dataset, private: bool = False, depth: int = 0) -> Iterator[_Value]:
+def _joined(parts: Sequence[bytes], image: _Image) -> Iterator[bytes]:
+    """Parts one after the other, and one byte of each in turn; without what pads each."""
+    count, length = len(parts), len(parts[0])
+    for frames, width in image.lengths(count * length, spare=count):
+        spare = count * length - frames * width * image.pixels
+        table = np.frombuffer(b"".join(parts), np.uint8).reshape(count, length)[:, : length - spare // count]
+        for order in (table, table.T):
+            yield order.tobytes()[: frames * width * image.pixels]
+
+
+def _turned(plane: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for rows in (plane, plane[::-1]):
+        for columns in (rows, rows[:, ::-1]):
+            yield from (columns, columns.T)
+
+
+def _correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Absolute correlation; 0 where either is constant."""
+    with np.errstate(all="ignore"):  # of what is no number, which is like nothing
+        one, other = (each.astype(np.float32) - np.float32(each.mean()) for each in (one, other))
+        norm = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+        return abs(float(one @ other)) / norm if norm else 0.0
+
+
+def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: BaseTag | None = None) -> Iterator[_Value]:
     """What nobody has decoded, at any depth, save icons, which no copy keeps, and the pixels themselves."""
     if depth > MAX_DEPTH:
         raise too_deep()
     for tag, element in dataset.items():
-        if tag == ICON or tag in PIXEL_TAGS:
+        if around is None and (tag == ICON or tag in PIXEL_TAGS):
             continue
         inside = private or tag.is_private
         if isinstance(element.value, bytes):
-            yield _Value(tag, inside, element.value)
-        for item in element.value if isinstance(element.value, Items) else _items(element):
-            yield from _values(item, inside, depth + 1)
+            yield _Value(around or tag, inside, element.value)
+        if isinstance(element.value, Items):
+            for item in element.value:
+                yield from _values(item, inside, depth + 1, around)
+        else:  # bytes may only look like items, and then no file has the elements in them
+            for item in _items(element):
+                yield from _values(item, inside, depth + 1, around or tag)
 
 
 def _items(element: RawDataElement | DataElement) -> Sequence[Dataset]:
@@ -125,33 +230,87 @@ def _items(element: RawDataElement | DataElement) -> Sequence[Dataset]:
         return ()
 
 
-def _is_as_long(length: int, pixels: int, frames: int, spare: int = 1) -> bool:
-    """Whether so many bytes are those of a frame or of all, of one or two bytes per pixel, padded or not."""
-    return any(0 <= length - size <= spare for n in (1, frames) for size in (n * pixels, 2 * n * pixels))
-
-
 def _rule(value: bytes, pixels: int) -> str | None:
     """Why a value is taken for a copy of an image with so many pixels, if it is."""
-    if _IMAGE.match(value):
-        return "begins as an image file or an archive does"
-    if any(_unpacks(value[start:], pixels) for start in (0, 4)):
-        return "is packed and holds at least as many bytes as there are pixels"
-    text = b"" if value.strip(_BASE64) else value.translate(None, _SPACE + b"=\0")
-    if text:
-        decoded = binascii.a2b_base64(text[: len(text) // 4 * 4])
-        if len(decoded) >= pixels or _rule(decoded, pixels):
-            return "is base64 of an image, or of as many bytes as there are pixels"
+    for how, form in _forms(value, pixels):
+        if any(_IMAGE.match(part) for part in _fragments(form)):
+            return f"is {how} of an image or an archive" if how else "begins as an image file or an archive does"
+        if how and len(form) >= pixels and not _is_text(form):
+            return f"is {how} of at least as many bytes as there are pixels"
     return None
 
 
-def _unpacks(value: bytes, least: int) -> bool:
-    """Whether zlib or gzip makes at least so many bytes of it, and no text, which is what makers pack."""
-    head = value[:2]
-    if head != b"\x1f\x8b" and (head[:1] != b"\x78" or int.from_bytes(head, "big") % 31):
-        return False
-    try:
-        unpacked = zlib.decompressobj(_ZLIB_OR_GZIP).decompress(value, least)
-    except zlib.error:
-        return False
-    told = unpacked.translate(None, b"\0")
-    return len(unpacked) >= least and len(told.translate(None, _TEXT)) > len(told) / 8
+def _fragments(value: bytes) -> Iterator[bytes]:
+    """A value, and what its items hold where it is made of them as encapsulated pixel data are (PS3.5 A.4)."""
+    yield value
+    position = 0
+    while value.startswith(ITEM, position) and position + 8 <= len(value):
+        (length,) = struct.unpack_from("<L", value, position + 4)
+        yield value[position + 8 : position + 8 + min(length, 256)]
+        position += 8 + length
+
+
+def _forms(value: bytes, limit: int, depth: int = 0) -> Iterator[tuple[str, bytes]]:
+    """A value as it is and without its wrappings, each with what the outermost of them is (of itself nothing)."""
+    yield "", value
+    if depth == _WRAPPINGS:
+        return
+    for how, content in _unwrapped(value, limit):
+        for _, form in _forms(content, limit, depth + 1):
+            yield how, form
+
+
+def _unwrapped(value: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
+    for start in (0, 4):  # behind a length, too
+        if unpacked := _unpack(value[start:], limit):
+            yield "zlib or gzip", unpacked
+    if value.strip(_BASE64):
+        return
+    text = value.translate(_FROM_URLS, _SPACE + b"=\0")
+    if not text.strip(_HEX):
+        yield "hexadecimal text", bytes.fromhex(text[: len(text) // 2 * 2].decode("ascii"))
+    if not text.strip(_BASE64):
+        yield "base64", binascii.a2b_base64(text[: len(text) // 4 * 4])
+
+
+def _unpack(value: bytes, limit: int) -> bytes:
+    """What zlib or gzip, of one or more members, makes of it, up to so many bytes; nothing where it is neither."""
+    if value[:2] != _GZIP and (value[:1] != b"\x78" or int.from_bytes(value[:2], "big") % 31):
+        return b""
+    found: list[bytes] = []
+    position, left, member = 0, limit, zlib.decompressobj(_ZLIB_OR_GZIP)
+    while left > 0 and position < len(value):
+        if member.eof:
+            if not value.startswith(_GZIP, position):
+                break
+            member = zlib.decompressobj(_ZLIB_OR_GZIP)
+        chunk = value[position : position + _CHUNK]
+        try:
+            found.append(member.decompress(chunk, left))
+        except zlib.error:
+            break
+        position += len(chunk) - len(member.unused_data)
+        left -= len(found[-1])
+    return b"".join(found)
+
+
+def _is_plain(value: bytes) -> bool:
+    """Whether bytes as long as the pixels tell by themselves that they are no picture."""
+    return not value.strip(value[:1]) or not value.rstrip(b"\0").translate(None, _TEXT) or _is_numbers(value)
+
+
+def _is_text(value: bytes) -> bool:
+    """Whether nearly all is printable, or nothing but zeros; zeros at the end pad it, others are no text."""
+    told = value.rstrip(b"\0")
+    return len(told.translate(None, _TEXT)) <= len(told) / 8
+
+
+def _is_numbers(value: bytes) -> bool:
+    """Whether it is a table of floating point numbers."""
+    low, high = _NUMBERS
+    for kind in ("<f8", "<f4", ">f8", ">f4"):
+        if len(value) % np.dtype(kind).itemsize == 0:
+            sizes = np.abs(np.frombuffer(value, kind))
+            if bool(((sizes == 0) | (sizes >= low) & (sizes <= high)).all()):  # false of what is no number
+                return True
+    return False
