@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from exports import write_series
 from pydicom import uid
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_sequence
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 from test_companions import write_referring
@@ -247,6 +250,22 @@ def test_values_of_odd_length_are_padded(tmp_path: Path, nested: bool, implicit:
     for name, (tag, _, value, padding) in ODD.items():
         if name != "ConcatenationUID":  # which is another one now
             assert written.get_item(tag).value == value + padding, name
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_items_of_an_unknown_type_and_of_odd_length_can_still_be_read(tmp_path: Path, implicit: bool) -> None:
+    element = struct.pack("<HHL", 0x0047, 0x1001, 3) + b"abc"
+    items = b"\xfe\xff\0\xe0" + struct.pack("<L", len(element)) + element
+    dataset = pydicom.dcmread(bundled("MR_small_implicit.dcm" if implicit else "MR_small.dcm"))
+    tag = Tag(0x0047, 0x10E3)
+    dataset[tag] = RawDataElement(tag, None if implicit else "UN", len(items), items, 0, implicit, True)
+    dataset.private_block(0x0047, "GEMS_3DSTATE_001", create=True)
+    path = tmp_path / "a.dcm"
+    dataset.save_as(path)
+    _, content, _ = protect(path)
+    assert dicom.verify(path, content, 1).changed > 0
+    (item,) = read_sequence(io.BytesIO(parse(content).get_item(tag).value), True, True, len(items), "iso8859")
+    assert item[0x0047, 0x1001].value == b"abc"
 
 
 def test_values_of_odd_length_are_padded_in_companions_too(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_elements import ITEM
 from monai_salm.io.dicom_parse import (
     ICON,
-    ITEM,
     LARGE_PRIVATE_BYTES,
     MAX_DEPTH,
     MAX_HEADER_BYTES,

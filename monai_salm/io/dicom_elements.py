@@ -27,6 +27,7 @@ from pydicom.tag import BaseTag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STR_VR, VR
 
 __all__ = [
+    "ITEM",
     "Elements",
     "Stop",
     "pad",
@@ -43,6 +44,8 @@ Stop = Callable[[BaseTag, str | None, int], bool]
 """As pydicom asks before it reads a value, by tag, type and length."""
 
 UNDEFINED = 0xFFFFFFFF
+ITEM = b"\xfe\xff\x00\xe0"
+"""How an item of a sequence begins (PS3.5 7.5), little endian."""
 _CHARACTER_SET = BaseTag(0x00080005)
 _PIXEL_DATA = BaseTag(0x7FE00010)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
@@ -143,7 +146,11 @@ def replace_elements(dataset: Dataset, elements: Iterable[DataElement | RawDataE
 
 
 def pad(dataset: Dataset) -> None:
-    """Give each value that nobody has decoded, at any depth, an even length (PS3.5 7.1.1 and 6.2)."""
+    """Give each value that nobody has decoded, at any depth, an even length (PS3.5 7.1.1 and 6.2).
+
+    Bytes that are items stay as they are, of types that nobody knows: who reads them takes what pads them for another
+    item, which has no end.
+    """
     elements = list(dataset.values())
     for element in elements:
         for item in element.value if isinstance(element.value, Items) else ():
@@ -155,7 +162,9 @@ def pad(dataset: Dataset) -> None:
 
 def _padded(element: DataElement | RawDataElement) -> DataElement | RawDataElement:
     value, vr = element.value, element.VR
-    if not isinstance(value, bytes) or len(value) % 2 == 0 or element.is_raw and element.length == UNDEFINED:
+    if not isinstance(value, bytes) or len(value) % 2 == 0 or value.startswith(ITEM):
+        return element
+    if element.is_raw and element.length == UNDEFINED:
         return element
     if vr in (None, "UN") and dictionary_has_tag(element.tag):
         vr = dictionary_VR(element.tag)

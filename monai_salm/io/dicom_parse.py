@@ -21,7 +21,7 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_elements import Stop, read_elements, read_rest, to_dataset, to_meta
+from monai_salm.io.dicom_elements import ITEM, Stop, read_elements, read_rest, to_dataset, to_meta
 from monai_salm.io.dicom_endian import to_little_endian
 
 __all__ = [
@@ -52,9 +52,8 @@ LARGE_PRIVATE_BYTES = 4096
 """From this size on a private element may be a copy of the pixels."""
 MAX_DEPTH = 32
 """Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
-ITEM = b"\xfe\xff\x00\xe0"
 _ITEMS = (ITEM, b"\xfe\xff\xdd\xe0")
-"""How an item and the end of a sequence begin (PS3.5 7.5), little endian."""
+"""How an item and the end of a sequence begin."""
 _NESTED_PIXELS = b"\xe0\x7f\x10\x00"
 ICON = 0x00880200
 _LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
