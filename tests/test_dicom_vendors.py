@@ -276,3 +276,18 @@ def test_values_of_odd_length_are_padded_in_companions_too(tmp_path: Path) -> No
     (tmp_path / "copy.dcm").write_bytes(content)
     dicom.verify_companion(path, tmp_path / "copy.dcm")
     assert not odd_values(parse(content))
+
+
+@pytest.mark.parametrize("name", ["0f8fad5b-d9cb-469f-a165-70867728950e", "anon_000123", "9F86D081884C7D65"])
+def test_what_a_tool_wrote_in_place_of_a_uid_is_replaced_as_a_uid(tmp_path: Path, name: str) -> None:
+    def change(dataset: Dataset) -> None:
+        dataset.StudyInstanceUID = dataset.SeriesInstanceUID = dataset.PatientID = name
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = name
+
+    path = edited(tmp_path / "a.dcm", change)
+    _, content, _ = protect(path)
+    assert dicom.verify(path, content, 1).changed > 0
+    after = parse(content)
+    assert after.PatientID == name, "no identity is changed"
+    assert all(uid.UID(after[each].value).is_valid for each in ("StudyInstanceUID", "SeriesInstanceUID"))
+    assert uid.UID(after.SOPInstanceUID).is_valid and after.SOPInstanceUID == after.file_meta.MediaStorageSOPInstanceUID

@@ -42,7 +42,7 @@ SOP_CLASSES = frozenset(
         uid.SecondaryCaptureImageStorage,
     }
 )
-_UID = re.compile(r"[0-9A-Za-z.]{1,64}")  # letters: hashes, as some de-identification tools write
+_UID = re.compile(r"[0-9A-Za-z._-]{1,64}")  # hashes, UUIDs and names, as de-identification tools write
 _OVERLAYS = [(Tag(group, 0x0010), Tag(group, 0x3000)) for group in range(0x6000, 0x6020, 2)]
 _MULTI_FRAME_CLASSES = frozenset(
     {
