@@ -130,8 +130,11 @@ def forget_place(dataset: Dataset) -> None:
         delattr(dataset, keyword)
 
 
-@pytest.mark.parametrize(("shift", "fits"), [(0.009, True), (0.5, False)])
-def test_uid_and_position_must_agree(tmp_path, series, shift, fits):
+@pytest.mark.parametrize(
+    ("shift", "named", "fits"), [(0.009, False, True), (0.12, True, True), (0.12, False, False), (0.5, True, False)]
+)
+def test_uid_and_position_must_agree(tmp_path, series, shift, named, fits):
+    """To 5 % of the gap of 2.5 mm where a frame names its one source, else to 0.01 mm."""
     seg = write_segmentation(tmp_path / "seg", series, one_hot(truth()))
 
     def move(dataset: Dataset) -> None:
@@ -139,10 +142,27 @@ def test_uid_and_position_must_agree(tmp_path, series, shift, fits):
         position.ImagePositionPatient = [0, 0, float(position.ImagePositionPatient[2]) + shift]
 
     edit_dicom(seg, move)
+    if not named:
+        edit_dicom(seg, forget_sources)
     if fits:
         np.testing.assert_array_equal(read_mask(case_of(series, seg), 3), canonical(truth()))
+    elif named:
+        refused(case_of(series, seg), "mask_affine", "0.5 mm", "0.125 mm are tolerated")
     else:
-        refused(case_of(series, seg), "mask_affine", "0.5 mm", "0.01 mm are tolerated")
+        refused(case_of(series, seg), "mask_missing_slices")
+
+
+def test_one_slice_alone_tells_its_gap_in_its_header(tmp_path, series):
+    seg = write_segmentation(tmp_path / "seg", series[:1], one_hot(truth()[:1]))
+
+    def move(dataset: Dataset) -> None:
+        dataset.ImagePositionPatient = [0, 0, 0.12]
+        dataset.SpacingBetweenSlices = dataset.SliceThickness = None
+
+    edit_dicom(series[0], move)
+    refused(case_of(series[:1], seg), "mask_affine", "0.01 mm are tolerated", spatial_dims=2)
+    edit_dicom(series[0], lambda dataset: setattr(dataset, "SpacingBetweenSlices", 2.5))
+    np.testing.assert_array_equal(read_mask(case_of(series[:1], seg), 2), truth()[:1])
 
 
 def test_a_frame_on_another_slice_than_its_source_is_refused(tmp_path, series):

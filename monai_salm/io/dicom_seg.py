@@ -23,7 +23,7 @@ from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom_frames import headers_of
 from monai_salm.io.dicom_parse import NATIVE, identify, parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import check_codestream
-from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, orientation_of, to_canonical
+from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, GAP_TOLERANCE, orientation_of, to_canonical
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation
@@ -33,7 +33,9 @@ __all__ = ["SegHeader", "is_segmentation", "missing_slices", "read", "read_seg_h
 SEG_CLASSES = (uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage, and Label Map Segmentation Storage, which pydicom does not name yet."""
 POSITION_TOLERANCE_MM = 0.01
-"""A frame lies on a slice when no coordinate differs by more: positions are often written with two decimals."""
+"""A frame lies on a slice when no coordinate differs by more: positions are often written with two decimals.
+Where it names one slice as its source, they may also differ by ``GAP_TOLERANCE`` of the gap between slices: tools write
+regular grids, scanners do not."""
 SPACING_TOLERANCE = 1e-4
 """Of the pixel spacing, relative; as for the slices of a volume."""
 _BROKEN = "the segmentation is broken or of a kind that is not supported; export it again as DICOM SEG"
@@ -265,7 +267,8 @@ def _place(segmentation: _Segmentation, headers: Sequence[Dataset], *, complete:
     uids = [str(header.SOPInstanceUID) for header in headers]
     known = [header.get("ImagePositionPatient") for header in headers]
     positions = np.array([[float(each) for each in position] for position in known]) if all(known) else None
-    places = [_place_frame(frame, uids, positions, complete) for frame in segmentation.frames]
+    tolerance = max(POSITION_TOLERANCE_MM, GAP_TOLERANCE * _gap(headers[0], positions))
+    places = [_place_frame(frame, uids, positions, tolerance, complete) for frame in segmentation.frames]
     if complete:
         lost = segmentation.header.instances - set(uids)
         adrift = {
@@ -278,8 +281,15 @@ def _place(segmentation: _Segmentation, headers: Sequence[Dataset], *, complete:
     return places
 
 
+def _gap(header: Dataset, positions: NDArray[np.float64] | None) -> float:
+    """mm between slices; of one slice alone what its header says, 0 where that is nothing."""
+    if positions is not None and len(positions) > 1:
+        return float(np.median(np.linalg.norm(np.diff(positions, axis=0), axis=1)))
+    return max(0.0, float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 0))
+
+
 def _place_frame(
-    frame: _Frame, uids: Sequence[str], positions: NDArray[np.float64] | None, complete: bool
+    frame: _Frame, uids: Sequence[str], positions: NDArray[np.float64] | None, tolerance: float, complete: bool
 ) -> int | None:
     named = [index for index, each in enumerate(uids) if each in frame.sources]
     if frame.sources and not named:
@@ -287,13 +297,14 @@ def _place_frame(
     if frame.position is not None and positions is not None:
         apart = np.abs(positions - frame.position).max(axis=1)
         nearest = int(apart.argmin())
-        if apart[nearest] <= POSITION_TOLERANCE_MM and (not named or nearest in named):
+        tolerance = tolerance if len(named) == len(frame.sources) == 1 else POSITION_TOLERANCE_MM
+        if apart[nearest] <= tolerance and (not named or nearest in named):
             return nearest
         if named and (complete or len(frame.sources) == 1):
             raise RefusedError(
                 "mask_affine",
                 f"a frame of the segmentation lies {apart[named].min():.4g} mm from the slice that it names as its "
-                f"source ({POSITION_TOLERANCE_MM:g} mm are tolerated); segment the original slices",
+                f"source ({tolerance:.4g} mm are tolerated); segment the original slices",
             )
         return None
     if len(named) == 1:

@@ -19,7 +19,7 @@ __all__ = ["from_canonical", "order_volume", "orientation_of", "spacing_of", "to
 DIRECTION_TOLERANCE = 1e-4
 """Of direction cosines: exporters round them, and not equally in all slices of a series."""
 DUPLICATE_MM = 1e-3
-SPACING_TOLERANCE = 0.05
+GAP_TOLERANCE = 0.05
 SPACING_TOLERANCE_MM = 0.01
 """A gap may differ from the median gap by 5 % of it, or by 0.01 mm where that is more. Positions only say in which
 order slices lie; scanners round them, some to 0.02 mm and more. A missing slice is off by 100 %."""
@@ -96,7 +96,7 @@ def _check_gaps(positions: NDArray[np.float64], heights: NDArray[np.float64]) ->
         raise RefusedError("duplicate_position", "slices share a position (several echoes or times?); split the series")
     steps = np.diff(positions, axis=0)
     median = np.median(steps, axis=0)
-    tolerance = max(SPACING_TOLERANCE * float(np.linalg.norm(median)), SPACING_TOLERANCE_MM)
+    tolerance = max(GAP_TOLERANCE * float(np.linalg.norm(median)), SPACING_TOLERANCE_MM)
     excess = np.linalg.norm(steps - median, axis=1)
     if excess.max() > tolerance:
         worst = int(excess.argmax())
