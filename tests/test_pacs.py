@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import orthanc
 import pydicom.data
@@ -256,7 +257,9 @@ class TestCommand:
         contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
         codes = iter([0x0000, 0xA700, 0xA700, 0xB000])
         with self.peer(contexts, [(evt.EVT_C_STORE, lambda event: next(codes))]) as target:
-            with pytest.raises(PushError, match=r"not_stored: 2 of 4 files were not stored \(2 with status a700\)"):
+            with pytest.raises(
+                PushError, match=r"not_stored: 2 of 4 files were not stored \(2 with status a700\), 2 were"
+            ):
                 push(out, target)
 
     def test_a_pacs_that_does_not_give_back_is_told(self, out):
@@ -313,8 +316,44 @@ class TestCommand:
             return 0
 
         with self.peer(contexts, [(evt.EVT_C_STORE, go)]) as target:
-            with pytest.raises(PushError, match=r"4 of 4 .*\(1 with no answer, 3 with not sent\)"):
+            with pytest.raises(PushError, match=r"4 of 4 .*\(1 with no answer, 3 with not sent\), 0 were"):
                 push(out, target)
+
+    @pytest.mark.parametrize("again", ["refused", "takes nothing", "refused once"])
+    def test_a_connection_that_is_not_made_again_is_told_with_what_was_stored(self, again, monkeypatch):
+        def answer(left: int, contexts: list) -> SimpleNamespace:
+            peer = SimpleNamespace(is_established=True, accepted_contexts=contexts, left=left)
+
+            def send(path: Path) -> Dataset:
+                peer.left -= 1
+                peer.is_established = peer.left > 0  # it answers, and then it is gone
+                status = Dataset()
+                status.Status = 0x0000
+                return status
+
+            peer.send_c_store = send
+            return peer
+
+        taken = [SimpleNamespace(abstract_syntax="c", transfer_syntax=["t"])]
+        peers = iter([answer(6, taken), *[answer(9, []) if again == "takes nothing" else None] * 5])
+        if again == "refused once":
+            peers = iter([answer(6, taken), None, answer(9, taken)])
+
+        @contextmanager
+        def associate(*arguments: object) -> Iterator[SimpleNamespace]:
+            peer = next(peers)
+            if peer is None:
+                raise PushError("no_connection", "gone")
+            yield peer
+
+        monkeypatch.setattr(pacs, "_association", associate)
+        files = [pacs._File(Path("x"), "1", "2", f"3.{number}", "c", "t", "") for number in range(10)]
+        if again == "refused once":
+            pacs._store(files, Target("X", "x", 1), "Y")
+        else:
+            with pytest.raises(PushError, match=r"4 of 10 files were not stored \(4 with not sent\), 6 were"):
+                pacs._store(files, Target("X", "x", 1), "Y")
+        assert not list(peers)
 
     def test_a_release_without_dicom_is_told(self, tmp_path):
         for index in range(2):

@@ -36,7 +36,7 @@ SECONDS = 60.0
 _CONTEXTS = 64
 """Presentation contexts of one association; there may be 128."""
 _IN_VAIN = 5
-"""So many files in a row without an answer, and the rest is not sent."""
+"""So many files without an answer or refused connections in a row, and the rest is not sent."""
 _NAMED = 20
 """Files that a message names at most."""
 _TEXT = re.compile(r"([^@\\\s]{1,16})@([^@\s:]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", re.ASCII)
@@ -221,18 +221,19 @@ def _store(files: Sequence[_File], target: Target, ae_title: str) -> None:
     before, _config.STORE_SEND_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET, True  # bytes as they are on disk
     failed: dict[str, str] = {}  # why, by the UID of the copy
     try:
-        for group in _kinds(files):
-            _store_kinds(group, target, ae_title, failed)
+        for number, group in enumerate(_kinds(files)):
+            _store_kinds(group, target, ae_title, failed, first=number == 0)
     finally:
         _config.STORE_SEND_CHUNKED_DATASET = before
     if failed:
         told = ", ".join(f"{count} with {status}" for status, count in sorted(Counter(failed.values()).items()))
         named = ", ".join(list(failed)[:_NAMED]) + (f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else "")
-        detail = f"{len(failed)} of {len(files)} files were not stored ({told}); look at them and send again: {named}"
-        raise PushError("not_stored", detail)
+        stored = len(files) - len(failed)
+        detail = f"{len(failed)} of {len(files)} files were not stored ({told}), {stored} were; look at them and send "
+        raise PushError("not_stored", f"{detail}again: {named}")
 
 
-def _store_kinds(group: Sequence[_File], target: Target, ae_title: str, failed: dict[str, str]) -> None:
+def _store_kinds(group: Sequence[_File], target: Target, ae_title: str, failed: dict[str, str], *, first: bool) -> None:
     """Send files of kinds that are negotiated together.
 
     A PACS may end the association on a file that it cannot read; the others go by a new one.
@@ -240,11 +241,12 @@ def _store_kinds(group: Sequence[_File], target: Target, ae_title: str, failed: 
     association, in_vain = None, 0
     with ExitStack() as stack:
         for file in track(group, "sending"):
-            if association is None or not association.is_established:
+            while in_vain < _IN_VAIN and (association is None or not association.is_established):
                 stack.close()
-                association = _open(stack, group, target, ae_title, failed) if in_vain < _IN_VAIN else None
-            if association is None:
-                failed[file.instance], in_vain = "not sent", _IN_VAIN
+                association = _open(stack, group, target, ae_title, first=first)
+                first, in_vain = False, in_vain + (association is None)
+            if association is None or not association.is_established:
+                failed[file.instance] = "not sent"
                 continue
             status = association.send_c_store(file.path)
             if "Status" not in status:
@@ -255,21 +257,26 @@ def _store_kinds(group: Sequence[_File], target: Target, ae_title: str, failed: 
                 failed[file.instance] = f"status {code:04x}"
 
 
-def _open(stack: ExitStack, group: Sequence[_File], target: Target, ae_title: str, failed: dict[str, str]) -> Any:
-    """An association that takes all of these files; None where there was one and the PACS has gone since."""
+def _open(stack: ExitStack, group: Sequence[_File], target: Target, ae_title: str, *, first: bool) -> Any:
+    """An association that takes all of these files; None where there is none now, unless it is the first of all.
+
+    Later ones raise nothing: what has been sent by then must be told.
+    """
     try:
         association = stack.enter_context(_association(target, ae_title, group))
     except PushError:
-        if failed:
-            return None
-        raise
+        if first:
+            raise
+        return None
     accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
     refused = {(file.sop_class, file.syntax) for file in group} - accepted
+    if refused and not first:
+        return None
     if refused:
         raise PushError(
             "not_accepted",
             f"the PACS takes {len(refused)} of {len(accepted | refused)} kinds of file not in their "
-            "transfer syntax; allow it there, or write the release in another one. None of these was sent",
+            "transfer syntax; allow it there, or write the release in another one. Nothing was sent",
         )
     return association
 
