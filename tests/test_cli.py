@@ -347,11 +347,11 @@ def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path
 def test_a_refused_file_exits_with_3_and_says_where_the_reasons_are(run, export, stub, tmp_path):
     (export / "note.txt").write_text("x")
     code, out, _ = run("protect", export, tmp_path / "out", "--bundle", stub)
-    said = f"1 of 5 cases were refused (1 unknown_file): see {tmp_path / 'out' / 'private' / 'refusals.jsonl'}"
+    said = f"1 refused (1 unknown_file), 4 cases protected: see {tmp_path / 'out' / 'private' / 'refusals.jsonl'}"
     hint = "'monai-salm inspect EXPORT --all --names'"
     assert code == cli.NOT_PROTECTED and out.count(said) == out.count("refused (") == out.count(hint) == 1
     code, out, _ = run("verify", tmp_path / "out")
-    assert code == cli.NOT_PROTECTED and "\n1 cases were refused (1 unknown_file): see " in out and hint in out
+    assert code == cli.NOT_PROTECTED and f"\n{said}\n" in out and hint in out
 
 
 def test_the_code_that_a_stage_exits_with_is_kept(run, export, stub, tmp_path):

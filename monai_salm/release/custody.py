@@ -25,6 +25,7 @@ from monai_salm.release.labels import LABELS_FILE, Cohort
 from monai_salm.release.manifest import (
     COMPANION,
     GENESIS,
+    PROTECTED,
     TABLE,
     ManifestRow,
     journal_text,
@@ -96,15 +97,18 @@ def read_refusals(output_dir: Path | str) -> list[Refusal]:
     return [Refusal(**record) for path in paths for record in read_chain(path)[0]]
 
 
-def refusals_line(output_dir: Path | str, cohort: Cohort | None = None) -> str:
-    """How much was refused (of how much, with a cohort), why, and where that is told; empty where nothing was."""
+def refusals_line(output_dir: Path | str) -> str:
+    """What was refused, why, beside how many cases, and where that is told; empty where nothing was.
+
+    Cases are those in the manifest: what is refused may be a file that is no case, or a series that is not known.
+    """
     refusals = read_refusals(output_dir)
     if not refusals:
         return ""
     names = {refusal.name for refusal in refusals}
-    whole = f" of {len(names.union(map(owner_id, cohort.cases)))}" if cohort else ""
+    cases = {row.sample_id for row in read_manifest(output_dir) if row.state == PROTECTED}
     reasons = tally(refusal.reason for refusal in refusals)
-    return f"{len(names)}{whole} cases were refused ({reasons}): see {Path(output_dir) / REFUSALS}"
+    return f"{len(names)} refused ({reasons}), {len(cases)} cases protected: see {Path(output_dir) / REFUSALS}"
 
 
 def close(

@@ -128,7 +128,7 @@ def protect_cohort(
     if units and not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
         raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / REFUSALS}")
-    if told := custody.refusals_line(output_dir, cohort):
+    if told := custody.refusals_line(output_dir):
         print(told, flush=True)
     return manifest
 
