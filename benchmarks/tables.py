@@ -7,7 +7,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -53,6 +53,19 @@ def demo(path: Path) -> None:
     for arm, cells in results["summary"].items():
         shown = [*(show(cells) for show in columns.values()), gap(gaps.get(arm))]
         print(f"| {arm} | {' | '.join([*shown, *([gap(by_auc.get(arm))] if by_auc else [])])} |")
+
+
+def fits(paths: Sequence[Path]) -> None:
+    """Closed gaps of one demo over several fits: mean and standard deviation."""
+    for arm in ("protected", "random_mask"):
+        for name in ("closed gap", "by AUC"):
+            values = []
+            for path in paths:
+                results = json.loads(path.read_text())
+                gaps = {"protected": results["closed_gap"]} | results["closed_gap_controls"]
+                values.append((gaps if name == "closed gap" else results["closed_gap_auc"])[arm]["mean"])
+            shown = ", ".join(f"{value:.2f}" for value in values)
+            print(f"{arm}, {name} of {len(paths)} fits: {mean(values):.2f} ± {stdev(values):.2f} ({shown})")
 
 
 def of_cases() -> dict[str, Column]:
@@ -122,11 +135,13 @@ def main() -> None:
     """Every report in the results folder."""
     for path in [*sorted(RESULTS.glob("demo_*.json")), RESULTS / "lesions_3d.json"]:
         demo(path)
+    fits(sorted(RESULTS.glob("demo_2d*.json")))
     for name in (
         "arena_default",
         "arena",
         "arena_more",
         "arena_augmented",
+        "arena_bounds",
         "arena_psnr",
         "arena_classes",
         "arena_volumes",

@@ -102,20 +102,24 @@ class SALM(Perturbation):
                 chosen = self.refresh != "step"
             torch.clamp(steps.sub_(mean.sign().mul_(stride)), lower, upper, out=steps)
         steps.mul_(keep)
-        return _faithful(steps, mean.abs_(), lattice, self._bounds(image, lattice))
+        bounds = self._bounds(image, lattice)
+        return _faithful(steps, mean.abs_(), lattice, bounds) if bounds else steps
 
     def _bounds(self, image: Tensor, lattice: Lattice) -> list[Bound]:
+        """What each image must keep, the cheapest first."""
+        most, least = 10 ** (-(self.psnr or 0.0) / 10), self.ssim or 0.0
+
         def change(steps: Tensor, at: Tensor | slice) -> Tensor:
             return steps.round().mul_(lattice.unit_step[at])
 
-        bounds: list[Bound] = []
-        if self.psnr is not None:
-            most = 10 ** (-self.psnr / 10)
-            bounds.append(lambda steps, at: change(steps, at).square_().flatten(1).mean(1) <= most)
-        if self.ssim is not None:
-            least, alike = self.ssim, structural_similarity
-            bounds.append(lambda steps, at: alike(image[at], change(steps, at).add_(image[at])) >= least)
-        return bounds
+        def keeps_psnr(steps: Tensor, at: Tensor | slice) -> Tensor:
+            return change(steps, at).square_().flatten(1).mean(1) <= most
+
+        def keeps_ssim(steps: Tensor, at: Tensor | slice) -> Tensor:
+            return structural_similarity(image[at], change(steps, at).add_(image[at])) >= least
+
+        asked = ((self.psnr, keeps_psnr), (self.ssim, keeps_ssim))
+        return [keeps for value, keeps in asked if value is not None]
 
 
 def _faithful(steps: Tensor, size: Tensor, lattice: Lattice, bounds: Sequence[Bound]) -> Tensor:

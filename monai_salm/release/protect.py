@@ -163,7 +163,6 @@ def prepare_output(source: Path | str | None, output_dir: Path | str, shard: Sha
     if lock.take(output_dir, shard.lock):
         atexit.register(lock.give_back, output_dir, shard.lock)
     with lock.holding(output_dir, wait_s=_WAIT_S):
-        clear_key_parts(output_dir)
         start_time(output_dir)
     door.clear_staging(output_dir, shard.part)
 
