@@ -6,14 +6,11 @@ python benchmarks/convolution.py --output benchmarks/results/convolution.json
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from setting import machine, versions
+from setting import command_line, write
 
 from monai_salm.convolution import convolve, image_gradient
 
@@ -63,9 +60,8 @@ def measure(batch: int, size: tuple[int, ...], kernel_size: int, repetitions: in
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -73,8 +69,7 @@ def main() -> None:
         shown = {"workload": name, "batch": batch, "size": size, "kernel_size": kernel_size}
         rows.append(shown | measure(batch, size, kernel_size, options.repetitions))
         print(f"{name}: {rows[-1]['times_faster']:.1f} times as fast as PyTorch's")
-    found = {"benchmark": "convolution", "seed": 0, "features": FEATURES, "rows": rows}
-    options.output.write_text(json.dumps(found | {"versions": versions(), "machine": machine()}, indent=1) + "\n")
+    write("convolution", {"seed": 0, "features": FEATURES, "rows": rows}, options.output)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,11 @@ time depends on what else runs.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +24,11 @@ from monai.bundle import ConfigParser
 from monai.data import CacheDataset, MetaTensor
 from monai.transforms import Compose
 from monai.utils import set_determinism
-from setting import configured, machine, versions
+from setting import command_line, configured, write
 from torch import Tensor
 
 from monai_salm.perturbations.base import Objective, frozen
 from monai_salm.stored import StoredCodec
-from monai_salm.verification.results import write_atomically
 from monai_salm.workflows import bundle_for
 
 TARGET = 1.15
@@ -184,8 +179,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser = command_line(__doc__)
     parser.add_argument("--repetitions", type=int, default=5, help="pairs per workload")
     parser.add_argument("--only", type=int, choices=range(len(WORKLOADS)), help="one workload alone")
     parser.add_argument("--threads", type=int, default=1, help="threads of both sides")
@@ -194,20 +188,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(asked.threads)
     chosen = WORKLOADS if asked.only is None else WORKLOADS[asked.only : asked.only + 1]
     results = {
-        "benchmark": "fit_cost",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "target_ratio": TARGET,
         "repetitions": asked.repetitions,
         "workloads": [measure(workload, asked.repetitions, {"device": asked.device}) for workload in chosen],
-        "versions": versions(),
-        "machine": machine(asked.device),
         "note": [
             "Images are uniform noise: time does not depend on what is in them.",
             "The ratio is that of neighbors in time (fit, bare, fit, bare, ...); it includes the construction of the "
             "trainer (digests of all images), the bank, and all else between the loaded images and the finished fit.",
         ],
     }
-    write_atomically(json.dumps(results, indent=2, allow_nan=False) + "\n", asked.output)
+    write("fit_cost", results, asked.output, asked.device)
     for found in results["workloads"]:
         ratio, cost = found["ratio"], found["passes_per_image"]["total"]
         print(

@@ -6,14 +6,10 @@ python benchmarks/large_volume.py --output benchmarks/results/large_volume.json
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from convolution import least
 from monai.metrics import SSIMMetric
-from setting import configured, machine, versions
+from setting import command_line, configured, write
 
 from monai_salm.perturbations.budget import Budget, Lattice
 from monai_salm.similarity import structural_similarity
@@ -57,15 +53,13 @@ def measure(repetitions: int) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     seconds = measure(options.repetitions)
     print(*(f"{name}: {each:.2f} s" for name, each in seconds.items()), sep="\n")
-    found = {"benchmark": "large_volume", "seed": 0, "size": SIZE, "processor_seconds": seconds}
-    options.output.write_text(json.dumps(found | {"versions": versions(), "machine": machine()}, indent=1) + "\n")
+    write("large_volume", {"seed": 0, "size": SIZE, "processor_seconds": seconds}, options.output)
 
 
 if __name__ == "__main__":

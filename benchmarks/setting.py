@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark runs with: the shipped configuration, and a description of the versions and the machine."""
+"""What a benchmark runs with (the shipped configuration), how it is called, and the file that it writes."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import warnings
 from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
 
+from monai_salm.verification.results import write_atomically
 from monai_salm.verification.setting import machine, versions
 from monai_salm.workflows import bundle_path
 
-__all__ = ["configured", "machine", "versions"]
+__all__ = ["command_line", "configured", "machine", "versions", "write"]
 
 
 def configured(bundle: str, overrides: Mapping[str, Any]) -> ConfigParser:
@@ -29,3 +34,18 @@ def configured(bundle: str, overrides: Mapping[str, Any]) -> ConfigParser:
     for name, value in overrides.items():
         parser[name] = value
     return parser
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser that knows ``--output``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    return parser
+
+
+def write(benchmark: str, found: Mapping[str, Any], output: Path, device: str = "cpu") -> None:
+    """Write a result file: what was found, and what it depends on (time, versions, machine)."""
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    around = {"versions": versions(), "machine": machine(device)}
+    content = {"benchmark": benchmark, "created": created, **found, **around}
+    write_atomically(json.dumps(content, indent=1, allow_nan=False) + "\n", output)

@@ -6,14 +6,12 @@ python benchmarks/visibility.py --output benchmarks/results/visibility.json
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from pydicom.data import get_testdata_file
-from setting import machine, versions
+from setting import command_line, write
 
 from monai_salm.io.base import Case
 from monai_salm.io.dicom import read
@@ -28,9 +26,7 @@ PERTURBATIONS = ((2, 0.02), (2, 0.1), (5, 0.02), (5, 0.1), (12, 0.1))
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    options = command_line(__doc__).parse_args()
     path = Path(get_testdata_file(IMAGE, download=False))
     image = read(Case("case", "dicom", (path,), ("head",), "patient"), 2)
     tissue = (image.stored > TISSUE[0]) & (image.stored < TISSUE[1])
@@ -40,8 +36,7 @@ def main() -> None:
         delta = (tissue & (rng.random(tissue.shape) < ratio)) * rng.choice([-units, units], tissue.shape)
         windows = [asdict(window) for window in measure_visibility(image, delta)]
         rows.append({"hu": units, "ratio": ratio, "windows": windows})
-    found = {"benchmark": "visibility", "seed": 0, "image": IMAGE, "rows": rows}
-    options.output.write_text(json.dumps(found | {"versions": versions(), "machine": machine()}, indent=1) + "\n")
+    write("visibility", {"seed": 0, "image": IMAGE, "rows": rows}, options.output)
 
 
 if __name__ == "__main__":

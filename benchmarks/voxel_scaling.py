@@ -9,7 +9,6 @@ with random weights: the bundle's own surrogate and a U-Net. Every measurement h
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -20,27 +19,31 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.networks.nets import UNet
-from setting import configured, machine, versions
+from setting import command_line, configured, write
 from torch import Tensor, nn
 
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.voxels import VoxelObjective
 from monai_salm.surrogates import PaddedNetwork, Surrogate
-from monai_salm.verification.results import write_atomically
 
 BUNDLE = "salm_3d_segmentation"
 CLASSES = 3
 LEVELS = 8
 NETWORKS = ("bundle", "unet", "pointwise")
 """The bundle's surrogate; a U-Net of stride 4 with 8, 16 and 32 channels; one weight per class, next to no network."""
-DEFAULT_TILE, DEFAULT_HALO = 64, 16
+SIZES = (64, 96, 128, 192, 256)
+"""Voxels per axis."""
+WHOLE_UP_TO = 128
+"""Largest size that is also done at once."""
+TILE, HALO = 64, 16
 """Of networks other than the bundle's, which has its own."""
+STEPS = 2
+"""Of the perturbation."""
 NOTE = (
     "Volumes are uniform noise: time does not depend on what is in them.",
     "seen_voxels counts what the network sees in a step, halos included: at most ((tile + 2 halo) / tile) ** 3 times "
@@ -63,15 +66,12 @@ class Work:
     size: int
     tile: int
     halo: int
-    steps: int
     whole: bool = False
     double: bool = False
-    threads: int = 1
-    seed: int = 0
 
     def network_def(self) -> Surrogate:
         """Random weights, the same in every process."""
-        torch.manual_seed(self.seed)
+        torch.manual_seed(0)
         if self.network == "bundle":
             return configured(BUNDLE, {"spatial_dims": 3, "num_classes": CLASSES}).get_parsed_content("network_def")
         if self.network == "unet":
@@ -91,7 +91,7 @@ class Work:
 
     def data(self) -> tuple[Tensor, Tensor, Lattice]:
         """Image, voxel labels (a block of each class) and lattice."""
-        image = torch.rand((1, 1, *[self.size] * 3), generator=torch.Generator().manual_seed(self.seed))
+        image = torch.rand((1, 1, *[self.size] * 3), generator=torch.Generator().manual_seed(0))
         label = torch.zeros(image.shape, dtype=torch.uint8)
         for index in range(1, CLASSES):
             label[(..., *[slice(self.size * index // 4, self.size * (index + 1) // 4)] * 3)] = index
@@ -106,8 +106,8 @@ class Work:
 
 def perturb(work: Work, file: str | None = None) -> dict[str, Any]:
     """Seconds and memory of one call; the perturbation goes to ``file``."""
-    torch.set_num_threads(work.threads)
-    overrides = {"spatial_dims": 3, "num_classes": CLASSES, "perturbation_steps": work.steps}
+    torch.set_num_threads(1)
+    overrides = {"spatial_dims": 3, "num_classes": CLASSES, "perturbation_steps": STEPS}
     perturbation = configured(BUNDLE, overrides).get_parsed_content("perturbation")
     objective = work.objective()
     _warm_up(work, objective)
@@ -115,7 +115,7 @@ def perturb(work: Work, file: str | None = None) -> dict[str, Any]:
     held = [image, label, lattice.lower, lattice.upper]
     before = _memory("VmRSS")
     start = time.perf_counter()
-    delta = perturbation(objective, image, label, lattice, generator=torch.Generator().manual_seed(work.seed))
+    delta = perturbation(objective, image, label, lattice, generator=torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - start
     if file is not None:
         torch.save(delta, file)
@@ -123,7 +123,7 @@ def perturb(work: Work, file: str | None = None) -> dict[str, Any]:
         "size": work.size,
         "voxels": image.numel(),
         "seen_voxels": work.seen_voxels(),
-        "seconds_per_step": seconds / work.steps,
+        "seconds_per_step": seconds / STEPS,
         "peak_bytes": _memory("VmHWM") - before,
         "held_bytes_per_voxel": sum(part.element_size() for part in held),
         "sha256": hashlib.sha256(delta.numpy().tobytes()).hexdigest(),
@@ -132,7 +132,7 @@ def perturb(work: Work, file: str | None = None) -> dict[str, Any]:
 
 def tile_bytes(work: Work) -> int:
     """Peak memory of one gradient on one tile with its full halo."""
-    torch.set_num_threads(work.threads)
+    torch.set_num_threads(1)
     one = replace(work, size=work.tile + 2 * work.halo, whole=True)
     objective = one.objective()
     _warm_up(work, objective)
@@ -192,10 +192,10 @@ def power(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     return names | {"largest_residual_factor": math.exp(found["largest_residual"])}
 
 
-def growth(work: Work, sizes: Sequence[int]) -> dict[str, Any]:
+def growth(work: Work) -> dict[str, Any]:
     """Rows of all sizes, and the laws that they follow."""
     rows: list[dict[str, Any]] = []
-    for size in sizes:
+    for size in SIZES:
         one = replace(work, size=size)
         timed, measured = (in_fresh_process(perturb, one, exact=exact) for exact in (False, True))
         if timed["sha256"] != measured["sha256"]:
@@ -242,62 +242,37 @@ def compare(work: Work) -> dict[str, Any]:
     return found
 
 
-def tiling(network: str) -> tuple[int, int]:
-    """Tile and halo that a network is used with."""
-    if network != "bundle":
-        return DEFAULT_TILE, DEFAULT_HALO
-    parser = configured(BUNDLE, {"spatial_dims": 3, "num_classes": CLASSES})
-    return parser.get_parsed_content("tile_size")[0], parser.get_parsed_content("halo")
-
-
-def measure(network: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """All that is measured of a network."""
-    tile, halo = tiling(network)
-    tile, halo = asked.tile or tile, halo if asked.halo is None else asked.halo
-    work = Work(network, tile, tile, halo, asked.steps, threads=asked.threads)
-    both = [size for size in asked.sizes if tile < size <= asked.whole_up_to]
-    pairs = [replace(work, size=size) for size in both] + [replace(work, size=min(both), double=True)] * bool(both)
+def measure(network: str) -> dict[str, Any]:
+    """All that is measured of a network, in the tiles that it is used with."""
+    tile, halo = TILE, HALO
+    if network == "bundle":
+        parser = configured(BUNDLE, {"spatial_dims": 3, "num_classes": CLASSES})
+        tile, halo = parser.get_parsed_content("tile_size")[0], parser.get_parsed_content("halo")
+    work = Work(network, tile, tile, halo)
+    both = [size for size in SIZES if tile < size <= WHOLE_UP_TO]
+    pairs = [*(replace(work, size=size) for size in both), replace(work, size=min(both), double=True)]
     return {
         "network": str(work.network_def()),
         "tile": tile,
         "halo": halo,
-        "steps": asked.steps,
-        **growth(work, asked.sizes),
+        "steps": STEPS,
+        **growth(work),
         "whole_against_tiled": [compare(pair) for pair in pairs],
     }
 
 
-def write(results: dict[str, Any], asked: argparse.Namespace) -> None:
-    """The result file, with what the numbers depend on."""
-    found = {
-        "benchmark": "voxel_scaling",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "networks": results,
-        "versions": versions(),
-        "machine": machine(),
-        "note": list(NOTE),
-    }
-    write_atomically(json.dumps(found, indent=2, allow_nan=False) + "\n", asked.output)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    """Command line."""
+    parser = command_line(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["bundle", "unet"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 96, 128, 192, 256], help="voxels per axis")
-    parser.add_argument("--tile", type=int, help="default: the bundle's of its surrogate, 64 of others")
-    parser.add_argument("--halo", type=int, help="default: the bundle's of its surrogate, 16 of others")
-    parser.add_argument("--steps", type=int, default=2, help="of the perturbation")
-    parser.add_argument("--whole-up-to", type=int, default=128, help="largest size that is also done at once")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="keep the networks that the output has already")
     asked = parser.parse_args(arguments)
     results = json.loads(asked.output.read_text())["networks"] if asked.resume and asked.output.is_file() else {}
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(1)
     for name in asked.networks:
         if name not in results:
-            results[name] = measure(name, asked)
-            write(results, asked)
+            results[name] = measure(name)
+            write("voxel_scaling", {"networks": results, "note": NOTE}, asked.output)
     for name, one in results.items():
         print(
             f"{name}: seconds ~ seen voxels ** {one['seconds_by_seen_voxels']['b']:.3f}, ~ voxels ** "

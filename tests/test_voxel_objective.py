@@ -363,12 +363,13 @@ def test_the_scaling_benchmark_on_tiny_volumes(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     module = importlib.import_module("voxel_scaling")
     monkeypatch.setattr(module, "in_fresh_process", lambda function, *given, exact=False: function(*given))
+    for name, value in {"SIZES": (8, 12, 16), "TILE": 8, "HALO": 16, "STEPS": 1, "WHOLE_UP_TO": 12}.items():
+        monkeypatch.setattr(module, name, value)
     output = tmp_path / "out.json"
-    options = ["--sizes", "8", "12", "16", "--tile", "8", "--halo", "16", "--steps", "1", "--whole-up-to", "12"]
-    module.main(["--output", str(output), "--networks", "unet", "pointwise", *options])
+    module.main(["--output", str(output), "--networks", "unet", "pointwise"])
     before = output.read_text()
     monkeypatch.setattr(module, "measure", None)  # would fail if it were called
-    module.main(["--output", str(output), "--networks", "unet", "--resume", *options])
+    module.main(["--output", str(output), "--networks", "unet", "--resume"])
     assert output.read_text() == before
     results = json.loads(output.read_text())["networks"]
     for found in results.values():
