@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,35 +61,90 @@ def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationT
     )
 
 
-def test_equal_seeds_give_equal_banks_and_others_do_not(tmp_path):
+VOLUMES = {2: ((14, 12), (10, 16), (6, 7)), 3: ((10, 8, 7), (8, 9, 10), (12, 6, 1))}
+
+
+def volumes(dims: int, count: int = 7, classes: int = 3, shapes=None) -> list[dict]:
+    """Cases with voxel labels; the last one has no foreground."""
+    items = cases(count, shapes or VOLUMES[dims])
+    for at, item in enumerate(items):
+        label = torch.zeros(item["image"].shape, dtype=torch.uint8)
+        for index in range(1, classes if at < count - 1 else 1):
+            label[(..., *[slice(2 * index, 2 * index + 2), slice(3, 6), slice(0, 3)][:dims])] = index
+        item["label"] = MetaTensor(label, meta={"sample_id": item["image"].meta["sample_id"]})
+    return items
+
+
+def segmenter(dims: int, classes: int = 3, guarded: bool = False) -> Surrogate:
+    torch.manual_seed(0)
+    conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
+
+    def network() -> nn.Module:
+        layers = [conv(1, 6, 3, padding=1), norm(6), nn.ReLU(), conv(6, classes, 3, padding=1)]
+        return PaddedNetwork(nn.Sequential(*layers), 2)
+
+    return Surrogate(network(), guard=network() if guarded else None)
+
+
+def voxel_trainer(
+    folder, dims=2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, guard=0.0, axes=None, **options
+):
+    surrogate = surrogate or segmenter(dims, guarded=guard > 0)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    view, tiles = RandomView(dims), (tile,) * (axes or dims)
+    return PerturbationTrainer(
+        dataset=volumes(dims) if dataset is None else dataset,
+        objective=VoxelObjective(surrogate, loss, view=view, tile_size=tiles, halo=halo, guard_weight=guard),
+        optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
+        perturbation=method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1),
+        budget="8/255",
+        bank_file=folder / "bank.sqlite",
+        **{"device": "cpu", "max_epochs": 2, "surrogate_steps": 3, "batch_size": 4} | options,
+    )
+
+
+class Kill:
+    """Ends a fit before its second round, or within it."""
+
+    def __init__(self, event: Events, at: int) -> None:
+        self.event, self.at = event, at
+
+    def attach(self, engine):
+        engine.add_event_handler(self.event(once=self.at), self)
+
+    def __call__(self, engine):
+        raise Killed
+
+
+EACH_KIND = {"classes": trainer, "slices": voxel_trainer, "volumes": partial(voxel_trainer, dims=3)}
+each_kind = pytest.mark.parametrize("make", EACH_KIND.values(), ids=EACH_KIND)
+
+
+@each_kind
+def test_equal_seeds_give_equal_banks_and_others_do_not(tmp_path, make):
     banks = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        fit = trainer(tmp_path / name, seed=seed)
+        fit = make(tmp_path / name, seed=seed)
         fit.run()
         banks.append(fit.bank.revision)
     assert banks[0] == banks[1] != banks[2]
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_killed_fit_goes_on_and_ends_with_the_same_bytes(tmp_path, stop_after):
-    whole = trainer(tmp_path / "whole", model_file=tmp_path / "whole" / "model.pt")
+@pytest.mark.parametrize(
+    ("event", "at", "rounds"),
+    [(Events.EPOCH_STARTED, 2, 1), (Events.ITERATION_STARTED, 5, 1), (Events.ITERATION_STARTED, 9, 2)],
+)
+@pytest.mark.parametrize(
+    "make", [*EACH_KIND.values(), partial(voxel_trainer, guard=0.5)], ids=[*EACH_KIND, "guarded slices"]
+)
+def test_a_killed_fit_goes_on_and_ends_with_the_same_bytes(tmp_path, make, event, at, rounds):
+    make = partial(make, max_epochs=3)
+    whole = make(tmp_path / "whole", model_file=tmp_path / "whole" / "model.pt")
     whole.run()
-
-    class KillAfter:
-        def attach(self, engine):
-            event = Events.EPOCH_STARTED if stop_after < 3 else Events.ITERATION_STARTED
-            engine.add_event_handler(event, self)
-
-        def __call__(self, engine):
-            last_step = stop_after == 3 and engine.state.iteration == 9
-            if last_step or (stop_after < 3 and engine.state.epoch > stop_after):
-                raise Killed
-
-    first = trainer(tmp_path / "killed", train_handlers=[KillAfter()])
     with pytest.raises(Killed):
-        first.run()
-    second = trainer(tmp_path / "killed", model_file=tmp_path / "killed" / "model.pt")
-    assert second.state.epoch == min(stop_after, 2)
+        make(tmp_path / "killed", train_handlers=[Kill(event, at)]).run()
+    second = make(tmp_path / "killed", model_file=tmp_path / "killed" / "model.pt")
+    assert second.state.epoch == rounds
     second.run()
     assert second.bank.revision == whole.bank.revision
     assert second.passes_per_image == whole.passes_per_image and second.scores == whole.scores
@@ -158,14 +215,8 @@ def test_what_a_method_learned_of_the_cohort_survives_a_kill_and_serves_other_ca
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
 
-    def kill(engine):
-        if engine.state.epoch > 1:
-            raise Killed
-
-    first = trainer(tmp_path / "killed", **options)
-    first.add_event_handler(Events.EPOCH_STARTED, kill)
     with pytest.raises(Killed):
-        first.run()
+        trainer(tmp_path / "killed", train_handlers=[Kill(Events.EPOCH_STARTED, 2)], **options).run()
     second = trainer(tmp_path / "killed", **options | {"perturbation": ClasswiseErrorMinimizing()})
     second.run()
     assert second.bank.revision == whole.bank.revision
@@ -184,10 +235,12 @@ def test_a_finished_fit_is_not_repeated_but_restores_its_model(tmp_path):
     assert (tmp_path / "model.pt").is_file()
 
 
-def test_another_configuration_on_the_same_bank_is_refused(tmp_path):
-    trainer(tmp_path).run()
+@pytest.mark.parametrize("change", [{"steps": 3}, {"seed": 5}])
+@each_kind
+def test_another_configuration_on_the_same_bank_is_refused(tmp_path, make, change):
+    make(tmp_path).run()
     with pytest.raises(ValueError, match="configuration"):
-        trainer(tmp_path, seed=5)
+        make(tmp_path, **change)
 
 
 @pytest.mark.parametrize("transplant", [True, False])
@@ -255,13 +308,20 @@ def test_another_setting_of_the_loss_is_another_fit(tmp_path):
         trainer(tmp_path, objective=Objective(network, smoothed))
 
 
-def test_other_cases_get_perturbations_without_touching_the_bank(tmp_path):
-    fit = trainer(tmp_path)
+@each_kind
+def test_other_cases_get_perturbations_without_touching_bank_or_network(tmp_path, make):
+    fit = make(tmp_path)
     fit.run()
-    before = fit.bank.revision
-    deltas = fit.perturb(cases(3))
-    assert sorted(deltas) == ["case-0", "case-1", "case-2"] and all((delta != 0).any() for delta in deltas.values())
-    assert fit.bank.revision == before
+    before, weights = fit.bank.revision, [w.clone() for w in fit.objective.network.state_dict().values()]
+    larger = [tuple(size + 1 for size in fact.shape[1:]) for fact in fit.cases.facts]
+    others = volumes(len(larger[0]), 4, shapes=larger) if fit.cases.voxelwise else cases(4, shapes=larger)
+    deltas = fit.perturb(others)
+    for item in others:
+        delta = deltas[item["image"].meta["sample_id"]]
+        assert delta.shape == item["image"].shape and delta.any()
+    assert len(deltas) == 4 and fit.bank.revision == before
+    assert all(map(torch.equal, weights, fit.objective.network.state_dict().values()))
+    assert all(torch.equal(delta, deltas[name]) for name, delta in fit.perturb(others).items())
 
 
 def test_it_stops_when_the_loss_has_settled(tmp_path):
@@ -284,72 +344,8 @@ def test_bad_datasets_are_named(tmp_path):
         trainer(tmp_path, rounds=0)
 
 
-VOLUMES = {2: ((14, 12), (10, 16), (6, 7)), 3: ((10, 8, 7), (8, 9, 10), (12, 6, 1))}
-
-
-def volumes(dims: int, count: int = 7, classes: int = 3, shapes=None) -> list[dict]:
-    """Cases with voxel labels; the last one has no foreground."""
-    items = cases(count, shapes or VOLUMES[dims])
-    for at, item in enumerate(items):
-        label = torch.zeros(item["image"].shape, dtype=torch.uint8)
-        for index in range(1, classes if at < count - 1 else 1):
-            label[(..., *[slice(2 * index, 2 * index + 2), slice(3, 6), slice(0, 3)][:dims])] = index
-        item["label"] = MetaTensor(label, meta={"sample_id": item["image"].meta["sample_id"]})
-    return items
-
-
-def segmenter(dims: int, classes: int = 3, guarded: bool = False) -> Surrogate:
-    torch.manual_seed(0)
-    conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
-
-    def network() -> nn.Module:
-        layers = [conv(1, 6, 3, padding=1), norm(6), nn.ReLU(), conv(6, classes, 3, padding=1)]
-        return PaddedNetwork(nn.Sequential(*layers), 2)
-
-    return Surrogate(network(), guard=network() if guarded else None)
-
-
-def voxel_trainer(
-    folder, dims=2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, guard=0.0, axes=None, **options
-):
-    surrogate = surrogate or segmenter(dims, guarded=guard > 0)
-    loss = nn.CrossEntropyLoss(reduction="none")
-    view, tiles = RandomView(dims), (tile,) * (axes or dims)
-    return PerturbationTrainer(
-        dataset=volumes(dims) if dataset is None else dataset,
-        objective=VoxelObjective(surrogate, loss, view=view, tile_size=tiles, halo=halo, guard_weight=guard),
-        optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
-        perturbation=method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1),
-        budget="8/255",
-        bank_file=folder / "bank.sqlite",
-        **{"device": "cpu", "max_epochs": 2, "surrogate_steps": 3, "batch_size": 4} | options,
-    )
-
-
-class Kill:
-    """Ends a fit before its second round, or within it."""
-
-    def __init__(self, event: Events, at: int) -> None:
-        self.event, self.at = event, at
-
-    def attach(self, engine):
-        engine.add_event_handler(self.event(once=self.at), self)
-
-    def __call__(self, engine):
-        raise Killed
-
-
 class TestVoxelLabels:
     """The same trainer, where every voxel has a label."""
-
-    @pytest.mark.parametrize("dims", [2, 3])
-    def test_equal_seeds_give_equal_banks_and_others_do_not(self, tmp_path, dims):
-        banks = []
-        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-            fit = voxel_trainer(tmp_path / name, dims, seed=seed)
-            fit.run()
-            banks.append(fit.bank.revision)
-        assert banks[0] == banks[1] != banks[2]
 
     @pytest.mark.parametrize("dims", [2, 3])
     def test_every_volume_is_perturbed_on_its_own_grid_within_budget_and_ratio(self, tmp_path, dims):
@@ -363,25 +359,8 @@ class TestVoxelLabels:
                 of_class = delta[label == index] != 0
                 assert 0 < int(of_class.sum()) <= max(1, round(0.3 * len(of_class)))
 
-    @pytest.mark.parametrize(("dims", "guard"), [(2, 0.0), (2, 0.5), (3, 0.0)])
-    @pytest.mark.parametrize("kill", [Kill(Events.EPOCH_STARTED, 2), Kill(Events.ITERATION_STARTED, 5)])
-    def test_a_killed_fit_goes_on_and_ends_with_the_same_bytes(self, tmp_path, dims, guard, kill):
-        whole = voxel_trainer(tmp_path / "whole", dims, guard=guard, model_file=tmp_path / "whole" / "model.pt")
-        whole.run()
-        with pytest.raises(Killed):
-            voxel_trainer(tmp_path / "killed", dims, guard=guard, train_handlers=[kill]).run()
-        second = voxel_trainer(tmp_path / "killed", dims, guard=guard, model_file=tmp_path / "killed" / "model.pt")
-        assert second.state.epoch == 1
-        second.run()
-        assert second.bank.revision == whole.bank.revision and second.scores == whole.scores
-        assert second.passes_per_image == whole.passes_per_image
-        weights = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed")]
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-    @pytest.mark.parametrize(
-        "change", [{"tile": 6}, {"halo": 1}, {"steps": 3}, {"seed": 5}, {"patch_size": (7, 7)}, {"guard": 0.1}]
-    )
-    def test_another_configuration_on_the_same_bank_is_refused(self, tmp_path, change):
+    @pytest.mark.parametrize("change", [{"tile": 6}, {"halo": 1}, {"patch_size": (7, 7)}, {"guard": 0.1}])
+    def test_another_setting_of_voxel_labels_on_the_same_bank_is_refused(self, tmp_path, change):
         voxel_trainer(tmp_path).run()
         with pytest.raises(ValueError, match="configuration"):
             voxel_trainer(tmp_path, **change)
@@ -426,19 +405,6 @@ class TestVoxelLabels:
         other[0]["label"][0, 0, 0] = 1
         with pytest.raises(ValueError, match="configuration"):
             voxel_trainer(tmp_path, dataset=other)
-
-    @pytest.mark.parametrize("dims", [2, 3])
-    def test_other_cases_get_perturbations_without_touching_bank_or_network(self, tmp_path, dims):
-        fit = voxel_trainer(tmp_path, dims)
-        fit.run()
-        before, weights = fit.bank.revision, [w.clone() for w in fit.objective.network.state_dict().values()]
-        others = volumes(dims, 4, shapes=[tuple(size + 1 for size in shape) for shape in VOLUMES[dims]])
-        deltas = fit.perturb(others)
-        for item in others:
-            assert deltas[item["image"].meta["sample_id"]].shape == item["image"].shape
-        assert all((delta != 0).any() for delta in deltas.values()) and fit.bank.revision == before
-        assert all(map(torch.equal, weights, fit.objective.network.state_dict().values()))
-        assert all(torch.equal(delta, deltas[name]) for name, delta in fit.perturb(others).items())
 
     def test_cases_without_any_foreground_can_be_fitted(self, tmp_path):
         fit = voxel_trainer(tmp_path, dataset=volumes(2, 3, classes=1))
