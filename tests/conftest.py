@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,3 +27,21 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"MONAI_SALM_DATA names {folder}, which is no folder")
     return Path(folder)
+
+
+@pytest.fixture
+def out(released, tmp_path) -> Path:
+    """A copy of the module's release, the second part of ``released``: no test sees the trainings of another."""
+    return Path(shutil.copytree(released[1], tmp_path / "out"))
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[dict[str, Any]]:
+    """The options of each training that studies do in this process, from the start of the test on."""
+    from monai_salm.verification import jobs, training
+
+    done: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        jobs, "train_network", lambda *args, **options: done.append(options) or training.train_network(*args, **options)
+    )
+    return done

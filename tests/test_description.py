@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from monai.transforms import Compose, RandFlipd, RandSpatialCropSamplesd
 
 from monai_salm.verification.description import code_of, described
 from monai_salm.verification.training import Recipe, victim_digest
@@ -83,3 +87,52 @@ def test_victims_that_compute_something_else_are_others():
     one, again, other = (written(sign=sign).Network for sign in "++-")
     digests = [victim_digest(lambda kind=kind: kind(4, 2), torch.zeros(2, 1, 2, 2), 2) for kind in (one, again, other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_description_tells_settings_apart_and_not_random_states():
+    def augmentation(samples: int = 2) -> Compose:
+        return Compose([RandSpatialCropSamplesd("image", (4, 4), num_samples=samples), RandFlipd("image", prob=0.5)])
+
+    one, other = augmentation(), augmentation()
+    one.set_random_state(5)
+    assert described(one) == described(other)
+    assert "0x" not in described(one)
+    assert described(augmentation(samples=3)) != described(one)
+    assert described(partial(int, base=2)) != described(partial(int, base=3))
+    assert described({"b", "a", "c"}) == described({"c", "b", "a"})
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, image):
+        return image * self.factor
+
+    def of(self, image):
+        return image * self.factor
+
+
+def closure(factor):
+    return lambda image: image * factor
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda image: torch.sqrt(image), lambda image: torch.zeros_like(image)),
+        (lambda image, factor=1: image * factor, lambda image, factor=2: image * factor),
+        (lambda image, *, factor=1: image * factor, lambda image, *, factor=2: image * factor),
+        (closure(0), closure(1)),
+        (Scaled(0).of, Scaled(1).of),
+        (torch.sqrt, torch.zeros_like),
+    ],
+)
+def test_functions_that_do_different_things_are_described_differently(one, other):
+    assert described(one) != described(other) and described(one) == described(one)
+
+
+def test_functions_with_functions_inside_are_described_alike_in_every_process():
+    command = "from monai_salm.verification import defenses as d, description as s; print(s.described(d.DEFENSES))"
+    one, other = (subprocess.run([sys.executable, "-c", command], capture_output=True, text=True) for _ in range(2))
+    assert one.stdout == other.stdout != "" and one.returncode == 0

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from test_results import BUDGET, FIDELITY
 
 from monai_salm.verification import figures
 from monai_salm.verification.report import Example, verdict_table, write_report
@@ -46,25 +47,9 @@ def make_results(**changes: Any) -> dict[str, Any]:
         "rows": make_rows(),
         "classes": ["a", HOSTILE],
         "chance": 0.5,
-        "fidelity": {
-            "n_cases": 4,
-            "ssim": {"mean": 0.9712, "std": 0.01, "min": 0.96},
-            "psnr": {"mean": 38.25, "std": 0.5, "min": 37.0},
-            "max_error_stored": 8,
-            "max_error_physical": 8.0,
-            "max_error_window": 0.03,
-            "unit": "HU",
-            "mask_fraction_asked": 0.2,
-            "mask_fraction": {"mean": 0.19, "min": 0.18, "max": 0.2},
-        },
-        "budget": {
-            "epsilon": 8,
-            "unit": "stored",
-            "window_fraction": {"min": 0.03, "max": 0.03},
-            "physical": {"min": 8.0, "max": 8.0},
-            "stored": {"min": 8, "max": 8},
-            "physical_unit": "HU",
-        },
+        "fidelity": FIDELITY
+        | {"ssim": {"mean": 0.9712, "std": 0.01, "min": 0.96}, "psnr": {"mean": 38.25, "std": 0.5}},
+        "budget": BUDGET,
         "utility": [{"victim": "cnn", "seed": 0, "clean": 0.9, "protected": 0.95, "difference": 0.05}],
         "passes_per_image": {"surrogate_training": 10, "perturbation": 20, "total": 30},
         "timing": {"fit": 75.0},

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.release.manifest import link
 from monai_salm.release.protect import IntegrityError, protect_cohort
 from monai_salm.surrogates import RandomView, SmallCNN
-from monai_salm.verification import jobs as jobs_module
 from monai_salm.verification.results import validate_results
 from monai_salm.verification.study import VictimStudy
 from monai_salm.verification.training import train_network
@@ -93,19 +91,17 @@ def markers(cohort: Cohort, step: int = STEP) -> dict[str, np.ndarray]:
     return deltas
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory) -> tuple[Cohort, Path]:
-    folder = tmp_path_factory.mktemp("study")
-    cohort = export(folder / "in")
-    options = {"budget": BUDGET, "spatial_dims": 2, "window": (0.0, 1000.0)}
-    protect_cohort(cohort, markers(cohort), output_dir=folder / "out", **options)
+def release(folder: Path, *count: int, **options: bool) -> tuple[Cohort, Path]:
+    """An export with markers in its protected copy."""
+    cohort = export(folder / "in", *count, **options)
+    grid = {"spatial_dims": 2, "window": (0.0, 1000.0)}
+    protect_cohort(cohort, markers(cohort), budget=BUDGET, output_dir=folder / "out", **grid)
     return cohort, folder / "out"
 
 
-@pytest.fixture
-def out(released, tmp_path) -> Path:
-    """A copy of the release: no test sees the trainings of another."""
-    return Path(shutil.copytree(released[1], tmp_path / "out"))
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> tuple[Cohort, Path]:
+    return release(tmp_path_factory.mktemp("study"))
 
 
 def study(cohort: Cohort, out: Path, **options) -> VictimStudy:
@@ -231,22 +227,15 @@ def test_marker_takes_the_anatomy_away_and_blind_is_chance(released, out):
     assert not (out / "private" / "arms").exists()
 
 
-def test_nothing_is_trained_twice(released, out, monkeypatch):
+def test_nothing_is_trained_twice(released, out, trained):
     cohort, _ = released
-    trained = []
-
-    def counted(*args, **options):
-        trained.append(options["seed"])
-        return train_network(*args, **options)
-
-    monkeypatch.setattr(jobs_module, "train_network", counted)
     first = study(cohort, out, epochs=3).run()
     assert len(trained) == 8
     again = study(cohort, out, epochs=3).run()
     assert len(trained) == 8
     assert again["arms"] == first["arms"]
     study(cohort, out, epochs=3, seeds=3).run()
-    assert trained[8:] == [2] * 4
+    assert [options["seed"] for options in trained[8:]] == [2] * 4
     study(cohort, out, epochs=2).run()
     assert len(trained) == 12 + 8
     study(cohort, out, epochs=3, augment=RandomView(2, rotate=0.1), seeds=1).run()
@@ -258,21 +247,15 @@ def test_nothing_is_trained_twice(released, out, monkeypatch):
     assert len(trained) == 28 + 2
 
 
-def test_killed_study_goes_on_and_ends_with_the_same_rows(released, out, monkeypatch):
-    cohort, original = released
+def test_killed_study_goes_on_and_ends_with_the_same_rows(released, out, trained):
+    cohort, _ = released
     whole = study(cohort, out, epochs=3).run()
     ledger = out / "private" / "study.jsonl"
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[:3]) + lines[3][:40])  # the fourth was being written
     (out / "private" / "arms").mkdir()
     (out / "private" / "arms" / "left.f32").write_bytes(b"x")
-    trained = []
-
-    def counted(*args, **options):
-        trained.append(options["seed"])
-        return train_network(*args, **options)
-
-    monkeypatch.setattr(jobs_module, "train_network", counted)
+    trained.clear()
     again = study(cohort, out, epochs=3).run()
     assert len(trained) == 5
     assert untimed(again["arms"]) == untimed(whole["arms"])
@@ -303,10 +286,8 @@ def test_victims_that_cannot_travel_are_trained_here(released, out, caplog):
 
 
 def test_without_test_split_written_files_of_held_out_cases_give_utility(tmp_path):
-    cohort = export(tmp_path / "in", 24, splits=False)
-    options = {"budget": BUDGET, "spatial_dims": 2, "window": (0.0, 1000.0)}
-    protect_cohort(cohort, markers(cohort), output_dir=tmp_path / "out", **options)
-    results = study(cohort, tmp_path / "out", seeds=1, epochs=2).run()
+    cohort, out = release(tmp_path, 24, splits=False)
+    results = study(cohort, out, seeds=1, epochs=2).run()
     assert results["cohort"]["held_out"] == len(cohort.held_out) > 0
     assert len(results["utility"]) == 1
 
