@@ -165,11 +165,6 @@ class PerturbationBank(Mapping[str, Tensor]):
         return bool(self._one("SELECT finished FROM status")[0])
 
     @property
-    def best_score(self) -> float | None:
-        """Score of what reading returns; None before the first round."""
-        return self._one("SELECT best_score FROM status")[0]
-
-    @property
     def revision(self) -> str:
         """Digest over all records that reading returns; empty before the first round."""
         return self._one("SELECT revision FROM status")[0]

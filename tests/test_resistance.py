@@ -3,34 +3,20 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
-from test_study import STEP, export, markers, study
+from test_study import release, study
 
 from monai_salm.io.base import Case
-from monai_salm.release.protect import protect_cohort
-from monai_salm.verification import jobs as jobs_module
 from monai_salm.verification.defenses import defenses_of
 from monai_salm.verification.resistance import clean_part, resistance
-from monai_salm.verification.results import VerdictRules, validate_results
+from monai_salm.verification.results import validate_results
 from monai_salm.verification.setting import not_tested
-from monai_salm.verification.training import train_network
+from monai_salm.verification.verdict import VerdictRules
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resistance")
-    cohort = export(folder / "in")
-    options = {"budget": f"{STEP} stored", "spatial_dims": 2, "window": (0.0, 1000.0)}
-    protect_cohort(cohort, markers(cohort), output_dir=folder / "out", **options)
-    return cohort, folder / "out"
-
-
-@pytest.fixture
-def out(released, tmp_path) -> Path:
-    return Path(shutil.copytree(released[1], tmp_path / "out"))
+    return release(tmp_path_factory.mktemp("resistance"))
 
 
 def rows(clean: float, protected: float, blind: float | None = 0.5) -> list[dict]:
@@ -81,24 +67,19 @@ def test_the_clean_part_shares_no_patient_with_the_rest_and_both_have_all_classe
     assert clean_part(cases[:4], present, (0, 1)) == (), "one patient of each class cannot be halved"
 
 
-def test_study_with_defenses_reports_them_and_keeps_what_is_done(released, out, monkeypatch, capsys):
+def test_study_with_defenses_reports_them_and_keeps_what_is_done(released, out, trained, capsys):
     cohort, _ = released
     names = ["blur_1", "clean_20", "early_stop"]
     plain = study(cohort, out, epochs=8).run()
     assert "defenses" not in plain
-    trained = []
-
-    def counted(*args, **options):
-        trained.append(options["recipe"])
-        return train_network(*args, **options)
-
-    monkeypatch.setattr(jobs_module, "train_network", counted)
+    trained.clear()
     found = study(cohort, out, epochs=8, defenses=names).run()
     said = capsys.readouterr().out
     assert len(trained) == 3 * 2 * 2 and "3 defenses: 12 trainings to do, about" in said
     ahead = sum(defense.cost for defense in defenses_of(names)) * 2 / len(set(row["arm"] for row in plain["arms"]))
     assert f"3 defenses follow the ordinary trainings, about {ahead:.1f} times as long" in said.split("3 defenses:")[0]
-    assert all(recipe.clean is None or len(recipe.clean[0]) == 6 for recipe in trained)
+    spare = [options["recipe"].clean for options in trained]
+    assert all(clean is None or len(clean[0]) == 6 for clean in spare)
     assert (found["verdict"], found["arms"]) == (plain["verdict"], plain["arms"])
     validate_results(found)
     assert [part["name"] for part in found["defenses"]] == names

@@ -14,16 +14,9 @@ import pytest
 import torch
 
 from monai_salm.verification.leakage import label_leakage
-from monai_salm.verification.results import (
-    VerdictRules,
-    build_results,
-    closed_gap,
-    decide,
-    summarize,
-    validate_results,
-    write_json,
-)
-from monai_salm.verification.strength import closed_gap_per_class
+from monai_salm.verification.results import build_results, validate_results, write_json
+from monai_salm.verification.strength import closed_gap, closed_gap_per_class, summarize
+from monai_salm.verification.verdict import VerdictRules, decide
 
 METRIC = "balanced_accuracy"
 LEVELS = {"clean": 0.9, "protected": 0.5, "random_noise": 0.89, "random_mask": 0.6, "blind": 0.5}

@@ -19,30 +19,10 @@ from typing import Any
 import numpy as np
 
 from monai_salm.verification.leakage import leakage_warnings
-from monai_salm.verification.strength import (
-    ARMS,
-    Row,
-    arms_of,
-    closed_gap,
-    closed_gap_auc,
-    closed_gap_per_class,
-    summarize,
-)
-from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECTED, Decision, VerdictRules, decide
+from monai_salm.verification.strength import Row, arms_of, closed_gap, closed_gap_auc, closed_gap_per_class, summarize
+from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECTED, VerdictRules, decide
 
-__all__ = [
-    "ARMS",
-    "SCHEMA_VERSION",
-    "Decision",
-    "VerdictRules",
-    "build_results",
-    "closed_gap",
-    "decide",
-    "summarize",
-    "validate_results",
-    "write_atomically",
-    "write_json",
-]
+__all__ = ["SCHEMA_VERSION", "build_results", "validate_results", "write_atomically", "write_json"]
 
 SCHEMA_VERSION = "1.4"
 _NUMBER = (int, float, type(None))

@@ -40,12 +40,12 @@ from monai_salm.verification.resistance import (
     expected_seconds,
     resistance,
 )
-from monai_salm.verification.results import VerdictRules, build_results, write_json
+from monai_salm.verification.results import build_results, write_json
 from monai_salm.verification.segmenters import Segmentation, Transforms
 from monai_salm.verification.setting import machine, not_tested, versions
 from monai_salm.verification.training import Task, victim_digest
 from monai_salm.verification.utility import utility_rows
-from monai_salm.verification.verdict import PROTECTED
+from monai_salm.verification.verdict import PROTECTED, VerdictRules
 from monai_salm.verification.victims import Classification
 
 __all__ = ["VictimStudy"]
@@ -73,7 +73,7 @@ class VictimStudy:
         spatial_dims: 2 or 3.
         spatial_size: size of the victims' input in voxels. In classification images are resized to it once; in
             segmentation it is the size of a patch, and images keep their grid.
-        victims: functions that build an untrained network of (B, 1, *spatial_size) images, by name.
+        victims: functions that build an untrained network of (B, C, *spatial_size) images, by name.
         budget: the bound that the perturbations were fitted with.
         window: ``"auto"`` or (low, high) in physical units, as for the fit.
         seeds: seeds of the trainings, or how many (0, 1, ...).
