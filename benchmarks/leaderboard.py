@@ -272,39 +272,12 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join([*parts, f"<script>{_SCRIPT}</script></html>\n"])
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rankings as Markdown, for pages of the documentation."""
-    names = (
-        "level",
-        "method",
-        METRIC,
-        "auc",
-        "gap",
-        "low",
-        "high",
-        "gap_auc",
-        "standard",
-        "worst",
-        "psnr",
-        "ssim",
-        "passes",
-    )
-    lines = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        lines += ["", data, "", f"| {' | '.join(RANKING[name] for name in names)} |", "| --- " * len(names) + "|"]
-        board = Board([row for row in rows if row["data"] == data])
-        lines += [f"| {' | '.join(_shown(row, name) for name in names)} |" for row in board.ranking]
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="CSV file of arena.py")
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     asked = parser.parse_args(arguments)
-    rows = read(asked.table)
-    write_atomically(page(rows), asked.output)
-    print(markdown(rows))
+    write_atomically(page(read(asked.table)), asked.output)
 
 
 if __name__ == "__main__":

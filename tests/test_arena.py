@@ -165,7 +165,7 @@ def test_a_run_trains_every_cell_once_and_shows_it(load, data, tmp_path, monkeyp
     assert all(
         name in page for name in ("random_noise", "blur_1", "part_50", "own_clean", "balanced accuracy", "by AUC")
     )
-    assert "http" not in page and board.markdown(table).count("\n") >= 7
+    assert "http" not in page
 
     monkeypatch.setattr("monai_salm.verification.jobs.train_network", None)  # would fail if it were called
     assert arena.Arena(CONFIG, data, tmp_path / "work", output).run() == rows
