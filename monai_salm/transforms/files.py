@@ -72,7 +72,7 @@ class LoadStored(Transform):
         """Read a case, an image file, or the folder of one DICOM series.
 
         Returns:
-            (1, *spatial) stored values.
+            (C, *spatial) stored values; C is 3 of RGB images, else 1.
 
         Raises:
             RefusedError: When the file cannot be protected.
@@ -164,7 +164,7 @@ class SaveStored(Transform):
         """Write one image; returns it as it came.
 
         Args:
-            img: (1, *spatial) protected stored values on the grid of the source file.
+            img: (C, *spatial) protected stored values on the grid of the source file.
             sample_id: the case; default: the metadata say it.
 
         Raises:

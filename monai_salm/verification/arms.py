@@ -39,7 +39,7 @@ RANDOM_NOISE = RandomSign(mask=SparsityMask(ratio=1.0))
 """The control of equal budget: every voxel moves as far as it may, in a random direction."""
 
 Deltas = Mapping[str, Any]
-"""(1, *spatial) integer lattice steps by ``sample_id``: a ``PerturbationBank``, or arrays, or tensors."""
+"""(C, *spatial) integer lattice steps by ``sample_id``: a ``PerturbationBank``, or arrays, or tensors."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Arm:
 
     Args:
         path: raw float32 values.
-        shape: (N, 1, *spatial).
+        shape: (N, C, *spatial).
         labels: N class indices.
         digest: of images and labels.
     """
@@ -83,7 +83,7 @@ class ArmWriter:
         self._digest = hashlib.sha256()
 
     def add(self, image: Tensor, label: int) -> None:
-        """Append a (1, *spatial) image."""
+        """Append a (C, *spatial) image."""
         content = image.to(torch.float32).contiguous().numpy().tobytes()
         self._stream.write(content)
         self._digest.update(content)
@@ -209,7 +209,7 @@ def applied(
         generator: of what is random.
 
     Returns:
-        (1, *spatial) lattice steps.
+        (C, *spatial) lattice steps.
     """
     stored = torch.from_numpy(image.stored)
     blind = Objective(nn.Identity(), nn.functional.cross_entropy)
@@ -218,7 +218,7 @@ def applied(
 
 
 def perturbed(image: StoredImage, delta: Any) -> Tensor:
-    """(1, *spatial) unit intensities of an image with a perturbation, read with the original's window."""
+    """(C, *spatial) unit intensities of an image with a perturbation, read with the original's window."""
     steps = delta.numpy() if isinstance(delta, Tensor) else np.asarray(delta)
     return image.codec.to_unit(torch.from_numpy(image.codec.add(image.stored, steps)))
 

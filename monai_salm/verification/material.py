@@ -170,29 +170,18 @@ class Material:
         moved = (change != 0) & np.isfinite(change)
         # One picture of what changed in any color.
         change, moved = _strongest(np.nan_to_num(change)), moved.any(0, keepdims=True)
-        images = [_unit(clean).numpy(), after, change, moved]
-        images += [] if mask is None else [mask]
+        images = [_unit(clean).numpy(), after, change, moved, *([] if mask is None else [mask])]
         if self._settings.spatial_dims == 3:
             at = clean.stored.shape[-1] // 2
             if mask is not None and mask.any():
                 at = int((mask > 0).sum(axis=(0, 1, 2)).argmax())
-            images = [
-                image[..., at].transpose(0, 2, 1)[:, ::-1, ::-1] for image in images
-            ]  # x to the right, y to the front
-        unit, after, change, moved, *label = map(_plane, images)
+            # x to the right, y to the front
+            images = [image[..., at].transpose(0, 2, 1)[:, ::-1, ::-1] for image in images]
+        name = case.sample_id
+        title = name if mask is not None else f"{self._settings.cohort.classes[case.label]} ({name})"
         limit = clean.codec.levels(self._settings.budget) * clean.codec.step
-        title = (
-            case.sample_id if mask is not None else f"{self._settings.cohort.classes[case.label]} ({case.sample_id})"
-        )
-        return Example(
-            title,
-            unit,
-            after,
-            change,
-            moved,
-            max_delta=limit,
-            label=label[0] if label else None,
-        )
+        unit, after, change, moved, *label = map(_plane, images)
+        return Example(title, unit, after, change, moved, limit, *label)
 
 
 def _unit(image: StoredImage) -> Tensor:

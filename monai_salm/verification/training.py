@@ -89,7 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def view(self, unit: Tensor) -> Tensor:
-        """(1, *) image that is kept, of a (1, *spatial) unit-intensity image on its native grid."""
+        """(C, *) image that is kept, of a (C, *spatial) unit-intensity image on its native grid."""
 
     @abstractmethod
     def truth(self, case: Case, mask: np.ndarray | None, spacing: tuple[float, ...]) -> Any:
@@ -270,7 +270,7 @@ def victim_digest(make: Callable[[], nn.Module], images: Tensor, *output: int) -
 
     Args:
         make: builds the network.
-        images: (B, 1, *spatial) images to try it on.
+        images: (B, C, *spatial) images to try it on.
         output: shape of what it must give for one image: the number of classes, and the image's size where every voxel
             has a class.
 

@@ -27,7 +27,7 @@ METRIC = "balanced_accuracy"
 """Headline metric of classification."""
 
 Labelled = tuple[Tensor, Tensor]
-"""(N, 1, *spatial) unit intensities and (N,) class indices."""
+"""(N, C, *spatial) unit intensities and (N,) class indices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class Classification(Task):
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
-    """(N, n_classes) probabilities on CPU, of (N, 1, *spatial) images."""
+    """(N, n_classes) probabilities on CPU, of (N, C, *spatial) images."""
     network.eval()
     device = next((weight.device for weight in network.parameters()), images.device)
     logits = torch.cat([network(batch.to(device)) for batch in images.split(batch_size)])
