@@ -7,8 +7,8 @@ import importlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+from exports import write_npz
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 QUICK = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3}
@@ -26,13 +26,9 @@ def few(load, tmp_path):
     labels, transforms, data = load("monai_salm.release.labels"), load("monai_salm.transforms"), load("monai.data")
 
     def make(dims: int = 2):
-        rng, arrays, label = np.random.default_rng(0), {}, np.arange(8, dtype=np.uint8)[:, None] % 2
-        for split in ("train", "val", "test"):
-            arrays[f"{split}_images"] = rng.integers(0, 250, (8, *[28, 12][dims - 2 : dims - 1] * dims), dtype=np.uint8)
-            arrays[f"{split}_labels"] = label
-        np.savez(tmp_path / "few.npz", **arrays)
-        cohort = labels.load_cohort(tmp_path / "few.npz", spatial_dims=dims)
-        items = [{"image": case, "label": case.label} for case in cohort.cases if case.split == "train"]
+        archive = write_npz(tmp_path / "few.npz", ((28,) * 2, (12,) * 3)[dims - 2], (8, 8, 8))
+        cases = labels.load_cohort(archive, spatial_dims=dims).cases
+        items = [{"image": case, "label": case.label} for case in cases if case.split == "train"]
         return data.CacheDataset(items, transforms.LoadStoredd("image", spatial_dims=dims), progress=False), 2
 
     return make
