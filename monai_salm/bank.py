@@ -306,7 +306,7 @@ class PerturbationBank(Mapping[str, Tensor]):
     def _check_is_bank(self) -> None:
         with self._session() as db:
             if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-                raise ValueError(f"{self.path} is not a perturbation bank")
+                raise ValueError(f"{self.path} is not a perturbation bank; name the bank.sqlite that a fit wrote")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version != _SCHEMA_VERSION:
                 raise ValueError(f"{self.path} has bank version {version}, not {_SCHEMA_VERSION}: fit again")

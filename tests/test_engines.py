@@ -44,20 +44,20 @@ def cases(count: int = 10, shapes=((12, 12), (10, 14)), label=lambda at: at % 2)
 def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationTrainer:
     torch.manual_seed(0)
     surrogate = Surrogate(SmallCNN(2, 1, 2, (4, 8)), (12, 12))
+    given = {
+        "objective": Objective(surrogate, nn.CrossEntropyLoss(reduction="none"), view=RandomView(2)),
+        "device": "cpu",
+        "max_epochs": rounds,
+        "surrogate_steps": 3,
+        "batch_size": 4,
+        "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps, look=1),
+        "budget": "8/255",
+    } | options
     return PerturbationTrainer(
         dataset=cases() if dataset is None else dataset,
-        optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
-        budget="8/255",
+        optimizer=torch.optim.Adam(given["objective"].network.parameters(), 1e-2),
         bank_file=folder / "bank.sqlite",
-        **{
-            "objective": Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(2)),
-            "device": "cpu",
-            "max_epochs": rounds,
-            "surrogate_steps": 3,
-            "batch_size": 4,
-            "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps, look=1),
-        }
-        | options,
+        **given,
     )
 
 
@@ -90,17 +90,10 @@ def voxel_trainer(
     folder, dims=2, dataset=None, steps=2, tile=8, halo=2, method=None, surrogate=None, guard=0.0, axes=None, **options
 ):
     surrogate = surrogate or segmenter(dims, guarded=guard > 0)
-    loss = nn.CrossEntropyLoss(reduction="none")
-    view, tiles = RandomView(dims), (tile,) * (axes or dims)
-    return PerturbationTrainer(
-        dataset=volumes(dims) if dataset is None else dataset,
-        objective=VoxelObjective(surrogate, loss, view=view, tile_size=tiles, halo=halo, guard_weight=guard),
-        optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
-        perturbation=method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1),
-        budget="8/255",
-        bank_file=folder / "bank.sqlite",
-        **{"device": "cpu", "max_epochs": 2, "surrogate_steps": 3, "batch_size": 4} | options,
-    )
+    given = {"view": RandomView(dims), "tile_size": (tile,) * (axes or dims), "halo": halo, "guard_weight": guard}
+    options["objective"] = VoxelObjective(surrogate, nn.CrossEntropyLoss(reduction="none"), **given)
+    options["perturbation"] = method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1)
+    return trainer(folder, volumes(dims) if dataset is None else dataset, rounds=2, **options)
 
 
 class Kill:
@@ -539,20 +532,10 @@ def sliced_cases(count: int = 6) -> list[dict]:
 
 def test_fit_of_volumes_whose_slices_are_scaled_differently_uses_each_slices_own_bound(tmp_path):
     dataset = sliced_cases()
-    torch.manual_seed(0)
     surrogate = Surrogate(SmallCNN(3, 1, 2, (4, 8)), (8, 8, 3))
-    fit = PerturbationTrainer(
-        device="cpu",
-        max_epochs=1,
-        dataset=dataset,
-        objective=Objective(surrogate, torch.nn.CrossEntropyLoss(reduction="none"), view=RandomView(3)),
-        optimizer=torch.optim.Adam(surrogate.parameters(), 1e-2),
-        perturbation=SALM(mask=SparsityMask(ratio=0.5), steps=2, step_size=1.0, look=1),
-        budget="2 physical",
-        bank_file=tmp_path / "bank.sqlite",
-        surrogate_steps=2,
-        batch_size=4,
-    )
+    objective = Objective(surrogate, nn.CrossEntropyLoss(reduction="none"), view=RandomView(3))
+    method = SALM(mask=SparsityMask(ratio=0.5), steps=2, step_size=1.0, look=1)
+    fit = trainer(tmp_path, dataset, rounds=1, objective=objective, perturbation=method, budget="2 physical")
     fit.run()
     for item in dataset:
         delta = torch.as_tensor(fit.bank[item["image"].meta["sample_id"]]).abs()
