@@ -370,6 +370,16 @@ def test_a_quarter_of_the_patients_is_held_out_and_no_class_is_lost(has, per_pat
         assert len(held) == max(1, round(len(patients) / 4))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_somebody_of_a_class_that_few_have_is_held_out(tmp_path, seed):
+    write_decathlon(tmp_path, 16)
+    for index in range(14):
+        write_label(tmp_path / "labelsTr" / f"v{index:02d}.nii.gz", class_map(seed=index, classes=2))
+    cohort = load_cohort(tmp_path, spatial_dims=3, seed=seed)
+    assert len(cohort.tested()) == 4, "it raises where a class is missing"
+    assert sum(cohort.class_voxels[case.sample_id][2] > 0 for case in cohort.held_out) == 1
+
+
 # --------------------------------------------------------------------------- SEG
 
 

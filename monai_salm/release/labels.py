@@ -353,11 +353,11 @@ def _train_patients(cases: Sequence[Case]) -> dict[str, list[Case]]:
 def _held_out(cases: Sequence[Case], seed: int) -> frozenset[str]:
     """Whole patients, taken until each class has lent its part, but never a class's last patient."""
     groups = _train_patients(cases)
-    total = _count(case for members in groups.values() for case in members)
+    total = Counter(case.label for members in groups.values() for case in members)
     taken: dict[int, int] = defaultdict(int)
     out: set[str] = set()
     for group in _shuffled(groups, seed):
-        counts = _count(groups[group])
+        counts = Counter(case.label for case in groups[group])
         wanted = any(taken[label] < max(1, round(HELD_OUT_FRACTION * total[label])) for label in counts)
         if wanted and all(taken[label] + count < total[label] for label, count in counts.items()):
             out |= {case.sample_id for case in groups[group]}
@@ -367,12 +367,15 @@ def _held_out(cases: Sequence[Case], seed: int) -> frozenset[str]:
 
 
 def _held_out_patients(cases: Sequence[Case], present: Mapping[str, set[int]], seed: int) -> frozenset[str]:
-    """A seeded quarter of the patients, but never the last one that has a class."""
+    """A seeded quarter of the patients, somebody of each class if that can be, but never the last one that has it."""
     groups = _train_patients(cases)
     has = {group: set().union(*(present[case.sample_id] for case in members)) for group, members in groups.items()}
     left = Counter(label for labels in has.values() for label in labels)
+    order = [group for group in _shuffled(groups, seed) if all(left[label] > 1 for label in has[group])]
+    first = {label: group for group in reversed(order) for label in has[group]}
+    somebody = [first[label] for label in sorted(first, key=lambda label: (left[label], label))]  # of the rarest first
     taken: list[str] = []
-    for group in _shuffled(groups, seed):
+    for group in dict.fromkeys([*somebody, *order]):
         if len(taken) < max(1, round(HELD_OUT_FRACTION * len(groups))) < len(groups):
             if all(left[label] > 1 for label in has[group]):
                 left -= Counter(has[group])
@@ -383,10 +386,6 @@ def _held_out_patients(cases: Sequence[Case], present: Mapping[str, set[int]], s
 def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     """Patients by a hash of the seed and their name, so that the order does not depend on that of the files."""
     return sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-
-
-def _count(cases: Iterable[Case]) -> Counter[int]:
-    return Counter(case.label for case in cases)
 
 
 def _warn(cases: Sequence[Case], classes: Sequence[str]) -> None:
