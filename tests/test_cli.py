@@ -567,8 +567,10 @@ def test_labels_of_whole_cases_choose_a_classification_bundle(run, started, expo
 def test_inspect_takes_volumes_where_voxels_have_labels(run, tmp_path):
     code, out, _ = run("inspect", write_decathlon(tmp_path / "in", 3))
     assert code == cli.DONE and "3 cases of 3 patients" in out
+    (tmp_path / "in" / "a.txt").write_text("x")
     code, out, err = run("inspect", tmp_path / "in", "--dim", 2)
     assert code == cli.BAD_INPUT and "holds no 2D image" in err
+    assert "1 unknown_file; not_2d: " in err and "use --dim 3" in err, "what befell most files is explained"
 
 
 def test_a_broken_dataset_json_is_told_before_anything_is_written(run, started, tmp_path):

@@ -395,5 +395,6 @@ def _text(header: Dataset, keyword: str) -> str:
 
 
 def _summary(refusals: Sequence[Refusal]) -> str:
-    first = f" ({refusals[0].detail})" if refusals else ""
-    return f"Refused: {tally(refusal.reason for refusal in refusals) or 'none'}{first}"
+    reasons = Counter(refusal.reason for refusal in refusals)
+    most = next((each for each in refusals if reasons[each.reason] == max(reasons.values())), None)
+    return f"Refused: {tally(reasons) or 'none'}" + (f"; {most.reason}: {most.detail}" if most else "")
