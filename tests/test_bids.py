@@ -96,6 +96,23 @@ def test_the_copy_of_a_tree_is_a_valid_derivative_and_a_misnamed_file_makes_it_i
     assert code != 0 and any("sub-01_T1w_protected" in error for error in errors)
 
 
+def test_a_row_may_name_a_session(tmp_path):
+    root = tmp_path / "in"
+    note(root / "dataset_description.json", {"Name": "Noise", "BIDSVersion": "1.9.0"})
+    for number in ("01", "02"):
+        for session in ("pre", "post"):
+            stem = f"sub-{number}_ses-{session}"
+            folder = root / f"sub-{number}" / f"ses-{session}" / "anat"
+            for kind in ("T1w", "T2w"):
+                voxels = np.random.default_rng([int(number), *session.encode()]).integers(0, 1000, (6, 7, 5))
+                save(folder / f"{stem}_{kind}.nii.gz", voxels.astype(np.int16))
+    told = {"sub-01/ses-pre": "ill", "sub-01/ses-post": "well", "sub-02/ses-pre": "ill", "sub-02/ses-post/anat": "well"}
+    write_labels(root, [f"{folder},{label}" for folder, label in told.items()])
+    cohort = load_cohort(root, spatial_dims=3)
+    found = {(case.names[0].split("/")[1], cohort.classes[case.label]) for case in cohort.cases}
+    assert len(cohort.cases) == 8 and found == {("ses-pre", "ill"), ("ses-post", "well")}
+
+
 def test_images_are_renamed_and_what_accompanies_them_is_copied(tree, tmp_path):
     folder = release(tree, tmp_path / "out")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

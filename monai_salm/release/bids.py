@@ -84,6 +84,16 @@ def subject(name: str) -> str:
     return first if rest and first.startswith("sub-") else ""
 
 
+def folders(name: str) -> list[str]:
+    """Folders that a file of a subject lies in, from its own up to the subject's.
+
+    Example:
+        >>> folders("sub-01/ses-pre/anat/sub-01_ses-pre_T1w.nii.gz")
+        ['sub-01/ses-pre/anat', 'sub-01/ses-pre', 'sub-01']
+    """
+    return [parent.as_posix() for parent in PurePosixPath(name).parents[:-1]] if subject(name) else []
+
+
 def check_companion(path: Path, name: str) -> None:
     """Make sure that a file may be copied as it is: by its name it accompanies images, by its content it holds none.
 

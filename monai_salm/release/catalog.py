@@ -232,12 +232,12 @@ class _Findings:
             worker.call((nifti if form == "nifti" else raster).check_no_text, path)
         patient = _PATIENT.search(name)
         group = patient[0].lower() if patient else name
-        # A row of a label table may name the whole subject of a BIDS tree.
-        others, target = ([bids.subject(name)], bids.protected_name(name)) if self.bids else ([], "")
+        # A row of a label table may name the whole subject or session of a BIDS tree.
+        others, target = (bids.folders(name), bids.protected_name(name)) if self.bids else ([], "")
         for index in range(count):
             names = (name,) if count == 1 else nifti.volume_names(PurePosixPath(name), index)
             at = None if count == 1 else index
-            own = (pseudonym(names[0]), form, (path,), (*names, *filter(None, others)), pseudonym(group), at)
+            own = (pseudonym(names[0]), form, (path,), (*names, *others), pseudonym(group), at)
             self.cases.append(Case(*own, target=target))
 
     def leave_out_other_channels(self) -> None:
