@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "monai_salm"
 ROOMS = (
+    "__main__",
     "cli",
     "workflows",
     "verification",

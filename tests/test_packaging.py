@@ -106,6 +106,21 @@ def test_bundles_are_found_in_an_installed_wheel_and_can_be_copied_when_it_is_re
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def test_the_package_is_the_command_too(tmp_path):
+    told = [
+        subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for module in ("monai_salm", "monai_salm.cli")
+    ]
+    assert told[0] == told[1] and told[0].startswith("usage: monai-salm ")
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_bundles_are_found_where_this_test_runs(tmp_path, name):
     found = Path(cli("bundle", "path", name, cwd=tmp_path))
