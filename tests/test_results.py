@@ -218,6 +218,16 @@ def test_verdict_follows_levels(levels: dict[str, float], verdict: str, words: s
     assert words in reason
 
 
+def test_the_verdict_names_who_loses_least() -> None:
+    rows = make_rows()
+    assert {row["victim"] for row in rows} == {"net0", "net1"}
+    for row in rows:
+        if (row["arm"], row["victim"]) == ("protected", "net1"):
+            row[METRIC] = 0.6
+    verdict, reason = verdict_of(rows)
+    assert verdict == "protected" and "lose 88 % of what clean images teach them on average, net1 75 % (" in reason
+
+
 def test_one_victim_that_did_not_learn_makes_it_inconclusive() -> None:
     rows = make_rows(victims=4)
     for row in rows:

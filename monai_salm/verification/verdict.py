@@ -178,10 +178,9 @@ def _control_check(rows: Sequence[Row], metric: str, within: float) -> Check:
     if clean is None or control is None:
         return Check("control_within", False, "The random-noise control was not run.", INCONCLUSIVE)
     held = clean - control <= within
-    text = (
-        f"Random noise of the same budget changes {_words(metric)} by {control - clean:+.3f} (at most -{within:g} is "
-    )
-    text += "allowed)." if held else "allowed): something other than the optimized pattern destroys learning."
+    text = f"Random noise of the same budget changes {_words(metric)} by {control - clean:+.3f} "
+    text += f"(it may fall by {within:g} at most)"
+    text += "." if held else ": something other than the optimized pattern destroys learning."
     return Check("control_within", held, text, INCONCLUSIVE)
 
 
@@ -202,10 +201,8 @@ def _strength_checks(
     gaps = [part["mean"] for part in closed_gap_auc(rows).get("by_victim", {}).values() if part["mean"] is not None]
     if rules.closed_gap_auc is not None and gaps:
         ranked = sum(min(gap, 1.0) for gap in gaps) / len(gaps)  # none makes up for another by ranking wrongly
-        text = (
-            f"By AUC, which does not depend on a threshold, it loses {100 * ranked:.0f} % (closed gap {_show(ranked)}; "
-        )
-        text += f"at least {rules.closed_gap_auc:g} is needed)."
+        text = f"By AUC, which does not depend on a threshold, they lose {100 * ranked:.0f} % "
+        text += f"(closed gap {_show(ranked)}; at least {rules.closed_gap_auc:g} is needed)."
         checks.append(Check("closed_gap_auc", ranked >= rules.closed_gap_auc, text, NOT_PROTECTED))
     if gap["mean"] is not None:  # a good mean with a wide interval is a lack of evidence, not evidence of failure
         held = gap["low"] is not None and gap["low"] >= rules.closed_gap_low
@@ -221,7 +218,10 @@ def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
         return Check("closed_gap_mean", False, text, INCONCLUSIVE)
     interval = "" if low is None else f", {100 * gap['confidence']:g} % interval {_show(low)} to {_show(high)}"
     only = "" if mean >= needed else "only "
-    text = f"A victim trained on the protected copy loses {only}{100 * mean:.0f} % of what clean images teach it "
+    parts = {name: part["mean"] for name, part in gap["by_victim"].items() if part["mean"] is not None}
+    weakest = min(parts, key=lambda name: parts[name])
+    text = f"Victims trained on the protected copy lose {only}{100 * mean:.0f} % of what clean images teach them"
+    text += f" on average, {weakest} {100 * parts[weakest]:.0f} % " if len(parts) > 1 else " "
     text += f"(closed gap {_show(mean)}{interval}; at least {needed:g} is needed)."
     return Check("closed_gap_mean", mean >= needed, text, NOT_PROTECTED)
 
