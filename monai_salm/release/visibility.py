@@ -113,8 +113,8 @@ def read_visibility(output_dir: Path | str) -> list[CaseVisibility]:
 def summary(output_dir: Path | str) -> str:
     """A line for the user; empty where nothing was measured."""
     cases = read_visibility(output_dir)
-    hidden = sum(case.less_visible for case in cases)
-    return f"visibility: {hidden} of {len(cases)} images are less visible than JPEG 2000 at 5:1" if cases else ""
+    seen = sum(not case.less_visible for case in cases)
+    return f"visibility: {seen} of {len(cases)} images change more visibly than by JPEG 2000 at 5:1" if cases else ""
 
 
 def _whole_lines(path: Path) -> list[str]:
