@@ -201,6 +201,13 @@ class TestCommand:
         write_labels(tmp_path / "third", ["s8,a"])
         assert protect(tmp_path / "third", tmp_path / "out3", "--like", str(tmp_path / "out")) == DONE
 
+    def test_test_cases_alone_leave_nothing_to_protect(self, earlier, export, tmp_path, capsys):
+        write_series(tmp_path / "third/s8", "s8", 2, patient="P8")
+        shutil.copytree(earlier[0] / "s0", tmp_path / "third/s0")
+        write_labels(tmp_path / "third", ["s8,b,test", "s0,a,train"])
+        assert protect(tmp_path / "third", tmp_path / "out3", "--like", str(earlier[1])) == BAD_INPUT
+        assert "no case is left: 2 are of split test" in capsys.readouterr().err
+
     def test_a_case_of_any_earlier_release_is_refused(self, earlier, export, tmp_path, capsys):
         second = tmp_path / "second"
         assert protect(export, second, "--like", str(earlier[1])) == DONE

@@ -157,12 +157,11 @@ def load_cohort(
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
     if found is None:  # unless archives bring labels: say so before every image is decoded
         label_cases(scan(dataset_dir, spatial_dims, check_pixels=False), None, seed=seed)
-    voxels = found if isinstance(found, VoxelLabels) else None
     catalog = scan(
         dataset_dir,
         spatial_dims,
         window=window,
-        voxels=voxels,
+        voxels=found if isinstance(found, VoxelLabels) else None,
         classes=earlier.classes if earlier else (),
         require_deidentified=require_deidentified,
         budget=None if budget is None else Budget.parse(budget),
@@ -173,6 +172,8 @@ def load_cohort(
     if catalog.cases and not others.cases:
         raise ValueError(f"all {len(catalog.cases)} cases are in the earlier release already; name an export of others")
     cohort = label_cases(others, found, seed=seed, classes=earlier.classes)
+    if not cohort.released:
+        raise ValueError(f"no case is left: {len(cohort.cases)} are of split test, others refused or released earlier")
     return replace(cohort, follows=earlier.folder)
 
 
