@@ -226,6 +226,8 @@ def test_the_verdict_names_who_loses_least() -> None:
             row[METRIC] = 0.6
     verdict, reason = verdict_of(rows)
     assert verdict == "protected" and "lose 88 % of what clean images teach them on average, net1 75 % (" in reason
+    helped = make_rows({"clean": 0.8, "random_noise": 0.8, "protected": 0.9})
+    assert "lose only 0 % of what clean images teach them on average, net0 0 % (closed gap -" in verdict_of(helped)[1]
 
 
 def test_one_victim_that_did_not_learn_makes_it_inconclusive() -> None:

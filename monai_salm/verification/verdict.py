@@ -201,7 +201,7 @@ def _strength_checks(
     gaps = [part["mean"] for part in closed_gap_auc(rows).get("by_victim", {}).values() if part["mean"] is not None]
     if rules.closed_gap_auc is not None and gaps:
         ranked = sum(min(gap, 1.0) for gap in gaps) / len(gaps)  # none makes up for another by ranking wrongly
-        text = f"By AUC, which does not depend on a threshold, they lose {100 * ranked:.0f} % "
+        text = f"By AUC, which does not depend on a threshold, they lose {_percent(ranked)} "
         text += f"(closed gap {_show(ranked)}; at least {rules.closed_gap_auc:g} is needed)."
         checks.append(Check("closed_gap_auc", ranked >= rules.closed_gap_auc, text, NOT_PROTECTED))
     if gap["mean"] is not None:  # a good mean with a wide interval is a lack of evidence, not evidence of failure
@@ -209,6 +209,11 @@ def _strength_checks(
         text = f"The closed gap's lower bound is {_show(gap['low'])} (at least {rules.closed_gap_low:g} is needed)."
         checks.append(Check("closed_gap_low", held, text, INCONCLUSIVE))
     return checks
+
+
+def _percent(gap: float) -> str:
+    """What is lost; where training on protected images even helps, nothing is."""
+    return f"{100 * max(gap, 0.0):.0f} %"
 
 
 def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
@@ -220,8 +225,8 @@ def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
     only = "" if mean >= needed else "only "
     parts = {name: part["mean"] for name, part in gap["by_victim"].items() if part["mean"] is not None}
     weakest = min(parts, key=lambda name: parts[name])
-    text = f"Victims trained on the protected copy lose {only}{100 * mean:.0f} % of what clean images teach them"
-    text += f" on average, {weakest} {100 * parts[weakest]:.0f} % " if len(parts) > 1 else " "
+    text = f"Victims trained on the protected copy lose {only}{_percent(mean)} of what clean images teach them"
+    text += f" on average, {weakest} {_percent(parts[weakest])} " if len(parts) > 1 else " "
     text += f"(closed gap {_show(mean)}{interval}; at least {needed:g} is needed)."
     return Check("closed_gap_mean", mean >= needed, text, NOT_PROTECTED)
 
