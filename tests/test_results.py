@@ -257,8 +257,11 @@ def test_good_mean_with_wide_interval_is_inconclusive() -> None:
     for row in rows:
         if row["arm"] == "protected" and row["victim"] == "net2":
             row[METRIC] = 0.84
-    verdict, reason = verdict_of(rows, rules=VerdictRules(protected_above_chance=None))
+    rules = {"protected_above_chance": None}
+    verdict, reason = verdict_of(rows, rules=VerdictRules(**rules, closed_gap_per_victim=None))
     assert verdict == "inconclusive" and "lower bound" in reason
+    verdict, reason = verdict_of(rows, rules=VerdictRules(**rules))
+    assert verdict == "not protected" and reason.startswith("Of all victims net2 loses least"), "others do not help it"
 
 
 def test_metric_above_chance_is_not_protected() -> None:
@@ -318,7 +321,7 @@ def segmentation_rows(levels: dict[str, tuple[float, float]] = HALF_PROTECTED) -
 def test_a_class_without_protection_is_not_made_up_for(changed: dict[str, Any], verdict: str, words: str) -> None:
     levels = {"clean": (0.9, 0.9), "protected": (0.1, 0.1), "random_noise": (0.9, 0.9), "blind": (0.1, 0.1), **changed}
     rows = segmentation_rows(levels)
-    lenient = {"control_within": None, "closed_gap_mean": 0.4, "closed_gap_low": 0.3}
+    lenient = {"control_within": None, "closed_gap_mean": 0.4, "closed_gap_low": 0.3, "closed_gap_per_victim": None}
     parts = {"fidelity": FIDELITY, "budget": BUDGET}
     found = decide(rows, "dice", rules=VerdictRules(**lenient), **parts)
     assert found.verdict == verdict and words in found.reasons[0]

@@ -21,6 +21,7 @@ from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.release.manifest import link
 from monai_salm.release.protect import IntegrityError, protect_cohort
+from monai_salm.release.visibility import CaseVisibility, VisibilityLog, WindowVisibility
 from monai_salm.surrogates import RandomView, SmallCNN
 from monai_salm.verification.results import validate_results
 from monai_salm.verification.study import VictimStudy
@@ -186,6 +187,8 @@ def test_diverged_victim_has_scores():
 def test_marker_takes_the_anatomy_away_and_blind_is_chance(released, out):
     cohort, _ = released
     random_mask = {name: np.roll(delta, (3, 3), (1, 2)) for name, delta in markers(cohort, 1).items()}
+    plain = WindowVisibility(0.0, 1000.0, 30.0, 0.9, 45.0, 0.99)
+    VisibilityLog(out).keep([CaseVisibility("a", (plain,)), CaseVisibility("b", (replace(plain, psnr=None),))])
     results = study(
         cohort,
         out,
@@ -210,6 +213,8 @@ def test_marker_takes_the_anatomy_away_and_blind_is_chance(released, out):
     assert results["chance"] == 0.5
     assert results["fidelity"]["max_error_stored"] == STEP
     assert results["fidelity"]["mask_fraction"]["mean"] == pytest.approx(112 / SIZE**2)
+    assert (results["fidelity"]["n_more_visible"], results["fidelity"]["n_visibility_cases"]) == (1, 2)
+    assert "1 of 2 images" in (out / "report.html").read_text()
     assert results["budget"]["stored"] == {"min": STEP, "max": STEP}
     assert results["budget"]["window_fraction"]["max"] == pytest.approx(STEP / 1000)
     assert results["cohort"]["held_out"] == 12

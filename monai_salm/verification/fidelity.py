@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from monai_salm.io.base import StoredImage
+from monai_salm.release.visibility import CaseVisibility
 from monai_salm.similarity import structural_similarity
 from monai_salm.verification.strength import spread
 
@@ -87,13 +88,14 @@ class Fidelity:
         """Over the cases that it was measured on; None where there are none."""
         return float(np.mean(self._ssim)) if self._ssim else None
 
-    def result(self, mask_ratio: float | None = None) -> dict[str, Any]:
+    def result(self, mask_ratio: float | None = None, visibility: Sequence[CaseVisibility] = ()) -> dict[str, Any]:
         """The ``fidelity`` part of ``docs/report.md``; errors and fractions are over all cases.
 
         ``n_ssim_cases`` says how many of them SSIM was measured on.
 
         Args:
             mask_ratio: fraction of the voxels that the configuration asked for.
+            visibility: what was measured of each case before it was written.
 
         Raises:
             ValueError: When no case was added.
@@ -117,6 +119,8 @@ class Fidelity:
                 "min": min(self._fraction),
                 "max": max(self._fraction),
             },
+            "n_visibility_cases": len(visibility),
+            "n_more_visible": sum(not case.less_visible for case in visibility),
         }
 
 

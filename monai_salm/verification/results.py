@@ -24,7 +24,7 @@ from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECT
 
 __all__ = ["SCHEMA_VERSION", "build_results", "validate_results", "write_atomically", "write_json"]
 
-SCHEMA_VERSION = "1.4"
+SCHEMA_VERSION = "1.5"
 _NUMBER = (int, float, type(None))
 _REQUIRED: dict[str, tuple[type, ...]] = {
     "schema_version": (str,),

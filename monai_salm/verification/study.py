@@ -24,6 +24,7 @@ from monai_salm.release import commit as door
 from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
+from monai_salm.release.visibility import read_visibility
 from monai_salm.surrogates import RandomView
 from monai_salm.verification.arms import Arm, Deltas, VolumeArm
 from monai_salm.verification.asked import check_settings, seeds_of
@@ -186,7 +187,7 @@ class VictimStudy:
             rows=rows,
             classes=list(self.cohort.classes),
             chance=self.learning.chance,
-            fidelity=material.fidelity.result(self.mask_ratio),
+            fidelity=material.fidelity.result(self.mask_ratio, read_visibility(self.output_dir)),
             budget=material.budget(),
             utility=utility,
             defenses=resistance(rows, resisted, self.defenses, self.learning.metric, self.learning.chance, self.rules),

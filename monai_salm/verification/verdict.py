@@ -45,6 +45,7 @@ class VerdictRules:
         clean_above_blind: Every victim's mean clean metric must exceed its blind floor by at least this much.
         control_within: The mean random-noise control may lie at most this far below the clean mean. Optional.
         closed_gap_mean: Least mean closed gap.
+        closed_gap_per_victim: Least mean closed gap of every victim. Optional.
         closed_gap_per_class: Least mean closed gap of every class, where rows tell more than one. Optional.
         closed_gap_low: Least lower bound of its interval.
         closed_gap_auc: Least mean closed gap of the AUC, where victims have one and clean ones learned by it. Optional.
@@ -63,6 +64,7 @@ class VerdictRules:
     clean_above_blind: float = 0.10
     control_within: float | None = 0.10
     closed_gap_mean: float = 0.70
+    closed_gap_per_victim: float | None = 0.50
     closed_gap_per_class: float | None = 0.50
     closed_gap_low: float = 0.50
     closed_gap_auc: float | None = 0.50
@@ -188,6 +190,9 @@ def _strength_checks(
     rows: Sequence[Row], metric: str, chance: float | None, gap: Mapping[str, Any], rules: VerdictRules
 ) -> list[Check]:
     checks = [_gap_check(gap, rules.closed_gap_mean)]
+    by_victim = _means(gap["by_victim"])
+    if rules.closed_gap_per_victim is not None and len(by_victim) > 1:
+        checks.append(_victim_check(by_victim, rules.closed_gap_per_victim))
     per_class = {name: part["mean"] for name, part in closed_gap_per_class(rows, metric).items()}
     if rules.closed_gap_per_class is not None and len(per_class) > 1:
         checks.append(_class_check(per_class, rules.closed_gap_per_class))
@@ -198,7 +203,7 @@ def _strength_checks(
             f"Mean protected {_words(metric)} is {_show(protected)} (chance {_show(chance)}, at most {_show(limit)})."
         )
         checks.append(Check("protected_above_chance", protected <= limit, text, NOT_PROTECTED))
-    gaps = [part["mean"] for part in closed_gap_auc(rows).get("by_victim", {}).values() if part["mean"] is not None]
+    gaps = _means(closed_gap_auc(rows).get("by_victim", {})).values()
     if rules.closed_gap_auc is not None and gaps:
         ranked = sum(min(gap, 1.0) for gap in gaps) / len(gaps)  # none makes up for another by ranking wrongly
         text = f"By AUC, which does not depend on a threshold, they lose {_percent(ranked)} "
@@ -209,6 +214,11 @@ def _strength_checks(
         text = f"The closed gap's lower bound is {_show(gap['low'])} (at least {rules.closed_gap_low:g} is needed)."
         checks.append(Check("closed_gap_low", held, text, INCONCLUSIVE))
     return checks
+
+
+def _means(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Those that are defined, by name."""
+    return {name: part["mean"] for name, part in parts.items() if part["mean"] is not None}
 
 
 def _percent(gap: float) -> str:
@@ -223,12 +233,19 @@ def _gap_check(gap: Mapping[str, Any], needed: float) -> Check:
         return Check("closed_gap_mean", False, text, INCONCLUSIVE)
     interval = "" if low is None else f", {100 * gap['confidence']:g} % interval {_show(low)} to {_show(high)}"
     only = "" if mean >= needed else "only "
-    parts = {name: part["mean"] for name, part in gap["by_victim"].items() if part["mean"] is not None}
+    parts = _means(gap["by_victim"])
     weakest = min(parts, key=lambda name: parts[name])
     text = f"Victims trained on the protected copy lose {only}{_percent(mean)} of what clean images teach them"
     text += f" on average, {weakest} {_percent(parts[weakest])} " if len(parts) > 1 else " "
     text += f"(closed gap {_show(mean)}{interval}; at least {needed:g} is needed)."
     return Check("closed_gap_mean", mean >= needed, text, NOT_PROTECTED)
+
+
+def _victim_check(gaps: Mapping[str, float], needed: float) -> Check:
+    """That no network learns behind a good mean of all."""
+    weakest = min(gaps, key=lambda name: gaps[name])
+    text = f"Of all victims {weakest} loses least (closed gap {_show(gaps[weakest])}; at least {needed:g} is needed of "
+    return Check("closed_gap_per_victim", gaps[weakest] >= needed, text + "each).", NOT_PROTECTED)
 
 
 def _class_check(gaps: Mapping[str, float | None], needed: float) -> Check:
