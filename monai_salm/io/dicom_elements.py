@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 from pydicom.charset import convert_encodings, default_encoding
-from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element, empty_value_for_VR
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.filebase import DicomBytesIO
-from pydicom.filereader import data_element_generator
-from pydicom.filewriter import write_data_element
+from pydicom.filereader import data_element_generator, read_sequence
+from pydicom.filewriter import write_data_element, write_sequence
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STR_VR, VR
@@ -30,6 +30,10 @@ __all__ = [
     "ITEM",
     "Elements",
     "Stop",
+    "decode_item",
+    "encode_element",
+    "encode_item",
+    "encode_items",
     "pad",
     "read_elements",
     "read_rest",
@@ -50,11 +54,9 @@ _CHARACTER_SET = BaseTag(0x00080005)
 _PIXEL_DATA = BaseTag(0x7FE00010)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _TEXT = STR_VR - {VR.UI}
-_SHORT, _IMPLICIT, _LONG = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
+_SHORT, _IMPLICIT, _LONG, _WORD = map(struct.Struct, ("<HH2sH", "<HHL", "<L", "<H"))
 _tag = lru_cache(maxsize=1 << 14)(BaseTag)
 """To make one takes longer than all else that is done with an element, and files of a kind have the same ones."""
-_TYPE = struct.Struct("<2sH")
-_LONG_HEADER = struct.Struct("<HH2s2xL")
 _TYPES = {
     vr.encode(): (str(vr), vr in EXPLICIT_VR_LENGTH_32, empty_value_for_VR(vr, raw=True)) for vr in VR if len(vr) == 2
 }
@@ -80,22 +82,25 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
         return None  # nothing, or elements of a command
     if implicit == all(0x40 < byte < 0x5B for byte in data[position + 4 : position + 6]):
         return None  # the first element tells its type, or does not, and the file says otherwise
+    first, last = tags[0], tags[-1]
     while position + 8 <= size:
-        name, empty, value_at = None, None, position + 8
-        group, number, length = _IMPLICIT.unpack_from(data, position)
-        if (group << 16 | number) not in tags:  # of plain integers: a range looks for others one by one
+        value_at = position + 8
+        kind: tuple[str | None, bool, bytes | None] | None = None, False, None
+        if implicit:
+            group, number, length = _IMPLICIT.unpack_from(data, position)
+        else:
+            group, number, code, length = _SHORT.unpack_from(data, position)
+            kind = _TYPES.get(code)
+        if not first <= group << 16 | number <= last:
             break
-        tag = _tag(group << 16 | number)
-        if not implicit:
-            code, length = _TYPE.unpack_from(data, position + 4)
-            if code not in _TYPES:
+        if kind is None:
+            return None
+        tag, (name, long, empty) = _tag(group << 16 | number), kind
+        if long:
+            value_at += 4
+            if value_at > size:
                 return None
-            name, long, empty = _TYPES[code]
-            if long:
-                value_at += 4
-                if value_at > size:
-                    return None
-                (length,) = _LONG.unpack_from(data, position + 8)
+            (length,) = _LONG.unpack_from(data, position + 8)
         if length == UNDEFINED:
             file = io.BytesIO(data)
             file.seek(position)
@@ -151,13 +156,18 @@ def pad(dataset: Dataset) -> None:
     Bytes that are items stay as they are, of types that nobody knows: who reads them takes what pads them for another
     item, which has no end.
     """
-    elements = list(dataset.values())
-    for element in elements:
-        for item in element.value if isinstance(element.value, Items) else ():
-            pad(item)
-    padded = [_padded(element) for element in elements]
-    if any(new is not old for new, old in zip(padded, elements, strict=True)):
-        replace_elements(dataset, padded)
+    odd = []
+    for element in dataset.values():
+        value = element.value
+        if isinstance(value, bytes):
+            if len(value) % 2:
+                odd.append(element)
+        elif isinstance(value, Items):
+            for item in value:
+                pad(item)
+    padded = {element.tag: _padded(element) for element in odd}
+    if any(padded[element.tag] is not element for element in odd):
+        replace_elements(dataset, [padded.get(element.tag, element) for element in dataset.values()])
 
 
 def _padded(element: DataElement | RawDataElement) -> DataElement | RawDataElement:
@@ -184,30 +194,87 @@ def write_elements(dataset: Dataset) -> Iterator[bytes]:
     """
     implicit = dataset.original_encoding[0]
     encodings = dataset.get("SpecificCharacterSet", default_encoding)
-    if _PIXEL_DATA in dataset:  # pydicom pads them, and refuses those that are not encapsulated where they must be
+    if _PIXEL_DATA in dataset:
         dataset[_PIXEL_DATA].is_undefined_length = dataset.file_meta.TransferSyntaxUID.is_compressed
     elements = dict(dataset.items())
     for tag in sorted(elements, key=int):
-        element, group = elements[tag], tag >> 16
-        if tag == 0 and not element.value:
+        element, group, value = elements[tag], tag >> 16, elements[tag].value
+        if not tag and not value:
             continue  # zeros behind the last element, which fill a file up to whole blocks
         if group in (0, 2):
             raise ValueError("an element of the file meta or of a command is among those of the image")
         if tag & 0xFFFF == 0 and group > 6:
             continue
-        if not element.is_raw or element.value is None:
-            buffer = DicomBytesIO()
-            buffer.is_implicit_VR, buffer.is_little_endian = implicit, True
+        if element.is_raw and value is not None:
+            undefined = element.length == UNDEFINED
+        elif tag == _PIXEL_DATA and element.VR in ("OB", "OW") and isinstance(value, bytes):
+            undefined = element.is_undefined_length
+            if undefined and not value.startswith(ITEM):
+                raise ValueError("pixel data are not encapsulated, as their transfer syntax wants them")
+            value += b"\0" * (len(value) % 2)
+        else:
+            buffer = _buffer(implicit)
             write_data_element(buffer, dataset.get_item(tag), encodings)
             yield buffer.getvalue()
             continue
-        length = UNDEFINED if element.length == UNDEFINED else len(element.value)
-        if implicit:
-            yield _IMPLICIT.pack(group, tag & 0xFFFF, length)
-        elif element.VR in EXPLICIT_VR_LENGTH_32:
-            yield _LONG_HEADER.pack(group, tag & 0xFFFF, element.VR.encode(default_encoding), length)
-        else:
-            yield _SHORT.pack(group, tag & 0xFFFF, element.VR.encode(default_encoding), length)
-        yield element.value
-        if length == UNDEFINED:
+        head, size = _head(tag, "" if implicit else element.VR)
+        yield head + size.pack(UNDEFINED if undefined else len(value))
+        yield value
+        if undefined:
             yield _SEQUENCE_END
+
+
+@lru_cache(maxsize=1 << 14)
+def _head(tag: BaseTag, vr: str) -> tuple[bytes, struct.Struct]:
+    """How an element begins, and how its length is written behind that; with no type as implicit files have it."""
+    begin = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr.encode(default_encoding)
+    if not vr:
+        return begin, _LONG
+    return (begin + b"\0\0", _LONG) if vr in EXPLICIT_VR_LENGTH_32 else (begin, _WORD)
+
+
+def _buffer(implicit: bool) -> DicomBytesIO:
+    buffer = DicomBytesIO()
+    buffer.is_implicit_VR, buffer.is_little_endian = implicit, True
+    return buffer
+
+
+def encode_element(keyword: str, value: str | bytes, *, implicit: bool) -> bytes:
+    """The bytes of an element: of plain text, or of a value that is encoded already."""
+    tag, vr = _named(keyword)
+    if isinstance(value, str):
+        value = value.encode(default_encoding)
+        value += (b"\0" if vr == "UI" else b" ") * (len(value) % 2)
+    head, size = _head(tag, "" if implicit else vr)
+    return head + size.pack(len(value)) + value
+
+
+def encode_item(*, implicit: bool, **values: str | bytes) -> bytes:
+    """The bytes of an item of a sequence, from its elements by keyword, see :py:func:`encode_element`."""
+    names = sorted(values, key=tag_for_keyword)
+    content = b"".join(encode_element(name, values[name], implicit=implicit) for name in names)
+    return ITEM + _LONG.pack(len(content)) + content
+
+
+def decode_item(item: bytes, *, implicit: bool) -> Dataset:
+    """The data set of an item's bytes."""
+    return read_sequence(io.BytesIO(item), implicit, True, len(item), default_encoding)[0]
+
+
+def encode_items(dataset: Dataset, keyword: str) -> bytes:
+    """The bytes of the items that a sequence has; none where it is empty or not there."""
+    items = dataset.get(keyword)
+    if not items:
+        return b""
+    for item in items:
+        pad(item)
+    buffer = _buffer(dataset.original_encoding[0])
+    encodings = convert_encodings(dataset.get("SpecificCharacterSet", default_encoding) or [default_encoding])
+    write_sequence(buffer, dataset[keyword], encodings)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1 << 10)
+def _named(keyword: str) -> tuple[BaseTag, str]:
+    tag = BaseTag(tag_for_keyword(keyword))
+    return tag, str(dictionary_VR(tag))

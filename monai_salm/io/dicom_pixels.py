@@ -161,7 +161,7 @@ def encode(planes: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
             return encapsulate([_compress(plane, header, syntax) for plane in planes]), "OB", syntax
         except (RuntimeError, ValueError):
             pass  # the codecs refuse tiny images; uncompressed is always possible
-    value = planes.astype(planes.dtype.newbyteorder("<")).tobytes()
+    value = np.ascontiguousarray(planes, planes.dtype.newbyteorder("<")).tobytes()
     vr = "OW" if planes.dtype.itemsize > 1 or syntax == uid.ImplicitVRLittleEndian else "OB"
     return value + b"\0" * (len(value) % 2), vr, syntax if syntax in NATIVE else uid.ExplicitVRLittleEndian
 

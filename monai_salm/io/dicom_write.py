@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
-from copy import deepcopy
 from datetime import datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataelem import DataElement, RawDataElement
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_file_meta_info
+from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import Tag
 
 from monai_salm import __version__
 from monai_salm.io.base import Case, RefusedError, Window, move
-from monai_salm.io.dicom_elements import pad, write_elements
+from monai_salm.io.dicom_elements import (
+    decode_item,
+    encode_element,
+    encode_item,
+    encode_items,
+    pad,
+    write_elements,
+)
 from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
 from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, encode
@@ -123,18 +129,19 @@ def protect(
 
 def _derive(dataset: Dataset, planes: NDArray[Any], uids: UidMapping, when: datetime) -> tuple[PurePosixPath, bytes]:
     with refusing("unwritable", "the derived file cannot be written; export the image again"):
-        reference = _source_reference(dataset, uids)
-        evidence = _source_evidence(dataset, reference, uids) if is_enhanced(dataset) else None
+        implicit = dataset.original_encoding[0]
+        reference = _source_reference(dataset, uids, implicit)
+        evidence = _source_evidence(dataset, uids, implicit) if is_enhanced(dataset) else None
         uids.map_dataset(dataset)
         _remove_stale(dataset)
-        _set_pixels(dataset, planes)
+        syntax = _set_pixels(dataset, planes)
         _describe(dataset, when)
         if evidence is not None:
-            _describe_frames(dataset, reference, evidence)
+            _describe_frames(dataset, reference, evidence, implicit)
         else:
-            _describe_image(dataset, reference)
-        _append_item(dataset, "ContributingEquipmentSequence", _equipment(when))
-        return _path(dataset), _to_bytes(dataset)
+            _describe_image(dataset, reference, implicit)
+        _append_item(dataset, "ContributingEquipmentSequence", _equipment(when, implicit))
+        return _path(dataset), _to_bytes(dataset, syntax)
 
 
 def protect_companion(source: Path, uids: UidMapping) -> tuple[PurePosixPath, bytes]:
@@ -154,80 +161,82 @@ def protect_companion(source: Path, uids: UidMapping) -> tuple[PurePosixPath, by
     with refusing("unwritable", "the file cannot be written under new UIDs; export it again"):
         uids.map_dataset(dataset)
         _remove_stale(dataset)
-        _set_meta(dataset, dataset.file_meta.TransferSyntaxUID)
-        return _path(dataset), _to_bytes(dataset)
+        return _path(dataset), _to_bytes(dataset, dataset.file_meta.TransferSyntaxUID)
 
 
 def _path(dataset: Dataset) -> PurePosixPath:
     return PurePosixPath(dataset.StudyInstanceUID, dataset.SeriesInstanceUID, f"{dataset.SOPInstanceUID}.dcm")
 
 
-def _source_reference(dataset: Dataset, uids: UidMapping) -> Dataset:
+def _source_reference(dataset: Dataset, uids: UidMapping, implicit: bool) -> bytes:
     """A keyed pseudonym of the source: its original UID would identify, and its mapped UID is the copy's own."""
-    item = Dataset()
-    item.ReferencedSOPClassUID = dataset.SOPClassUID
-    item.ReferencedSOPInstanceUID = uids(f"source of {dataset.SOPInstanceUID}")
-    purpose = _code("121322", "Source image for image processing operation")
-    item.PurposeOfReferenceCodeSequence = Items([purpose])
-    return item
+    return encode_item(
+        implicit=implicit,
+        ReferencedSOPClassUID=dataset.SOPClassUID,
+        ReferencedSOPInstanceUID=_pseudonym(dataset, "SOPInstanceUID", uids),
+        PurposeOfReferenceCodeSequence=_code("121322", "Source image for image processing operation", implicit),
+    )
 
 
-def _source_evidence(dataset: Dataset, reference: Dataset, uids: UidMapping) -> Dataset:
+def _source_evidence(dataset: Dataset, uids: UidMapping, implicit: bool) -> bytes:
     """Where the source is to be found (PS3.3 C.17.2.1), with pseudonyms as in the reference to it."""
-    instance, series, study = Dataset(), Dataset(), Dataset()
-    instance.ReferencedSOPClassUID = reference.ReferencedSOPClassUID
-    instance.ReferencedSOPInstanceUID = reference.ReferencedSOPInstanceUID
-    series.SeriesInstanceUID = uids(f"source of {dataset.SeriesInstanceUID}")
-    series.ReferencedSOPSequence = Items([instance])
-    study.StudyInstanceUID = uids(f"source of {dataset.StudyInstanceUID}")
-    study.ReferencedSeriesSequence = Items([series])
-    return study
+    instance = encode_item(
+        implicit=implicit,
+        ReferencedSOPClassUID=dataset.SOPClassUID,
+        ReferencedSOPInstanceUID=_pseudonym(dataset, "SOPInstanceUID", uids),
+    )
+    series = encode_item(
+        implicit=implicit,
+        SeriesInstanceUID=_pseudonym(dataset, "SeriesInstanceUID", uids),
+        ReferencedSOPSequence=instance,
+    )
+    study = _pseudonym(dataset, "StudyInstanceUID", uids)
+    return encode_item(implicit=implicit, StudyInstanceUID=study, ReferencedSeriesSequence=series)
 
 
-def _code(value: str, meaning: str) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
-    return item
+def _pseudonym(dataset: Dataset, keyword: str, uids: UidMapping) -> str:
+    return uids(f"source of {dataset[keyword].value}")
 
 
-def _equipment(when: datetime) -> Dataset:
-    item = Dataset()
-    item.PurposeOfReferenceCodeSequence = Items([_code(MODIFYING_EQUIPMENT, "Modifying Equipment")])
-    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MANUFACTURER, "SALM", __version__
-    item.ContributionDateTime = when.strftime("%Y%m%d%H%M%S%z")
-    item.ContributionDescription = CONTRIBUTION
-    return item
+@lru_cache
+def _code(value: str, meaning: str, implicit: bool) -> bytes:
+    return encode_item(implicit=implicit, CodeValue=value, CodingSchemeDesignator="DCM", CodeMeaning=meaning)
+
+
+@lru_cache
+def _equipment(when: datetime, implicit: bool) -> bytes:
+    return encode_item(
+        implicit=implicit,
+        Manufacturer=MANUFACTURER,
+        ManufacturerModelName="SALM",
+        SoftwareVersions=__version__,
+        ContributionDateTime=when.strftime("%Y%m%d%H%M%S%z"),
+        ContributionDescription=CONTRIBUTION,
+        PurposeOfReferenceCodeSequence=_code(MODIFYING_EQUIPMENT, "Modifying Equipment", implicit),
+    )
 
 
 def _remove_stale(dataset: Dataset) -> None:
     """Remove what no longer holds or would leak, at any depth."""
-    for tag, element in list(dataset.items()):
-        if tag in REMOVED_TAGS:
-            del dataset[tag]
-        elif isinstance(element.value, Items):  # all sequences were parsed by the UID map
+    for tag in REMOVED_TAGS.intersection(dataset.keys()):
+        del dataset[tag]
+    for element in dataset.values():
+        if not element.is_raw and isinstance(element.value, Items):  # all sequences were parsed by the UID map
             for item in element.value:
                 _remove_stale(item)
 
 
-def _set_pixels(dataset: Dataset, planes: NDArray[Any]) -> None:
+def _set_pixels(dataset: Dataset, planes: NDArray[Any]) -> str:
+    """Other pixels, and the transfer syntax that they have now."""
     encoded = len(dataset.PixelData)
     value, vr, syntax = encode(planes, dataset)
     dataset["PixelData"] = DataElement(Tag("PixelData"), vr, value, is_undefined_length=syntax not in NATIVE)
     _mark_lossy(dataset, planes.nbytes / max(encoded, 1))
-    for keyword, extreme in (("SmallestImagePixelValue", planes.min()), ("LargestImagePixelValue", planes.max())):
+    for keyword, extreme in (("SmallestImagePixelValue", np.min), ("LargestImagePixelValue", np.max)):
         if keyword in dataset:
-            dataset[keyword] = DataElement(Tag(keyword), "SS" if dataset.PixelRepresentation else "US", int(extreme))
-    _set_meta(dataset, syntax)
-
-
-def _set_meta(dataset: Dataset, syntax: str) -> None:
-    meta = FileMetaDataset()
-    meta.FileMetaInformationVersion = b"\0\1"
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
-    meta.TransferSyntaxUID = syntax
-    meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
-    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
-    dataset.file_meta = meta
+            vr = "SS" if dataset.PixelRepresentation else "US"
+            dataset[keyword] = DataElement(Tag(keyword), vr, int(extreme(planes)))
+    return syntax
 
 
 def _mark_lossy(dataset: Dataset, ratio: float) -> None:
@@ -263,27 +272,25 @@ def _zone(dataset: Dataset) -> tzinfo:
     return timezone(offset if said[1] == "+" else -offset)
 
 
-def _describe_image(dataset: Dataset, reference: Dataset) -> None:
+def _describe_image(dataset: Dataset, reference: bytes, implicit: bool) -> None:
     _append_text(dataset, "DerivationDescription", " " + DERIVATION, "ST", 1024)
     _append_item(dataset, "SourceImageSequence", reference)
-    _append_item(dataset, "DerivationCodeSequence", _code(*_ADDITION))
+    _append_item(dataset, "DerivationCodeSequence", _code(*_ADDITION, implicit))
 
 
-def _describe_frames(dataset: Dataset, reference: Dataset, evidence: Dataset) -> None:
+def _describe_frames(dataset: Dataset, reference: bytes, evidence: bytes, implicit: bool) -> None:
     """Enhanced images have no place for a derivation in their root: it belongs into the functional groups."""
-
-    def derivation() -> Dataset:
-        item = Dataset()
-        item.DerivationDescription = DERIVATION
-        item.DerivationCodeSequence = Items([_code(*_ADDITION)])
-        item.SourceImageSequence = Items([deepcopy(reference)])
-        return item
-
+    derivation = encode_item(
+        implicit=implicit,
+        DerivationDescription=DERIVATION,
+        DerivationCodeSequence=_code(*_ADDITION, implicit),
+        SourceImageSequence=reference,
+    )
     for item in frame_types(dataset):
         item.FrameType = _derived_type(item.get("FrameType"))
     if "ContentQualification" in dataset:
         dataset.ContentQualification = "RESEARCH"
-    add_derivation(dataset, derivation)
+    add_derivation(dataset, lambda: decode_item(derivation, implicit=implicit))
     _append_item(dataset, "SourceImageEvidenceSequence", evidence)
 
 
@@ -305,13 +312,28 @@ def _append_text(dataset: Dataset, keyword: str, suffix: str, vr: str, room: int
             dataset[tag] = element._replace(value=value, length=len(value))
 
 
-def _append_item(dataset: Dataset, keyword: str, item: Dataset) -> None:
-    dataset[keyword] = DataElement(Tag(keyword), "SQ", Items([*(dataset.get(keyword) or ()), item]))
+def _append_item(dataset: Dataset, keyword: str, item: bytes) -> None:
+    tag, value = Tag(keyword), encode_items(dataset, keyword) + item
+    dataset[tag] = RawDataElement(tag, "SQ", len(value), value, 0, dataset.original_encoding[0], True)
 
 
-def _to_bytes(dataset: Dataset) -> bytes:
-    meta = DicomBytesIO()
-    write_file_meta_info(meta, dataset.file_meta, enforce_standard=True)
+def _to_bytes(dataset: Dataset, syntax: str) -> bytes:
+    """A file with a meta of its own (PS3.10 7.1)."""
+    if not (dataset.SOPClassUID and dataset.SOPInstanceUID):
+        raise ValueError("a file needs a class and an instance UID")
+    meta = b"".join(
+        encode_element(keyword, value, implicit=False)
+        for keyword, value in (
+            ("FileMetaInformationVersion", b"\0\1"),
+            ("MediaStorageSOPClassUID", dataset.SOPClassUID),
+            ("MediaStorageSOPInstanceUID", dataset.SOPInstanceUID),
+            ("TransferSyntaxUID", syntax),
+            ("ImplementationClassUID", IMPLEMENTATION_CLASS_UID),
+            ("ImplementationVersionName", IMPLEMENTATION_VERSION_NAME),
+        )
+    )
+    length = encode_element("FileMetaInformationGroupLength", struct.pack("<L", len(meta)), implicit=False)
+    dataset.file_meta.TransferSyntaxUID = syntax
     pad(dataset)
     preamble = bytes(128)  # that of the source can hold another program or image (CVE-2019-11687)
-    return b"".join([preamble, b"DICM", meta.getvalue(), *write_elements(dataset)])
+    return b"".join([preamble, b"DICM", length, meta, *write_elements(dataset)])

@@ -63,6 +63,10 @@ def is_mapped_uid_tag(tag: BaseTag | int | str) -> bool:
     return keyword not in KEPT_UID_KEYWORDS
 
 
+_MAY_HOLD_UIDS = frozenset({"SQ", "UI", "UN", None})
+"""Types of elements; the last two are for whatever they hold."""
+
+
 class UidMap:
     """A keyed map of UIDs without any state, so that parts of a release agree without a shared table.
 
@@ -109,6 +113,8 @@ class UidMap:
         if depth > MAX_DEPTH:
             raise too_deep()
         for tag, element in list(dataset.items()):
+            if element.VR not in _MAY_HOLD_UIDS:
+                continue
             vr = element.VR if element.VR not in (None, "UN") else _type_of(dataset, tag)
             if vr == "SQ" and holds_items(element.value):
                 for item in dataset[tag].value or ():
