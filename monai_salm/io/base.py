@@ -201,8 +201,9 @@ def compare(before: np.ndarray, after: np.ndarray, limit: float) -> FileCheck:
         RefusedError: When the difference exceeds ``limit`` (plus a float's own rounding) or is nowhere.
     """
     if before.dtype.kind in "iu" and before.dtype.itemsize < 4:
-        change = np.abs(np.subtract(after, before, dtype=np.int32))
-        changed, excess = np.count_nonzero(change), change.max(initial=0) - limit
+        # The larger minus the smaller: as an unsigned number of the same width it cannot overflow.
+        change = np.subtract(np.maximum(before, after), np.minimum(before, after)).view(f"u{before.dtype.itemsize}")
+        changed, excess = np.count_nonzero(change), int(change.max(initial=0)) - limit
     else:
         bits = np.dtype(f"u{before.dtype.itemsize}")
         moved = before.view(bits) != after.view(bits)

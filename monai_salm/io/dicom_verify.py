@@ -169,10 +169,10 @@ def _undeclared_changes(
     before: Dataset, after: Dataset, declared: frozenset[BaseTag], nested: frozenset[BaseTag]
 ) -> Iterator[BaseTag]:
     """Elements at any depth that were added, removed or changed, save mapped UIDs and those declared here or nested."""
-    old, new = dict(before.items()), dict(after.items())
-    shared = old.keys() & new.keys()
-    differ = {tag for tag in shared if _raw(old[tag]) != _raw(new[tag]) or _retyped(old[tag].VR, new[tag].VR)}
-    for tag in sorted((differ | old.keys() ^ new.keys()) - declared):
+    # By plain integers: tags that are equal, but not one and the same, are compared by a function of pydicom's.
+    old, new = ({int(tag): element for tag, element in dataset.items()} for dataset in (before, after))
+    differ = {tag for tag in old.keys() & new.keys() if _differ(old[tag], new[tag])}
+    for tag in map(BaseTag, sorted((differ | old.keys() ^ new.keys()) - declared)):
         if tag.element == 0:
             continue
         if tag not in old or tag not in new:
@@ -189,14 +189,19 @@ def _undeclared_changes(
             yield tag
 
 
+def _differ(old: DataElement | RawDataElement, new: DataElement | RawDataElement) -> bool:
+    """Whether two elements of one tag differ, as they are; bytes that only their padding tells apart do not."""
+    return old.value != new.value and _raw(old) != _raw(new) or old.VR != new.VR and _retyped(old.VR, new.VR)
+
+
 def _raw(element: DataElement | RawDataElement) -> Any:
     """The value as it is, bytes while nobody has decoded the element; without padding."""
     return element.value.rstrip(b" \0") if isinstance(element.value, bytes) else element.value
 
 
 def _retyped(old: str | None, new: str | None) -> bool:
-    """Whether equal bytes mean something else now. Implicit files name no type, and UN stands for any."""
-    return old != new and not {old, new} & {None, "UN"} and len(old) == len(new) == 2  # type: ignore[arg-type]
+    """Whether bytes mean something else now, of another type. Implicit files name no type, and UN stands for any."""
+    return not {old, new} & {None, "UN"} and len(old) == len(new) == 2  # type: ignore[arg-type]
 
 
 def _is_mapped(old: Any, new: Any) -> bool:
