@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # the process that reads files needs no torch, and starts fas
 TYPES = ("int8", "int16", "int32")
 """A perturbation is kept in the first of these that holds its budget."""
 _SLAB_BYTES = 32 << 20
+_BLOCK_BYTES = 1 << 18
+"""Turned at a time by :py:func:`in_order`; a processor's cache holds it."""
 COLUMNS = ("sample_id", "dtype", "shape", "levels", "step", "image_digest", "digest", "payload")
 """Names of :py:func:`pack`'s values: text, text, JSON, integer, float, hex, hex, bytes."""
 
@@ -115,10 +117,25 @@ def as_array(values: Tensor | np.ndarray) -> np.ndarray:
     return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
+def in_order(values: np.ndarray) -> np.ndarray:
+    """The same values in C order, as ``np.ascontiguousarray``, but several times faster where a volume is turned.
+
+    To read an array across its order in memory takes a line of the cache for each value, and lines that are powers of
+    two apart push each other out. So a block is copied as it lies first, and read across there.
+    """
+    if values.ndim < 3 or values.flags.c_contiguous:
+        return np.ascontiguousarray(values)
+    found = np.empty(values.shape, values.dtype)
+    thick = max(1, _BLOCK_BYTES * values.shape[1] // max(values.nbytes, 1))
+    for start in range(0, values.shape[1], thick):
+        found[:, start : start + thick] = values[:, start : start + thick].copy("K")
+    return found
+
+
 def _digest(header: list[Any], values: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
     for part in _parts(values):
-        digest.update(np.ascontiguousarray(part, values.dtype.newbyteorder("<")))
+        digest.update(in_order(part).astype(values.dtype.newbyteorder("<"), copy=False))
     return digest.hexdigest()
 
 
