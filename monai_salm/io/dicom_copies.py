@@ -62,6 +62,7 @@ _WRAPPINGS = 3
 """So many layers are taken off: base64 of gzip of gzip."""
 _MIN_PART = 64
 """Bytes of an element that may be part of a copy; a part is a row at least."""
+_LEFT_OUT = frozenset({ICON, *PIXEL_TAGS})
 _LIKE = 0.9
 """Correlation from which on values are those of the picture, whatever their scale; tables and texts stay far below."""
 _KINDS = {1: ["u1"], 2: ["<u2", ">u2", "<i2", ">i2"], 4: ["<f4", ">f4", "<i4", ">i4"], 8: ["<f8", ">f8"]}
@@ -202,21 +203,22 @@ def _correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: BaseTag | None = None) -> Iterator[_Value]:
-    """What nobody has decoded, at any depth, save icons, which no copy keeps, and the pixels themselves."""
+    """What nobody has decoded, at any depth, but short values, the pixels themselves and icons, which no copy keeps."""
     if depth > MAX_DEPTH:
         raise too_deep()
     for tag, element in dataset.items():
-        if around is None and (tag == ICON or tag in PIXEL_TAGS):
+        value = element.value
+        raw = isinstance(value, bytes)
+        if raw and len(value) < _MIN_PART or around is None and tag in _LEFT_OUT:
             continue
         inside = private or tag.is_private
-        if isinstance(element.value, bytes):
-            yield _Value(around or tag, inside, element.value)
-        if isinstance(element.value, Items):
-            for item in element.value:
-                yield from _values(item, inside, depth + 1, around)
-        else:  # bytes may only look like items, and then no file has the elements in them
-            for item in _items(element):
+        if raw:
+            yield _Value(around or tag, inside, value)
+            for item in _items(element):  # bytes may only look like items, and then no file has the elements in them
                 yield from _values(item, inside, depth + 1, around or tag)
+        elif isinstance(value, Items):
+            for item in value:
+                yield from _values(item, inside, depth + 1, around)
 
 
 def _items(element: RawDataElement | DataElement) -> Sequence[Dataset]:

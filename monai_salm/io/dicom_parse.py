@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +21,7 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_elements import ITEM, Stop, read_elements, read_rest, to_dataset, to_meta
+from monai_salm.io.dicom_elements import ITEM, Elements, Stop, read_elements, read_rest, to_dataset, to_meta
 from monai_salm.io.dicom_endian import to_little_endian
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "holds_items",
     "holds_pixels",
     "identify",
+    "identify_all",
     "looks_like_dicom",
     "parse",
     "read_header",
@@ -48,6 +49,8 @@ MAX_EXPANSION = 1000
 MAX_HEADER_BYTES = 64 << 20
 HEAD_BYTES = 1 << 16
 """What is read of a file at first for its header; few headers are larger."""
+MAX_KEPT_BYTES = 16 << 20
+"""Of a larger file the elements are not kept until it is read again."""
 LARGE_PRIVATE_BYTES = 4096
 """From this size on a private element may be a copy of the pixels."""
 MAX_DEPTH = 32
@@ -58,6 +61,9 @@ _NESTED_PIXELS = b"\xe0\x7f\x10\x00"
 ICON = 0x00880200
 _LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
+
+_last: tuple[bytes, Elements, Elements, bool] | None = None
+"""Of the file that was read last: bytes, elements of its meta and of its data set, whether they tell no types."""
 
 META_TAGS = range(0x00020000, 0x00030000)
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
@@ -164,7 +170,7 @@ def read_outline(path: str | os.PathLike[str]) -> Dataset:
     header = read_header(path)
     for tag, element in list(header.items()):
         if tag.is_private and len(element.value or ()) < LARGE_PRIVATE_BYTES:
-            del header[tag]
+            header.pop(tag)
     return header
 
 
@@ -188,12 +194,13 @@ def holds_pixels(dataset: Dataset, *, nested: bool = False) -> bool:
         return True
     for tag, element in list(dataset.items()):
         value = element.value
-        if tag == ICON or isinstance(value, bytes) and not (_NESTED_PIXELS in value and holds_items(value)):
-            continue
-        items = dataset[tag].value
-        if isinstance(items, bytes):  # of a type that nobody knows, but with items, and such a tag among its bytes
-            return True
-        if isinstance(items, Items) and any(holds_pixels(item, nested=True) for item in items):
+        if isinstance(value, bytes):
+            if not (value.startswith(_ITEMS) and _NESTED_PIXELS in value) or tag == ICON or tag in PIXEL_TAGS:
+                continue
+            value = dataset[tag].value
+            if isinstance(value, bytes):  # of a type that nobody knows, but with items, and such a tag among its bytes
+                return True
+        if isinstance(value, Items) and tag != ICON and any(holds_pixels(item, nested=True) for item in value):
             return True
     return False
 
@@ -219,6 +226,11 @@ def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
                 return str(meta.get("MediaStorageSOPClassUID") or ""), str(meta.get("MediaStorageSOPInstanceUID") or "")
     except (OSError, RefusedError):
         return "", ""
+
+
+def identify_all(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str]]:
+    """:py:func:`identify` of each."""
+    return [identify(path) for path in paths]
 
 
 def parse(data: bytes, *, by_pydicom: bool = False) -> Dataset:
@@ -274,22 +286,34 @@ def _parse(file: BinaryIO, size: int, *, header_only: bool = False, plain: bool 
 
 
 def _read_plain(data: bytes, stop: Stop | None) -> FileDataset | None:
-    """The data set, where it is encoded as most are; its elements are found many times faster than by pydicom alone."""
-    try:
-        found = read_elements(data, 132, META_TAGS, implicit=False)
-        if found is None:
+    """The data set, where it is encoded as most are; its elements are found many times faster than by pydicom alone.
+
+    Those of the whole file that was read last are known: an original is read to be written and again to be compared
+    with its copy. They are bytes that nobody changes, so each caller has a data set of its own, as if parsed afresh;
+    and they are of these very bytes, which are compared.
+    """
+    global _last
+    if _last is not None and stop is None and _last[0] == data:
+        _, meta, elements, implicit = _last
+    else:
+        try:
+            found = read_elements(data, 132, META_TAGS, implicit=False)
+            if found is None:
+                return None
+            meta, position = found
+            syntax = check_syntax(to_meta(dict(meta)))
+            implicit = syntax == uid.ImplicitVRLittleEndian
+            found = read_elements(data, position, range(min(PIXEL_TAGS)), implicit=implicit)
+            if found is None or syntax == uid.ExplicitVRBigEndian:
+                return None
+            elements, position = found
+            read_rest(data, position, elements, stop, implicit=implicit)
+        except Exception:  # the rest is pydicom's, which makes the best of it or fails too; a head can end anywhere
             return None
-        meta, position = to_meta(found[0]), found[1]
-        check_syntax(meta)
-        implicit = meta.TransferSyntaxUID == uid.ImplicitVRLittleEndian
-        found = read_elements(data, position, range(min(PIXEL_TAGS)), implicit=implicit)
-        if found is None or meta.TransferSyntaxUID == uid.ExplicitVRBigEndian:
-            return None
-        elements, position = found
-        read_rest(data, position, elements, stop, implicit=implicit)
-    except Exception:  # the rest is pydicom's, which makes the best of it or fails too; a head can end anywhere
-        return None
-    return to_dataset(data[:128], meta, elements, implicit=implicit)
+        if stop is None:
+            plain = len(data) <= MAX_KEPT_BYTES and all(element.is_raw for element in elements.values())
+            _last = (data, meta, elements, implicit) if plain else None
+    return to_dataset(data[:128], to_meta(dict(meta)), dict(elements), implicit=implicit)
 
 
 def _read_any(file: BinaryIO, stop: Stop | None) -> FileDataset:
@@ -319,8 +343,8 @@ class _Stop:
         return self.found is not None
 
 
-def check_syntax(meta: Dataset) -> None:
-    """Raise unless the file meta names a transfer syntax that can be decoded here."""
+def check_syntax(meta: Dataset) -> uid.UID:
+    """The transfer syntax that the file meta names; raise unless it can be decoded here."""
     syntax = meta.get("TransferSyntaxUID")
     if not syntax:
         raise RefusedError("missing_transfer_syntax", "the file does not say how it is encoded; export it again")
@@ -330,6 +354,7 @@ def check_syntax(meta: Dataset) -> None:
         raise RefusedError(
             "unsupported_transfer_syntax", f"transfer syntax is {name}; convert to Explicit VR Little Endian"
         )
+    return uid.UID(syntax)
 
 
 def check_budget(dataset: Dataset, encoded: int) -> None:

@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import refusing
+from monai_salm.records import in_order
 
 __all__ = ["from_canonical", "order_volume", "orientation_of", "spacing_of", "to_canonical"]
 
@@ -54,17 +55,25 @@ def order_volume(headers: Sequence[Dataset]) -> list[int]:
 
 
 def _check_same(headers: Sequence[Dataset]) -> None:
-    first = headers[0]
+    first_kind, first_format, (first_slope, _) = _kind(headers[0]), _format(headers[0]), rescale_of(headers[0])
     for header in headers[1:]:
-        if any(header.get(key) != first.get(key) for key in ("SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns")):
+        if _kind(header) != first_kind:
             raise RefusedError("mixed_geometry", "slices differ in kind, frame of reference or size; split the series")
-        if any(header.get(key) != first.get(key) for key in (*_FORMAT_KEYWORDS, *_PADDING_KEYWORDS)):
+        if _format(header) != first_format:
             raise RefusedError("mixed_pixel_format", "slices differ in pixel format or padding value; split the series")
-        if rescale_of(header)[0] * rescale_of(first)[0] < 0:
+        if rescale_of(header)[0] * first_slope < 0:
             raise RefusedError("varying_rescale", "rescale slopes of slices differ in sign; use 2D")
     spacings = np.array([_numbers(header, "PixelSpacing", 2) for header in headers])
     if not np.allclose(spacings, spacings[0], rtol=DIRECTION_TOLERANCE, atol=0):
         raise RefusedError("mixed_geometry", "pixel spacing varies between slices; split the series")
+
+
+def _kind(header: Dataset) -> list[Any]:
+    return [header.get(key) for key in ("SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns")]
+
+
+def _format(header: Dataset) -> list[Any]:
+    return [header.get(key) for key in (*_FORMAT_KEYWORDS, *_PADDING_KEYWORDS)]
 
 
 def rescale_of(header: Dataset) -> tuple[float, float]:
@@ -147,4 +156,4 @@ def to_canonical(slices: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any
 def from_canonical(volume: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:
     """Exact inverse of :py:func:`to_canonical`."""
     back = ornt_transform(_CANONICAL, orientation)
-    return np.ascontiguousarray(apply_orientation(volume, back).transpose(2, 1, 0))
+    return in_order(apply_orientation(volume, back).transpose(2, 1, 0))

@@ -92,7 +92,7 @@ def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterat
     del arguments  # they are the child's now
     try:
         while item := child.ask("next", number, (), seconds):
-            yield item[0]
+            yield item.pop()  # and keeps nothing of it while the next one comes
     finally:
         child.drop(number)
 
@@ -275,7 +275,7 @@ def _answer(opened: dict[int, Iterator[Any]], what: str, target: Any, arguments:
             return "done", number
         if what == "next":
             item = next(opened[target], opened)
-            return "done", None if item is opened else (item,)
+            return "done", None if item is opened else [item]
         opened.pop(target, None)
         return "done", None
     except BaseException as error:  # a broken file can raise anything, and a codec in Rust no Exception

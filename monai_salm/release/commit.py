@@ -31,6 +31,8 @@ _MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
 TRACKING = ("config_*.json", "mlruns*")
 """What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
+_CHUNK = 1 << 17
+"""Bytes read at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -125,6 +127,7 @@ def commit(output_dir: Path, files: Iterable[Staged[Result]], part: str = "") ->
             with _explained():
                 digest = _stage(path, file.content)
             staged.append((path, file.name, digest, file.verify(path)))
+            del file  # or its bytes are still here when those of the next one come
         with _explained():
             _move(output_dir, [(path, name) for path, name, _, _ in staged])
     finally:
@@ -183,17 +186,26 @@ def _stage(part: Path, content: bytes) -> str:
         os.fsync(handle)
     finally:
         os.close(handle)
-    if part.read_bytes() != content:
+    digest, position = hashlib.sha256(), 0
+    with part.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK):
+            if chunk != content[position : position + len(chunk)]:
+                break
+            digest.update(chunk)
+            position += len(chunk)
+    if chunk or position != len(content):
         raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
-    return hashlib.sha256(content).hexdigest()
+    return digest.hexdigest()
 
 
 def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None:
+    folders = dict.fromkeys(name.parent for _, name in pairs)
+    for folder in folders:
+        _make_folders(output_dir, folder)
     for part, name in pairs:
-        _make_folders(output_dir, name.parent)
         os.replace(part, output_dir / name)
-    for folder in {(output_dir / name).parent for _, name in pairs}:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for folder in folders:
+        handle = os.open(output_dir / folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
@@ -202,10 +214,10 @@ def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

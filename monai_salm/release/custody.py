@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
@@ -216,7 +217,8 @@ def _chain(text: str) -> signature.Chain:
     return signature.Chain(_sha256(lines[-1].encode()) if lines else GENESIS, len(lines))
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
     found = {"monai_salm": __version__, "python": platform.python_version()}
     for name in _SOFTWARE:
         try:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def read_manifest(output_dir: Path | str, journals: Iterable[str] | None = None)
 
 def journal_text(rows: Iterable[ManifestRow], head: str = GENESIS) -> tuple[str, str]:
     """Lines of the owner's journal, and the head after them."""
-    return link(map(asdict, rows), head)
+    return link(map(vars, rows), head)
 
 
 def public_text(rows: Iterable[ManifestRow], versions: Mapping[str, str]) -> tuple[str, str]:

@@ -265,9 +265,11 @@ class _Writer:
                 state=PROTECTED if levels else LABEL,
                 epsilon=str(self._budget) if levels else "",
                 source=source.name if source == self._root else source.relative_to(self._root).as_posix(),
-                source_uid=worker.call(dicom.identify, source)[1],
+                source_uid=uid,
             )
-            for file, (source, (owner, levels, *_, voxels)) in zip(written, facts.items(), strict=True)
+            for file, (_, uid), (source, (owner, levels, *_, voxels)) in zip(
+                written, worker.call(dicom.identify_all, tuple(facts)), facts.items(), strict=True
+            )
         ]
         self._journal.append(rows)
         return rows
@@ -321,7 +323,9 @@ class _Writer:
         options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
         for file in formats.protect(unit, deltas.pop, uids=self.uids, **options):  # no longer needed here
             name = self._named(file.name, file.source, "images")
-            yield door.Staged(name, file.content, partial(verify, source=file.source))
+            staged_file = door.Staged(name, file.content, partial(verify, source=file.source))
+            del file
+            yield staged_file
         if not all(changed.values()):  # still before anything is visible
             raise RefusedError("verification_failed", "the written files equal their sources: nothing was protected")
         mask = unit[0].mask
