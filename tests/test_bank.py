@@ -11,6 +11,7 @@ import sqlite3
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -219,6 +220,17 @@ def test_a_large_volume_is_digested_in_parts_with_the_same_result(monkeypatch: p
     for size in (1, 100, 10**6):
         monkeypatch.setattr(records, "_SLAB_BYTES", size)
         assert image_digest(volume) == whole
+
+
+@pytest.mark.parametrize("block", [1, 40, 10**6])
+@pytest.mark.parametrize("axes", list(permutations(range(3))))
+def test_an_array_is_put_in_order_whatever_its_axes(
+    monkeypatch: pytest.MonkeyPatch, axes: tuple[int, ...], block: int
+) -> None:
+    monkeypatch.setattr(records, "_BLOCK_BYTES", block)
+    values = np.arange(3 * 5 * 7, dtype=np.int16).reshape(3, 5, 7).transpose(axes)[::-1, :, 1:]
+    found = records.in_order(values)
+    assert np.array_equal(found, values) and found.flags.c_contiguous and found.dtype == values.dtype
 
 
 # -------------------------------------------------------------------- opening

@@ -19,12 +19,13 @@ from dicom_files import bundled, protect, reason, refusal, write_enhanced
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels import get_encoder
 from pydicom.sequence import Sequence
 
 from monai_salm.io import dicom
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_parse import parse
+from monai_salm.io.dicom_parse import holds_pixels, parse
 
 NOISE = np.random.default_rng(0)
 
@@ -347,3 +348,10 @@ def test_the_refusal_says_which_element(tmp_path: Path) -> None:
     path = edited(tmp_path / "a.dcm", lambda dataset: in_private(dataset, eight_bits(dataset)))
     with pytest.raises(RefusedError, match=r"element \(0071,1001\) is as long as the pixels.*; remove it first"):
         dicom.check_supported(dicom.read_header(path))
+
+
+def test_pixel_data_that_hold_the_bytes_of_their_own_tag_are_no_sequence(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(bundled("MR_small_RLE.dcm"))
+    dataset.PixelData = encapsulate([b"\0\0\xe0\x7f\x10\0\0\0"])
+    dataset.save_as(tmp_path / "a.dcm")
+    assert not holds_pixels(parse((tmp_path / "a.dcm").read_bytes()))

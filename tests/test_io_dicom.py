@@ -23,7 +23,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
-from monai_salm.io import dicom, dicom_parse, dicom_pixels
+from monai_salm.io import dicom, dicom_parse, dicom_pixels, formats
 from monai_salm.io.base import FileCheck, RefusedError
 
 
@@ -48,6 +48,17 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 
 
 # Reading
+
+
+def test_a_file_that_changed_is_read_again_though_size_and_time_are_as_they_were(edited: Callable[..., Path]) -> None:
+    path = edited()
+    before, times = formats.read_outline(case_of(path), 2), path.stat()
+    assert formats.read_outline(case_of(path), 2) == before
+    path.write_bytes(path.read_bytes().replace(b"-1024", b"-1000"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    after = formats.read_outline(case_of(path), 2)
+    assert (before.codec.intercept, after.codec.intercept) == (-1024, -1000)
 
 
 def test_stored_values_are_those_in_the_file() -> None:
@@ -610,6 +621,15 @@ def test_encoder_that_fails_gives_way_to_uncompressed(monkeypatch: pytest.Monkey
     _, content, _ = protect(bundled("MR_small_RLE.dcm"))
     assert parse(content).file_meta.TransferSyntaxUID == uid.ExplicitVRLittleEndian
     dicom.verify(bundled("MR_small_RLE.dcm"), content, 1)
+
+
+def test_the_check_decodes_the_copy_each_time_and_the_original_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, decoded, pixel_array = bundled("MR_small_RLE.dcm"), [], dicom_pixels.pixel_array
+    _, content, _ = protect(path)
+    monkeypatch.setattr(dicom_pixels, "pixel_array", lambda *a, **k: decoded.append(1) or pixel_array(*a, **k))
+    for _ in range(3):
+        assert dicom.verify(path, content, 1).changed > 0
+    assert len(decoded) == 3
 
 
 # Verification

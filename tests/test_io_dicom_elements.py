@@ -84,6 +84,17 @@ def test_images_of_common_syntaxes_are_plain(name: str) -> None:
     assert dicom_parse._read_plain(content, None) is not None
 
 
+def test_who_reads_the_same_bytes_again_gets_a_data_set_of_his_own() -> None:
+    content = Path(get_testdata_file("CT_small.dcm", download=False)).read_bytes()
+    first, fresh = dicom_parse.parse(content), outcome(dicom_parse.parse, content)
+    first.PatientName, first.Rows, first.file_meta.TransferSyntaxUID = "A^B", 7, uid.RLELossless
+    first.OtherPatientIDsSequence[0].PatientID = "other"
+    del first.PixelData
+    assert outcome(dicom_parse.parse, content) == fresh
+    other = content.replace(b"CompressedSamples", b"CompressedSimples")
+    assert other != content and dicom_parse.parse(other).PatientName == "CompressedSimples^CT1"
+
+
 def test_an_unknown_type_is_written_as_it_was() -> None:
     dataset = dicom_parse.parse(FILES[0])
     odd = RawDataElement(BaseTag(0x00191010), "L\xcf", 2, b"ab", 0, False, True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from monai_salm.io.dicom_companion import is_companion, read_companion
 from monai_salm.io.dicom_frames import is_enhanced, order_files
 from monai_salm.io.dicom_parse import identify, identify_all, looks_like_dicom, read_header, read_outline
-from monai_salm.io.dicom_read import CT_WINDOW, read, read_slices, read_spacing
+from monai_salm.io.dicom_read import CT_WINDOW, layout_of, read, read_slices, read_spacing
 from monai_salm.io.dicom_seg import SEG_CLASSES, SegHeader, is_segmentation, missing_slices, read_seg_header, seg_header
 from monai_salm.io.dicom_support import SOP_CLASSES, check_supported
 from monai_salm.io.dicom_verify import verify, verify_companion, verify_labels
@@ -33,6 +33,7 @@ __all__ = [
     "is_companion",
     "is_enhanced",
     "is_segmentation",
+    "layout_of",
     "looks_like_dicom",
     "missing_slices",
     "order_files",

@@ -37,10 +37,15 @@ def stored_range(header: Dataset) -> tuple[int, int]:
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if header.PixelRepresentation else (0, (1 << bits) - 1)
 
 
-def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
+def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray[Any]:
     """The stored integers, (rows, columns), of one frame of a data set that ``check_supported`` let pass.
 
     ``Dataset.decompress`` is never used: it changes the data set, and fails on some valid JPEG 2000.
+
+    Args:
+        dataset: the data set.
+        frame: its index.
+        afresh: whether compressed ones that were decoded before are decoded again; they are not kept then.
 
     Raises:
         RefusedError: ``truncated_pixel_data``, ``undecodable_pixel_data``; ``codestream_mismatch``, also where more
@@ -51,7 +56,7 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
     shape = (int(dataset.Rows), int(dataset.Columns))
     dtype, frames = stored_dtype(dataset), int(dataset.get("NumberOfFrames") or 1)
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
-        key = ()
+        key: tuple[Any, ...] = ()
         if syntax in NATIVE:
             pixels = shape[0] * shape[1]
             size = dtype.itemsize * pixels * frames
@@ -67,7 +72,8 @@ def decode(dataset: Dataset, frame: int = 0) -> NDArray[Any]:
             encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
             if syntax != uid.RLELossless:
                 check_codestream(encoded, syntax, shape)
-            key = (hashlib.sha256(encoded).digest(), syntax, shape, dtype, stored_range(dataset))
+            if not afresh:
+                key = (hashlib.sha256(encoded).digest(), syntax, shape, dtype, stored_range(dataset))
             if key in _DECODED:
                 return _DECODED.get(key)
             plugin = "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"

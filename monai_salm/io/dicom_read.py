@@ -76,9 +76,31 @@ class Layout:
         return found
 
 
-_LAYOUTS: OrderedDict[Any, Layout] = OrderedDict()
-"""Of the cases that were read last: whoever writes one has read it just before."""
-_MAX_LAYOUTS = 16
+class _Layouts:
+    """Those of the cases that were read last, with their files as they were: whoever writes one has read it before."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, Layout] = OrderedDict()
+        self._size = 0
+
+    def get(self, key: Any) -> Layout | None:
+        return self._kept.get(key)
+
+    def keep(self, key: Any, layout: Layout) -> Layout:
+        """The same layout."""
+        if key not in self._kept:
+            self._kept[key] = layout
+            self._size += len(layout.files) + _ALONE
+        while self._size > MAX_KEPT_SLICES and len(self._kept) > 1:
+            self._size -= len(self._kept.popitem(last=False)[1].files) + _ALONE
+        return layout
+
+
+MAX_KEPT_SLICES = 1 << 14
+"""Of all layouts that are kept; each takes about 1 KB."""
+_ALONE = 2
+"""What a layout takes besides, in slices."""
+_LAYOUTS = _Layouts()
 
 
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
@@ -142,7 +164,8 @@ def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:
 def _key(case: Case, spatial_dims: int, window: Window) -> Any:
     with refusing("unreadable", "a file cannot be opened; check its permissions"):
         found = [path.stat() for path in case.files]
-    return case.files, spatial_dims, window, tuple((status.st_mtime_ns, status.st_size) for status in found)
+    states = tuple((each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+    return case.files, spatial_dims, window, states
 
 
 def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, Layout]:
@@ -182,10 +205,8 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     windows = tuple(dict.fromkeys(each for header in headers for each in _listed_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
     of_image = (stored.shape, codec, image.spacing, windows)
-    _LAYOUTS[key] = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
-    if len(_LAYOUTS) > _MAX_LAYOUTS:
-        _LAYOUTS.popitem(last=False)
-    return image, _LAYOUTS[key]
+    layout = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
+    return image, _LAYOUTS.keep(key, layout)
 
 
 def _codec(

@@ -63,7 +63,7 @@ def verify(
         checks, allowed = [FileCheck(0, 0.0)], []
         for index, frame in enumerate(frame_headers(before)):
             allowed.append(min(limit, physical / abs(rescale_of(frame)[0]) * (1 + 1e-9)))
-            old, new = decode(before, index), _read_back(partial(decode, frame=index), after)
+            old, new = decode(before, index), _read_back(partial(decode, frame=index, afresh=True), after)
             _require(old.shape == new.shape and old.dtype == new.dtype, "size or type of the pixels changed")
             if not np.array_equal(old, new):
                 checks.append(compare(old, new, allowed[-1]))

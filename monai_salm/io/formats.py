@@ -108,6 +108,9 @@ def read_outline(case: Case, spatial_dims: int, window: Window = "auto", *, dige
 
 
 def _read_outline(case: Case, spatial_dims: int, window: Window, digest: bool) -> Outline:
+    if case.format == "dicom" and not digest:  # known since the scan, where the files are what they were
+        layout = dicom.layout_of(case, spatial_dims, window)
+        return Outline(layout.shape, layout.codec, layout.spacing)
     image = FORMATS[case.format].read(case, spatial_dims, window)
     found = image_digest(image.stored) if digest else ""
     return Outline(image.stored.shape, image.codec, image.spacing, found)
