@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a written DICOM file against its source, both parsed and decoded afresh, the written one by pydicom."""
+"""The check of a written DICOM file against its source: both are read again, the copy is parsed by pydicom alone.
+
+The elements of a source whose bytes are those that were parsed last are known; nothing of a copy ever is.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def verify(
     physical: float = math.inf,
     allow_unchanged: bool = False,
 ) -> FileCheck:
-    """Compare a written file with its source, both parsed and decoded afresh.
+    """Compare a written file, parsed and decoded afresh, with its source.
 
     Args:
         source: the original file, or its bytes.
