@@ -77,7 +77,7 @@ class Outline:
         shape: (1, *spatial), as of ``StoredImage.stored``.
         codec: how to read the values.
         spacing: as of ``StoredImage``.
-        digest: ``records.image_digest`` of the voxels; empty where nobody asked for it.
+        digest: ``records.image_digest`` of the voxels; empty where nobody needs it.
     """
 
     shape: tuple[int, ...]

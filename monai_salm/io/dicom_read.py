@@ -27,6 +27,7 @@ from monai_salm.io.dicom_volume import (
     spacing_of,
     to_canonical,
 )
+from monai_salm.records import image_digest
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
 __all__ = ["CT_WINDOW", "Layout", "layout_of", "read", "read_slices", "read_spacing"]
@@ -48,6 +49,7 @@ class Layout:
         codec: of the image.
         spacing: of the image.
         windows: that its files list.
+        digest: of its voxels.
         files: the source of each slice, as they were read.
         order: position in ``files`` of each slice, in spatial order.
         scalings: slope and intercept of each slice, as they were read.
@@ -58,6 +60,7 @@ class Layout:
     codec: StoredCodec
     spacing: tuple[float, ...]
     windows: tuple[tuple[float, float], ...]
+    digest: str
     files: tuple[Path, ...]
     order: tuple[int, ...]
     scalings: tuple[tuple[float, float], ...]
@@ -204,7 +207,7 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     codec = _codec(headers, stored, orientation, window)
     windows = tuple(dict.fromkeys(each for header in headers for each in _listed_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
-    of_image = (stored.shape, codec, image.spacing, windows)
+    of_image = (stored.shape, codec, image.spacing, windows, image_digest(stored))
     layout = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
     return image, _LAYOUTS.keep(key, layout)
 

@@ -92,28 +92,26 @@ def _read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     return replace(image, stored=np.ascontiguousarray(image.stored))
 
 
-def read_outline(case: Case, spatial_dims: int, window: Window = "auto", *, digest: bool = False) -> Outline:
+def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outline:
     """As :py:func:`read`, but the voxels stay where they were decoded: a series is large, and one copy is enough.
 
     Args:
         case: the case.
         spatial_dims: 2 or 3.
         window: ``"auto"`` or (low, high) in physical units.
-        digest: whether the digest of the voxels is wanted.
 
     Raises:
         RefusedError: When the case cannot be protected.
     """
-    return worker.call(_read_outline, case, spatial_dims, window, digest)
+    return worker.call(_read_outline, case, spatial_dims, window)
 
 
-def _read_outline(case: Case, spatial_dims: int, window: Window, digest: bool) -> Outline:
-    if case.format == "dicom" and not digest:  # known since the scan, where the files are what they were
+def _read_outline(case: Case, spatial_dims: int, window: Window) -> Outline:
+    if case.format == "dicom":  # known since the scan, where the files are what they were
         layout = dicom.layout_of(case, spatial_dims, window)
-        return Outline(layout.shape, layout.codec, layout.spacing)
+        return Outline(layout.shape, layout.codec, layout.spacing, layout.digest)
     image = FORMATS[case.format].read(case, spatial_dims, window)
-    found = image_digest(image.stored) if digest else ""
-    return Outline(image.stored.shape, image.codec, image.spacing, found)
+    return Outline(image.stored.shape, image.codec, image.spacing, image_digest(image.stored))
 
 
 def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:

@@ -234,7 +234,7 @@ class _Writer:
 
     def protect(self, unit: Sequence[Case]) -> list[ManifestRow]:
         """Rows of one unit, written now or before."""
-        outlines = {case: self._outline(case) for case in unit}
+        outlines = {case: formats.read_outline(case, self._spatial_dims, self._window) for case in unit}
         deltas = {case: self._delta(case, outlines[case]) for case in unit}
         inputs = self._digest(unit, deltas)
         mask = unit[0].mask
@@ -338,9 +338,6 @@ class _Writer:
         """Where a file goes; DICOM files have new names anyhow."""
         keeps = not self._rename or dicom.looks_like_dicom(source)
         return door.PROTECTED / (name if keeps else keyed_name(self._key, name, folder))
-
-    def _outline(self, case: Case) -> Outline:
-        return formats.read_outline(case, self._spatial_dims, self._window, digest=self._load is not None)
 
     def _delta(self, case: Case, outline: Outline) -> np.ndarray:
         try:
