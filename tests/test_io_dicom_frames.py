@@ -273,7 +273,7 @@ def test_scan_finds_a_volume_per_file_in_3d_and_refuses_them_in_2d(tmp_path: Pat
     write_enhanced(tmp_path / "two.dcm", change=other)
     catalog = scan(tmp_path, 3)
     assert len({case.sample_id for case in catalog.cases}) == len(catalog.cases) == 2 and not catalog.refusals
-    with pytest.raises(ValueError, match="2 multi_frame .*--dim 3"):
+    with pytest.raises(ValueError, match="2 multi_frame; .*--dim 3"):
         scan(tmp_path, 2)
 
 
