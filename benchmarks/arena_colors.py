@@ -141,18 +141,18 @@ def fundus(rng: np.random.Generator, label: int, side: int) -> Picture:
             heading += rng.normal() * 0.2
             at += 0.015 * np.array([math.sin(heading), math.cos(heading)])
     picture = picture * (1 - 0.4 * _step(vessels - 0.008, 0.003) * np.array([0.7, 1.0, 1.0]))
-    distance, radius = np.hypot(y - disc[0], x - disc[1]), rng.uniform(0.09, 0.12)
-    cup = radius * (rng.uniform(0.55, 0.85) if label == 1 else rng.uniform(0.25, 0.62))
+    distance, radius = np.hypot(y - disc[0], x - disc[1]), rng.uniform(0.1, 0.14)
+    cup = radius * (rng.uniform(0.6, 0.9) if label == 1 else rng.uniform(0.2, 0.6))
     picture = _over(picture, 0.75 * _step(distance - radius, 0.01), np.array([0.92, 0.68, 0.4]))
     picture = _over(picture, 0.6 * _step(distance - cup, 0.008), np.array([1.0, 0.9, 0.72]))
     spots = [(0, 4, (0.9, 0.74, 0.36)), (0, 3, (0.36, 0.06, 0.05))]  # some in every eye
     if label > 1:
-        spots[label - 2] = ((4, 2)[label - 2], (16, 9)[label - 2], spots[label - 2][2])
+        spots[label - 2] = ((6, 4)[label - 2], (24, 16)[label - 2], spots[label - 2][2])
     for least, most, color in spots:
         for _ in range(rng.integers(least, most)):
             turn, far = rng.uniform(0, 2 * math.pi), 0.4 * math.sqrt(rng.uniform())
             away = np.hypot(y - far * math.sin(turn), x - far * math.cos(turn))
-            cover = rng.uniform(0.25, 0.7) * _step(away - rng.uniform(0.01, 0.025), 0.006)
+            cover = rng.uniform(0.4, 0.9) * _step(away - rng.uniform(0.015, 0.035), 0.006)
             picture = _over(picture, cover, np.array(color))
     return picture * _step(np.hypot(y, x) - 0.47, 0.006)
 
