@@ -306,19 +306,6 @@ class TestCodes:
         assert all(abs(peak.max() - 0.4) < 0.05 for peak in peaks) and peaks[0].min() < 0.06
         assert len({int(peak.argmax()) for peak in peaks[: len(size)]}) == min(classes - blank, len(size))
 
-    @pytest.mark.parametrize("classes", [2, 4, 9])
-    def test_color_images_have_the_gray_codes_and_coarser_ones_that_only_colors_show(self, classes):
-        codes, gray = class_codes((64, 64), classes, seed=1, channels=3), class_codes((64, 64), classes, seed=1)
-        assert codes.shape == (classes, 3, 64, 64) and torch.equal(class_codes((64, 64), classes, 1, 1), gray)
-        luminance = (codes * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
-        scale = luminance.abs().mean()
-        assert torch.allclose(luminance / scale, gray, atol=1e-4) and scale > 0.5
-        colors = codes - luminance
-        assert abs(self.peak(colors[0, 0]).norm() - 0.1) < 0.05
-        hues = torch.stack([torch.linalg.svd(color.flatten(1), full_matrices=False)[0][:, 0] for color in colors])
-        alike = (hues @ hues.T).abs().fill_diagonal_(0)
-        assert alike.max() < 0.99 and (classes > 2 or alike.max() < 0.6), "each class has a hue of its own"
-
     def test_images_of_few_voxels_have_codes_too(self):
         assert class_codes((8, 8, 3), 2, seed=1).std() > 0.9 and voxel_codes((3, 3), 2, seed=1)[1].abs().min() == 1
 

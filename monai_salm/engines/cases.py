@@ -179,10 +179,9 @@ class Samples(ABC):
 
     @cached_property
     def codes(self) -> Tensor:
-        """(n_classes, 1 or 3, *size) textures."""
-        wanted = self.size, self.cases.n_classes, self.seed
-        codes = voxel_codes(*wanted) if self.cases.voxelwise else class_codes(*wanted, self.cases.facts[0].shape[0])
-        return codes.to(self.cases.device)
+        """(n_classes, 1, *size) textures."""
+        make = voxel_codes if self.cases.voxelwise else class_codes
+        return make(self.size, self.cases.n_classes, self.seed).to(self.cases.device)
 
 
 class ResizedImages(Samples):

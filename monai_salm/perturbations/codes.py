@@ -3,20 +3,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 CYCLES = (0.25, 0.4)
 """Cycles per voxel of what a network sees: finer than most anatomy, coarse enough to be there still where voxels are a
 quarter larger. The second is used only when there are more classes than directions of the first keep apart."""
-COLOR_CYCLES = (0.1, 0.16)
-"""The same of what color images have besides: medical images vary little in color, so that it may be coarser there."""
-CHROMA = ((1.402, -0.714136, 0.0), (0.0, -0.344136, 1.772))
-"""Red, green and blue of a change in Cr and in Cb alone (ITU-T T.871): luminance stays as it is."""
-GRAY_PART = 0.6
-"""Of the gray texture in the code of a color image, relative to the colored one: it is what JPEG leaves."""
 BANDWIDTH = 0.036
 """Standard deviation of a code's spectrum around its center, in cycles per voxel."""
 VOXEL_CYCLES = 0.4
@@ -28,33 +20,26 @@ VOXEL_BANDWIDTH = 0.04
 CANDIDATES = 1024
 
 
-def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int, channels: int = 1) -> Tensor:
+def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
     """Band-limited random textures of +1 and -1 that flips and small rotations leave recognizable.
 
     Each class has a direction and a fineness of its own; a farthest-point search, which starts at the first axis,
-    spreads them. All lie in the positive orthant: a flip maps a texture to one of the same class. For color images such
-    a gray texture is weaker and has a coarser one beside it, in a hue of the class's own and without luminance.
+    spreads them. All lie in the positive orthant: a flip maps a texture to one of the same class.
 
     Args:
         spatial_size: size of the network's input.
         classes: number of codes.
         seed: secret of the release; another seed gives other textures.
-        channels: of the images; 3 are red, green and blue.
 
     Returns:
-        (classes, 1, *spatial_size) float tensor, of color images (classes, 3, *spatial_size): the sum of both textures.
+        (classes, 1, *spatial_size) float tensor.
 
     Example:
         >>> codes = class_codes((32, 32), 3, seed=0)
         >>> codes.shape, sorted(codes.unique().tolist())
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
-    shells = (CYCLES, COLOR_CYCLES) if channels == 3 else (CYCLES,)
-    centers = torch.cat([_far_apart(_leveled(len(spatial_size), classes, cycles), classes) for cycles in shells])
-    gray, *colored = _textures(spatial_size, centers, BANDWIDTH, seed).split(classes)
-    if not colored:
-        return gray
-    return GRAY_PART * gray + colored[0] * _hues(classes).reshape(classes, 3, *[1] * len(spatial_size))
+    return _textures(spatial_size, _far_apart(_leveled(len(spatial_size), classes), classes), BANDWIDTH, seed)
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
@@ -91,19 +76,12 @@ def _textures(spatial_size: tuple[int, ...], centers: Tensor, bandwidth: float, 
     return torch.stack(codes)[:, None]
 
 
-def _hues(count: int) -> Tensor:
-    """(count, 3) colors around half of the circle of hues (a wave has the other half too), the largest channel 1."""
-    turn = torch.arange(count) * (math.pi / count)
-    hues = torch.stack([turn.cos(), turn.sin()], 1) @ torch.tensor(CHROMA)
-    return hues / hues.abs().amax(1, keepdim=True)
-
-
-def _leveled(dims: int, count: int, cycles: tuple[float, float]) -> Tensor:
+def _leveled(dims: int, count: int) -> Tensor:
     """(n, dims) frequencies on the first shell, or on both."""
     directions = torch.randn(CANDIDATES, dims, generator=torch.Generator().manual_seed(0)).abs()
     directions = torch.cat([torch.eye(dims), torch.ones(1, dims), directions])
     directions = directions / directions.norm(dim=1, keepdim=True)
-    return torch.cat([directions * shell for shell in (cycles if count > dims + 1 else cycles[:1])])
+    return torch.cat([directions * cycles for cycles in (CYCLES if count > dims + 1 else CYCLES[:1])])
 
 
 def _fine(dims: int) -> Tensor:
