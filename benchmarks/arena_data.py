@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arena_colors import KINDS, write_colors
 from arena_slices import write_slices
 from monai.data import CacheDataset
 from torch import Tensor
@@ -54,7 +55,7 @@ class Part:
         return torch.tensor([int(item["label"]) for item in self.dataset])
 
     def seen(self, deltas: Deltas | None = None) -> Tensor:
-        """(N, 1, *size) unit intensities as victims see them, with perturbations if there are any."""
+        """(N, C, *size) unit intensities as victims see them, with perturbations if there are any."""
         resize = ResizeView(self.size)
         units = (
             image.codec.to_unit(torch.from_numpy(image.stored)) if deltas is None else perturbed(image, deltas[name])
@@ -87,9 +88,9 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
         settings: ``size`` of what victims see, three numbers for volumes; ``train``: how many cases, as many of each
             class; ``split`` that is tested on; ``spare``: how many clean cases the third party has; those with the
             pixels of a training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data``,
-            or ``slices`` a Decathlon folder there, whose slices make ``classes`` classes (of both, ``spare_split`` is
-            where spare cases come from), or ``demo`` is the seed of a demo cohort (then they come from the cohort of
-            the next seed).
+            or ``slices`` a Decathlon folder there, whose slices make ``classes`` classes, or ``colors`` a kind of
+            simulated color images (of all three, ``spare_split`` is where spare cases come from), or ``demo`` is the
+            seed of a demo cohort (then they come from the cohort of the next seed).
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
@@ -101,7 +102,10 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
         cohort, others = (_demo(work, len(size), settings["demo"] + offset) for offset in (0, 1))
         spare_split = "train"
     else:
-        archive = data / settings["archive"] if "archive" in settings else _slices(work, data, settings)
+        if "archive" in settings:
+            archive = data / settings["archive"]
+        else:
+            archive = _colors(work, settings) if "colors" in settings else _slices(work, data, settings)
         cohort = others = load_cohort(archive, spatial_dims=len(size))
         spare_split = settings["spare_split"]
     if others is cohort and spare_split in ("train", split):
@@ -158,6 +162,16 @@ def _slices(work: Path, data: Path, settings: Mapping[str, Any]) -> Path:
         write_slices(data / name, part, classes, train)
         part.replace(path)
     return path
+
+
+def _colors(work: Path, settings: Mapping[str, Any]) -> Path:
+    kind, size, train = (settings[key] for key in ("colors", "size", "train"))
+    folder = work / f"{kind}-{size[0]}-{train}"
+    if not folder.is_dir():  # written by the first of all processes
+        part, each = folder.with_suffix(".part"), train // len(KINDS[kind][0])
+        write_colors(part, kind, size[0], {"train": each, "val": max(1, each // 2), "test": max(1, each // 2)})
+        part.replace(folder)
+    return folder
 
 
 def _part(cases: Sequence[Case], size: tuple[int, ...]) -> Part:

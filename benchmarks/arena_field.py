@@ -177,7 +177,8 @@ class Field:
         ]
 
     def _jobs(self, asked: Sequence[Cell], folder: Path) -> dict[Cell, Job]:
-        makers, kinds = victims(len(self.data.classes), self.data.train.size), dict[str, str]()
+        channels, kinds = self._clean.shape[1], dict[str, str]()
+        makers = victims(len(self.data.classes), self.data.train.size, channels)
         recipes: dict[str, Callable[..., Recipe]] = {each.name: each.recipe for each in DEFENSES}
         recipes[NO_DEFENSE] = Recipe
         arms: dict[tuple[Any, ...], Arm] = {}
@@ -194,7 +195,7 @@ class Field:
             arm, test, make, recipe = arms[shown], tests[other], makers[cell.victim], recipes[cell.defense]
             spare = tuple(range(n_test, test.count))
             if cell.victim not in kinds:
-                probe = torch.zeros(2, 1, *self.data.train.size)
+                probe = torch.zeros(2, channels, *self.data.train.size)
                 kinds[cell.victim] = victim_digest(make, probe, len(self.data.classes))
             training = self.recipe | self.config.get("recipes", {}).get(cell.victim, {})
             decisive = [arm.digest, test.digest, spare, kinds[cell.victim], cell.seed, training, self.task.describe()]

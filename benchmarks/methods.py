@@ -215,16 +215,17 @@ def _digest(dataset: CacheDataset) -> str:
     return digest.hexdigest()
 
 
-def victims(classes: int, spatial_size: Sequence[int]) -> dict[str, Callable[[], nn.Module]]:
-    """Networks that see gray images from scratch: those of the shipped study, a small DenseNet, and what the field
-    compares with: ResNet-18, DenseNet-121 and a small vision transformer.
+def victims(classes: int, spatial_size: Sequence[int], channels: int = 1) -> dict[str, Callable[[], nn.Module]]:
+    """Networks that learn from scratch: those of the shipped study, a small DenseNet, and what the field compares with:
+    ResNet-18, DenseNet-121 and a small vision transformer.
 
     Args:
         classes: number of classes.
         spatial_size: of the images, two or three sizes.
+        channels: of the images, 3 of color.
     """
-    parser = configured(f"salm_{len(spatial_size)}d_classification", {"num_classes": classes})
-    given = {"spatial_dims": len(spatial_size), "in_channels": 1, "out_channels": classes}
+    given = {"spatial_dims": len(spatial_size), "in_channels": channels, "out_channels": classes}
+    parser = configured(f"salm_{len(spatial_size)}d_classification", {"num_classes": classes, "in_channels": channels})
     return {
         **{name: parser.get_parsed_content(f"study::victims::{name}") for name in parser["study::victims"]},
         "densenet": partial(DenseNet, **given, init_features=16, growth_rate=8, block_config=(2, 2, 2)),

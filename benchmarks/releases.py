@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a protected set gets out, and what can be made of it: protected in part, or twice, or with our tool at hand.
 
-Each function makes what a third party trains on. Images are (N, 1, *spatial) unit intensities, as victims see them.
+Each function makes what a third party trains on. Images are (N, C, *spatial) unit intensities, as victims see them.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def removed(copies: Copies, steps: int = 400, batch: int = 16) -> Tensor:
     kept = copies.work / f"removed-{digest.hexdigest()[:16]}.pt"
     if kept.is_file():
         return torch.load(kept, weights_only=True)
-    dims = clean.ndim - 2
+    channels, dims = clean.shape[1], clean.ndim - 2
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
-    widths = (1, 32, 32, 32, 1)
+    widths = (channels, 32, 32, 32, channels)
     with seeded(copies.seed, torch.device("cpu")):
         layers: list[nn.Module] = []
         for before, after in zip(widths[:-1], widths[1:], strict=True):

@@ -145,16 +145,18 @@ def main() -> None:
         "arena_psnr",
         "arena_classes",
         "arena_volumes",
+        "arena_color",
+        "arena_color_hues",
     ):
         for data, board in boards(name):
             for level in board.levels:
                 print(f"\n{name}, {data}, {level}")
                 arena(board, level)
-    for name in ("arena_default", "arena", "arena_defenses", "arena_more", "arena_augmented"):
-        for _, board in boards(name):
-            all_of = name in ("arena_more", "arena_augmented")
-            for method in [each for each in board.methods if all_of or each in (DEFAULT, UNBOUND)]:
-                print(f"\n{name}, {method}")
+    several = ("arena_more", "arena_augmented")
+    for name in ("arena_default", "arena", "arena_defenses", *several, "arena_color", "arena_color_hues"):
+        for data, board in boards(name):
+            for method in [each for each in board.methods if name in several or each in (DEFAULT, UNBOUND)]:
+                print(f"\n{name}, {data}, {method}")
                 resistance(board, method)
 
 

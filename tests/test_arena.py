@@ -284,11 +284,28 @@ def test_a_method_changes_no_more_than_its_mask_ratio_and_every_pass_is_counted(
     assert module.fidelity(part, noise, ssim=False)["mask_fraction"]["mean"] > 0.9
 
 
-@pytest.mark.parametrize("size", [(28, 28), (24, 24, 24)])
-def test_every_victim_can_be_trained_and_is_one_of_its_own(load, size):
-    makers = load("methods").victims(3, size)
+def test_color_images_go_through_the_arena(load, tmp_path):
+    config = load("arena_colors")
+    assert all(len(classes) >= 3 for classes, _ in config.KINDS.values())
+    settings = {"colors": "skin", "size": [16, 16], "train": 12, "split": "test", "spare": 6, "spare_split": "val"}
+    found = load("arena_data").load(settings, tmp_path, tmp_path)
+    assert found.classes == ("hemangioma", "melanoma", "nevus")
+    assert found.train.seen().shape == (12, 3, 16, 16) and found.train.labels.bincount().tolist() == [4, 4, 4]
+    again = load("arena_data").load(settings, tmp_path, tmp_path / "again")
+    assert torch.equal(again.test.seen(), found.test.seen())
+    cell = load("arena_cells").Cell("skin", "8/255", "salm_0.4", "all", "none", "resnet10", 0)
+    field = load("arena_field").Field("skin", CONFIG | {"epochs": {"skin": 1}}, found, tmp_path)
+    (row,) = field.train([cell], tmp_path, tmp_path / "rows.jsonl", 1)
+    assert 0 <= row["balanced_accuracy"] <= 1 and row["psnr"] > 35
+    with pytest.raises(ValueError, match="no color images 'hair'; there are skin, tissue, fundus"):
+        config.write_colors(tmp_path / "none", "hair", 16, {"train": 1})
+
+
+@pytest.mark.parametrize(("size", "channels"), [((28, 28), 1), ((28, 28), 3), ((24, 24, 24), 1)])
+def test_every_victim_can_be_trained_and_is_one_of_its_own(load, size, channels):
+    makers = load("methods").victims(3, size, channels)
     assert set(makers) == {"small_cnn", "resnet10", "densenet", "resnet18", "densenet121", "vit"}
-    digests = {victim_digest(make, torch.rand(2, 1, *size), 3) for make in makers.values()}
+    digests = {victim_digest(make, torch.rand(2, channels, *size), 3) for make in makers.values()}
     assert len(digests) == len(makers)
     pickle.dumps(makers)  # they go to worker processes
 

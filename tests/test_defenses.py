@@ -88,6 +88,15 @@ def test_lossy_codecs_lose_more_the_stronger_they_are():
     assert 0 < first < second
 
 
+def test_jpeg_keeps_fine_differences_of_brightness_and_none_of_color():
+    fine = (torch.arange(32).float() % 2 - 0.5).expand(3, 32, 32) / 4
+    color = torch.tensor([0.587, -0.299, 0.0])[:, None, None]  # of no luminance
+    for change, kept in ((fine, True), (fine * color, False)):
+        after = filters.jpeg(0.5 + change, 95) - 0.5
+        assert (float((after * change).sum() / change.square().sum()) > 0.9) == kept
+        assert kept or float(after.square().sum() / change.square().sum()) < 0.1
+
+
 def test_narrowed_window_stretches_its_middle():
     image = torch.tensor([[[0.1, 0.2, 0.5, 0.8, 0.9]]])
     assert torch.allclose(filters.narrowed(image, 0.2, 0.8), torch.tensor([[[0.0, 0.0, 0.5, 1.0, 1.0]]]), atol=1e-6)

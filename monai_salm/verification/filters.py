@@ -28,10 +28,11 @@ _LEAST_SIDE = 128
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """Baseline JPEG of 8 bits (ITU-T T.81), plane by plane.
+    """Baseline JPEG of 8 bits (ITU-T T.81): red, green and blue of an image together, all else plane by plane.
 
     Args:
-        image: (C, *spatial) unit intensities; a volume is a stack of planes across its last axis.
+        image: (C, *spatial) unit intensities; three channels of a 2D image are its colors, whose differences are kept
+            at half the size (4:2:0, as libjpeg does by default). A volume is a stack of planes across its last axis.
         quality: of libjpeg's scale, 1 to 100.
 
     Example:
@@ -45,6 +46,9 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
         Image.fromarray(plane.astype(np.uint8)).save(stream, "JPEG", quality=quality)
         return np.asarray(Image.open(stream))
 
+    if image.ndim == 3 and len(image) == 3:
+        colors = copy((image.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint16))
+        return torch.from_numpy(np.ascontiguousarray(colors.transpose(2, 0, 1), np.float32)) / 255
     return _by_plane(image, 8, copy)
 
 
