@@ -23,6 +23,7 @@ from exports import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom import dcmread
 
 from monai_salm.io.base import Case, Mask
 from monai_salm.io.masks import read_mask
@@ -467,6 +468,32 @@ def test_a_segmentation_that_hides_pixels_is_refused_as_a_companion_would_be(tmp
     cohort = load_cohort(tmp_path, spatial_dims=3)
     assert [case.mask.name for case in cohort.cases] == ["A/seg"]
     assert reasons(cohort) == {"companion_with_pixels": 1, "mask_missing" if table else "no_label": 1}
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_segmentations_that_share_their_uid_are_refused_as_images_are(tmp_path, table):
+    write_segmented(tmp_path, "ABCD")
+    uid = dcmread(tmp_path / "B" / "seg").SOPInstanceUID
+    edit_dicom(tmp_path / "C" / "seg", lambda dataset: setattr(dataset, "SOPInstanceUID", uid))
+    image = dcmread(next(path for path in (tmp_path / "A").iterdir() if path.name != "seg")).SOPInstanceUID
+    edit_dicom(tmp_path / "D" / "seg", lambda dataset: setattr(dataset, "SOPInstanceUID", image))
+    write_series(tmp_path / "E", "E", 4, patient="E")
+    pixels = np.tri(SIZE, dtype=np.uint8)[None].repeat(4, 0)
+    write_segmentation(tmp_path / "E" / "seg", sorted((tmp_path / "E").iterdir()), pixels, ("Liver",))
+    if table:
+        write_labels(tmp_path, [f"{name},{name}/seg" for name in "ABCDE"], "mask")
+    cohort = load_cohort(tmp_path, spatial_dims=3)
+    assert [case.mask.name for case in cohort.cases] == ["E/seg"]
+    # B, C and D (and the series A, one of whose images has the UID of D's) and the series that lost their labels
+    assert reasons(cohort) == {"duplicate_uid": 4, "mask_missing" if table else "no_label": 3, "mask_unused": 1}
+    assert all(each.detail.endswith("2 files have one SOPInstanceUID; remove copies") for each in cohort.refusals[:4])
+
+
+def test_a_series_that_no_segmentation_refers_to_is_told_so(tmp_path):
+    write_segmented(tmp_path)
+    write_series(tmp_path / "A" / "scout", "scout", 4, patient="P")
+    (refusal,) = load_cohort(tmp_path, spatial_dims=3).refusals
+    assert refusal.reason == "no_label" and refusal.detail.startswith("no SEG file that can be used refers to this")
 
 
 def test_a_segmentation_of_a_series_that_is_not_there_is_refused(tmp_path):

@@ -27,7 +27,7 @@ from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
-from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name, unknown
+from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name, same_uids, unknown
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
@@ -171,6 +171,7 @@ class _Findings:
         self._series_in: dict[Path, set[str]] = defaultdict(set)
         self._owners: dict[str, str] = {}
         self._companions = CompanionFiles()
+        self._segmentations: list[tuple[Path, str]] = []  # with voxel labels: each SEG file and its SOPInstanceUID
 
     def name(self, path: Path) -> str:
         """Relative POSIX path; the file's own name if the export is that file."""
@@ -268,7 +269,8 @@ class _Findings:
         if self._require_deidentified and dicom.is_companion(header):
             check_deidentified(header)
         if self._voxels and dicom.is_segmentation(header):
-            worker.call(dicom.read_companion, path)  # its pixels are the segments, and no others may hide in it
+            uid, _ = worker.call(dicom.read_companion, path)  # pixels are segments, no others may hide in it
+            self._segmentations.append((path, uid))
             self.masks.segmentations[self.name(path)] = path, dicom.seg_header(header)
             return
         if dicom.is_companion(header) and self.name(path) not in self._mask_names:
@@ -288,16 +290,13 @@ class _Findings:
 
     def close_series(self) -> None:
         """Turn the DICOM headers read so far into cases."""
-        seen = defaultdict(list)
-        for path, header in self._headers.items():
-            seen[_text(header, "SOPInstanceUID")].append(path)
-        for path, uid in self._companions.uids():
-            seen[uid].append(path)
-        for uid, paths in seen.items():
-            if len(paths) > 1 or not uid:
-                detail = f"{len(paths)} files have one SOPInstanceUID" if uid else "there is no SOPInstanceUID"
-                for path in paths:
-                    self._broken.setdefault(path, RefusedError("duplicate_uid", f"{detail}; remove copies"))
+        images = [(path, _text(header, "SOPInstanceUID")) for path, header in self._headers.items()]
+        for path, error in same_uids([*images, *self._companions.uids(), *self._segmentations]).items():
+            self._broken.setdefault(path, error)
+        for path, _ in self._segmentations:
+            if path in self._broken:
+                del self.masks.segmentations[self.name(path)]
+                self.refuse([self.name(path)], self._broken[path])
         series: dict[str, list[Path]] = defaultdict(list)
         for path, header in self._headers.items():
             series[_text(header, "SeriesInstanceUID")].append(path)

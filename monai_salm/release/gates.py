@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -52,6 +53,23 @@ def unknown(path: Path, head: bytes) -> RefusedError:
     if head[:3] == b"\xff\xd8\xff":
         return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
     return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
+
+
+def same_uids(files: Iterable[tuple[Path, str]]) -> dict[Path, RefusedError]:
+    """The refusal of each DICOM file that has no SOPInstanceUID, or that of another: a PACS keeps only one of them.
+
+    Args:
+        files: each file of the export, and its SOPInstanceUID.
+    """
+    seen: dict[str, list[Path]] = defaultdict(list)
+    for path, uid in files:
+        seen[uid].append(path)
+    refused = {}
+    for uid, paths in seen.items():
+        if len(paths) > 1 or not uid:
+            detail = f"{len(paths)} files have one SOPInstanceUID" if uid else "there is no SOPInstanceUID"
+            refused |= dict.fromkeys(paths, RefusedError("duplicate_uid", f"{detail}; remove copies"))
+    return refused
 
 
 class ReleasedFiles:

@@ -327,7 +327,9 @@ class _Finder:
         names = set().union(*(self._referring_to.get(name, ()) for name in case.names))
         self.seen |= names
         if not names:
-            raise RefusedError("no_label", "no label file is named for this case; name it in a table case,mask")
+            dicom_seg = "no SEG file that can be used refers to this case; add one, or name its label file"
+            nothing = dicom_seg if case.format == "dicom" else "no label file is named for this case; name it"
+            raise RefusedError("no_label", f"{nothing} in a table case,mask")
         if len(names) > 1:
             raise RefusedError(
                 "several_masks", f"{len(names)} segmentations refer to this series; choose one in a table case,mask"
