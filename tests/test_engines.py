@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
 from monai.data import MetaTensor
+from monai.handlers import StatsHandler
 from torch import nn
 
 from monai_salm.engines import PerturbationTrainer
@@ -553,3 +554,20 @@ def test_patches_of_such_volumes_are_read_by_the_slices_that_they_lie_in():
         assert 0.29 < float(image.min()) and float(image.max()) < 0.46  # 60..80, and 10 more in one slice, of 200
         change = {round(float(each) * 200, 3) for each in delta.unique()}
         assert change in ({0.2, 0.4}, {0.4, 2.0})  # four steps of two neighboring slopes
+
+
+@pytest.mark.parametrize("error", [ValueError("Jane Doe"), OSError(28, "Full", "Jane Doe"), Killed("Jane Doe")])
+def test_an_error_is_told_by_who_called_the_fit_and_by_no_log(tmp_path, caplog, error):
+    def fail() -> None:
+        raise error
+
+    handlers = [StatsHandler(iteration_log=False, epoch_log=False, name=name) for name in ("monai_salm", None)]
+    for round_, handler in enumerate(handlers):
+        fit = trainer(tmp_path / str(round_), train_handlers=[handler])
+        fit.add_event_handler(Events.EPOCH_STARTED, fail)
+        with caplog.at_level("INFO"), pytest.raises(type(error), match="Jane Doe") as caught:
+            fit.run()
+        assert caught.value is error
+    fit.logger.warning("something else")
+    assert not [record for record in caplog.records if record.exc_info or "Jane Doe" in record.getMessage()]
+    assert caplog.messages[-1] == "something else"

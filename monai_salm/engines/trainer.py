@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
 from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples, Steps, derive
+from monai_salm.engines.errors import leave_to_the_caller
 from monai_salm.engines.kept import UnfinishedRound, load_weights, save_weights
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
@@ -122,6 +123,7 @@ class PerturbationTrainer(Trainer):
             epoch_length=surrogate_steps if self.trains else 1,  # a round needs a step: without training, an idle one
             decollate=False,
         )
+        leave_to_the_caller(self)
         self.samples = self._samples()
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
