@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from monai_salm.records import COLUMNS, Record, as_array, image_digest, pack, unpack
+from monai_salm.records import COLUMNS, OtherSettingsError, Record, as_array, image_digest, pack, unpack
 
 __all__ = ["PerturbationBank", "Record", "image_digest"]
 
@@ -312,7 +312,7 @@ class PerturbationBank(Mapping[str, Tensor]):
                 raise ValueError(f"{self.path} has bank version {version}, not {_SCHEMA_VERSION}: fit again")
             found = db.execute("SELECT fingerprint FROM status").fetchone()[0]
         if self.fingerprint is not None and found != self.fingerprint:
-            raise ValueError(
+            raise OtherSettingsError(
                 f"{self.path} was fitted with fingerprint {found[:12]!r}, now it is {self.fingerprint[:12]!r}: "
                 "the configuration or the images changed. Use a new output folder, or the old ones"
             )

@@ -25,6 +25,10 @@ COLUMNS = ("sample_id", "dtype", "shape", "levels", "step", "image_digest", "dig
 """Names of :py:func:`pack`'s values: text, text, JSON, integer, float, hex, hex, bytes."""
 
 
+class OtherSettingsError(ValueError):
+    """What is on disk was made with other settings, or of other images."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One case's perturbation.

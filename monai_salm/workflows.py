@@ -137,11 +137,54 @@ def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
     Raises:
         ValueError: When the settings are others than :py:func:`save_run` kept, or none were kept.
     """
+    load_run(output_dir)
+    if changed := changed_settings(output_dir, bundle, overrides):
+        raise ValueError(
+            f"the perturbations were made with other settings; give the ones that --fit-only was given: "
+            f"{', '.join(changed.values())}"
+        )
+
+
+def changed_settings(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """In words, by name, how settings differ from those that :py:func:`save_run` kept; folders and tables may move.
+
+    Nothing where none were kept. What was left out counts as the bundle has it now.
+    """
+    if not (output_dir / RUN_CONFIG).is_file():
+        return {}
     kept_bundle, kept = load_run(output_dir)
-    moved = ("dataset_dir", "output_dir", "labels")
-    new, old = ({k: v for k, v in each.items() if k not in moved} for each in (overrides, kept))
-    if _full_name(bundle) != kept_bundle or json.dumps(new, sort_keys=True) != json.dumps(old, sort_keys=True):
-        raise ValueError("the perturbations were made with other settings; give the ones that --fit-only was given")
+    if _full_name(bundle) != kept_bundle:
+        ours = {kept_bundle, bundle} <= set(bundle_names())
+        return {"bundle": f"bundle was {kept_bundle} and is {bundle}" if ours else "the bundle is another"}
+    names = sorted((kept.keys() | overrides.keys()) - {"dataset_dir", "output_dir", "labels"})
+    defaults = plain_settings(bundle, names)
+    pairs = {name: [each.get(name, defaults.get(name)) for each in (kept, overrides)] for name in names}
+    return {name: f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if _differ(name, old, new)}
+
+
+def _differ(name: str, old: Any, new: Any) -> bool:
+    from monai_salm.perturbations.budget import Budget
+
+    if name == "epsilon" and None not in (old, new):
+        old, new = (str(Budget.parse(value)) for value in (old, new))
+    return json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True)
+
+
+def check_same_fit(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:
+    """Tell before a scan what will not go on with the perturbations that are there.
+
+    Only what is certain: the fit itself compares all that decides them, which needs every image.
+
+    Raises:
+        ValueError: When there are some, of another of our bundles, budget or mask ratio.
+    """
+    if (output_dir / BANK).is_file() and bundle in bundle_names():
+        changed = changed_settings(output_dir, bundle, overrides)
+        if certain := [changed[name] for name in ("bundle", "epsilon", "mask_ratio") if name in changed]:
+            raise ValueError(
+                f"{output_dir} holds perturbations of other settings: {', '.join(certain)}; give the earlier ones, or "
+                "another output folder"
+            )
 
 
 def plain_settings(bundle: str, names: Sequence[str]) -> dict[str, Any]:

@@ -518,10 +518,39 @@ def test_other_settings_for_the_same_folder_are_refused_and_change_nothing(run, 
     command = ("protect", export, out, "--bundle", stub, "--no-verify")
     assert run(*command)[0] == cli.DONE
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert_refused(run(*command, "--epsilon", "3 stored"), "choose a new output folder")
+    changed = ("--epsilon", "3 stored", "--set", "seed=1", "--set", "rename=false")
+    named = "Of the settings, epsilon was 2 stored and is 3 stored, seed was 0 and is 1"
+    code, _, err = run(*command, *changed)
+    assert_refused((code, "", err), "choose a new output folder", named)
+    assert "rename was" not in err, "that is what it was"
+    assert_refused(run(*command, "--rename"), "rename was False and is True")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert run(*command)[0] == cli.DONE
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, started, export, tmp_path):
+    out = tmp_path / "out"
+    command = ("protect", export, out, "--no-verify", "--dim", 3)
+    (out / "private").mkdir(parents=True)
+    assert run(*command, "--mask-ratio", 0.2)[0] == cli.DONE
+    (out / workflows.BANK).touch()  # the fit is not run here
+    (out / "manifest.jsonl").touch()
+    started.clear()
+    assert_refused(run(*command), "mask_ratio was 0.2 and is 0.4", "another output folder")
+    other = run(*command, "--mask-ratio", 0.2, "--epsilon", "5 stored", "--dry-run")
+    assert_refused(other, "epsilon was 8/255 and is 5 stored")
+    assert_refused(run(*command, "--dim", 2), "bundle was salm_3d_classification and is salm_2d_classification")
+    assert not started
+    assert run(*command, "--mask-ratio", 0.2, "--epsilon", "8/255 window", "--set", "epochs=1")[0] == cli.DONE
+
+
+def test_settings_that_nothing_was_made_with_are_forgotten(run, export, stub, tmp_path):
+    prepare = "monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
+    command = ("protect", export, tmp_path / "out", "--bundle", stub)
+    for seed in (1, 2):
+        assert run(*command, "--set", f"at_fit=$[{prepare}, {{}}['no']]", "--set", f"seed={seed}")[0] == cli.FAILED
+    assert workflows.load_run(tmp_path / "out")[1]["seed"] == 2
 
 
 # ------------------------------------------------------------------ which bundle

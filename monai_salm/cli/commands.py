@@ -89,6 +89,7 @@ def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
 def protect(options: argparse.Namespace) -> int:
     """Fit, write and verify a protected copy, or parts of that."""
     from monai_salm import workflows
+    from monai_salm.release.commit import PROTECTED
     from monai_salm.release.labels import find_labels
     from monai_salm.release.voxels import VoxelLabels
 
@@ -109,6 +110,7 @@ def protect(options: argparse.Namespace) -> int:
     )
     if options.like:
         bundle, overrides = workflows.like_overrides(options.like, overrides)
+    workflows.check_same_fit(options.out, bundle, overrides)
     if options.dry_run:
         wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "visibility", "require_deidentified")
         defaults = {"spatial_dims": _dim(options, voxelwise)} | workflows.plain_settings(bundle, wanted)
@@ -121,10 +123,12 @@ def protect(options: argparse.Namespace) -> int:
     if options.shard:
         workflows.check_same_run(options.out, bundle, overrides)
         return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}), told=True)
+    made = any((options.out / name).exists() for name in (workflows.BANK, PROTECTED))
     try:
         code = _stages(bundle, stages, overrides)
-    except BaseException:  # of a run that others came before, theirs stays
-        workflows.save_run(options.out, bundle, overrides, replace=False)
+    except BaseException as error:  # the settings that something was made with stay
+        _name_settings(error, options.out, bundle, overrides)
+        workflows.save_run(options.out, bundle, overrides, replace=not made)
         raise
     workflows.save_run(options.out, bundle, overrides)
     if options.fit_only:
@@ -135,6 +139,15 @@ def protect(options: argparse.Namespace) -> int:
     if options.push:
         say("not sent, for the reasons above; 'monai-salm push' sends what is there")
     return code
+
+
+def _name_settings(error: BaseException, out: Path, bundle: str, overrides: dict[str, Any]) -> None:
+    """Where OUT was made with other settings, add to the error which they are."""
+    from monai_salm import workflows
+    from monai_salm.records import OtherSettingsError
+
+    if isinstance(error, OtherSettingsError) and (changed := workflows.changed_settings(out, bundle, overrides)):
+        error.args = (f"{error}. Of the settings, {', '.join(changed.values())}",)
 
 
 def _check_words(options: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ from monai_salm import __version__
 from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, FileCheck, Outline, RefusedError, Window
 from monai_salm.perturbations.budget import Budget, as_window
+from monai_salm.records import OtherSettingsError
 from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
@@ -241,7 +242,7 @@ class _Writer:
         owners = dict.fromkeys([*map(owner_id, unit), *([mask_id(mask)] if mask else [])])
         done = [row for owner in owners for row in self._journal.done.get(owner, [])]
         if any(row.inputs != inputs for row in done):
-            raise ValueError(
+            raise OtherSettingsError(
                 "the output folder holds files made with another perturbation, budget, window or key; two versions of "
                 "one image must not share their UIDs: choose a new output folder"
             )
