@@ -771,6 +771,13 @@ def test_monai_salm_protects_and_verifies_with_the_bundle(tmp_path):
         (FLAT, {"defenses": "foo"}, "no set of defenses 'foo'"),
         (VOLUME, {"epochs": 0}, "epochs and batch_size must be 1 or more"),
         (VOLUME, {"seeds": 0}, "different seeds"),
+        (FLAT, {"epochs": "abc"}, "epochs is 'abc'; it must be a whole number"),
+        (VOLUME, {"victim_batch_size": 2.5}, "batch_size is 2.5; it must be a whole number"),
+        (VOXELS, {"victim_learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
+        (FLAT, {"spatial_size": ["a", "b"]}, "a side of spatial_size is 'a'"),
+        (FLAT, {"seeds": ["a"]}, "a seed is 'a'; it must be a whole number"),
+        (FLAT, {"seeds": 1.5}, "seeds is 1.5; it must be a number, or a list"),
+        *((name, {"workers": "abc"}, "workers is 'abc'; it must be a whole number") for name in BUNDLES),
         *((name, {}, "") for name in BUNDLES),
     ],
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ def check_study(
     learning_rate: float,
     defenses: str | Sequence[str] | None,
     eval_split: str,
+    workers: int | None = None,
 ) -> None:
     """Whether a study with these settings can be, before hours of a fit are spent for it; each victim is tried once.
 
     Args:
         in_channels: colors of the images.
-        cohort, spatial_dims, spatial_size, victims, seeds, epochs, batch_size, learning_rate, defenses, eval_split: as
-            of :class:`VictimStudy`.
+        cohort, spatial_dims, spatial_size, victims, seeds, epochs, batch_size, learning_rate, defenses, eval_split,
+            workers: as of :class:`VictimStudy`.
 
     Raises:
         ValueError: When it cannot.
@@ -43,15 +45,20 @@ def check_study(
     cohort.tested(eval_split)
     recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), recipe)
+    if workers is not None:
+        _check_kind("workers", workers, Integral)
     defenses_of(defenses or (), cohort.voxelwise)
     _check_victims(victims, (in_channels, *spatial_size), len(cohort.classes), cohort.voxelwise)
 
 
 def seeds_of(seeds: Sequence[int] | int) -> list[int]:
     """Seeds of the trainings, given as such or by their number."""
-    if isinstance(seeds, bool | str):
+    whole = isinstance(seeds, Integral) and not isinstance(seeds, bool)
+    if not whole and (isinstance(seeds, str) or not isinstance(seeds, Sequence)):
         raise ValueError(f"seeds is {seeds!r}; it must be a number, or a list of numbers")
-    return list(range(seeds)) if isinstance(seeds, int) else [int(one) for one in seeds]
+    for seed in () if whole else seeds:
+        _check_kind("a seed", seed, Integral)
+    return [int(one) for one in (range(seeds) if whole else seeds)]
 
 
 def check_settings(
@@ -68,10 +75,20 @@ def check_settings(
     """
     if not isinstance(spatial_size, Sequence) or len(spatial_size) != spatial_dims:
         raise ValueError(f"spatial_size is {spatial_size}; it must have {spatial_dims} numbers")
+    for size in spatial_size:
+        _check_kind("a side of spatial_size", size, Integral)
+    for name in ("epochs", "batch_size"):
+        _check_kind(name, recipe[name], Integral)
+    _check_kind("learning_rate", recipe["learning_rate"], Real)
     if not victims or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"a study needs a victim and different seeds; got {list(victims)} and {list(seeds)}")
     if recipe["epochs"] < 1 or recipe["batch_size"] < 1 or not recipe["learning_rate"] > 0:
         raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {dict(recipe)}")
+
+
+def _check_kind(name: str, value: object, kind: type[Integral] | type[Real]) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
 
 
 def _check_victims(
