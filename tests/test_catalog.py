@@ -175,6 +175,7 @@ def test_a_folder_that_cannot_be_opened_is_refused_and_the_others_stay(tmp_path,
 def test_what_macos_leaves_behind_is_no_image_and_no_refusal(tmp_path):
     write_nifti(tmp_path / "good.nii.gz")
     (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1" + bytes(200))
+    (tmp_path / "desktop.ini").write_text("[.ShellClassInfo]")
     (tmp_path / "._good.nii.gz").write_bytes(b"\x00\x05\x16\x07" + bytes(200))
     catalog = scan(tmp_path, 3)
     assert len(catalog.cases) == 1 and not catalog.refusals

@@ -121,6 +121,33 @@ def test_every_addition_is_found(out, name):
     assert kinds(out) == {"added"}
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini"])
+@pytest.mark.parametrize("folder", ["", "protected", "protected/imagesTr"])
+def test_what_an_operating_system_leaves_is_named_and_still_counts(out, folder, name):
+    (out / folder / name).write_text("x")
+    (problem,) = check(out).problems
+    where = "in no manifest" if folder else "beside the protected files"
+    assert problem.kind == "added"
+    assert problem.detail == f"{name}, which an operating system leaves (delete it), {where}"
+
+
+def test_what_was_added_is_called_what_it_is(out):
+    (out / "protected" / "folder").mkdir()
+    (out / "protected" / "link").symlink_to(out)
+    (out / "other").mkdir()
+    (out / "note.txt").write_text("x")
+    told = sorted(problem.detail for problem in check(out).problems)
+    beside = [f"{what} beside the protected files" for what in ("a file", "a folder")]
+    assert told == sorted([*beside, "a folder in no manifest", "a link in no manifest"])
+
+
+def test_whose_key_it_is_is_told_to_be_unknown_without_a_key_to_compare(out):
+    (line,) = [line for line in check(out).lines() if line.startswith("signed")]
+    assert "whose key that is was not checked" in line and "--public-key" in line
+    (line,) = [line for line in check(out, out / signature.PUBLIC_KEY).lines() if line.startswith("signed")]
+    assert "not checked" not in line
+
+
 def test_folders_that_hold_nothing_or_stand_for_files_are_found(out):
     (out / "protected" / "empty").mkdir()
     assert kinds(out) == {"added"}

@@ -27,14 +27,12 @@ from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
-from monai_salm.release.gates import ReleasedFiles, check_deidentified, check_name, same_uids, unknown
+from monai_salm.release.gates import IGNORED, ReleasedFiles, check_deidentified, check_name, same_uids, unknown
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import Found, VoxelLabels, class_names, pair
 
-IGNORED = ("dicomdir", "labels.csv", ".ds_store", "thumbs.db")
-"""Names (in lower case) of files that are no images and are read elsewhere or made anew."""
 APPLE_DOUBLE = b"\x00\x05\x16\x07"  # how files begin that macOS puts beside others on foreign disks, ``._name``
 _PATIENT = re.compile(r"(?i)(?<![a-z0-9])(?:sub|subject|patient|pat|pt)(?:[-_][a-z0-9]+|\d[a-z0-9]*)")
 

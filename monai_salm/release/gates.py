@@ -11,8 +11,10 @@ from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
 from monai_salm.release import commit as door
-from monai_salm.release.manifest import PROTECTED, IntegrityError, read_chain
+from monai_salm.release.manifest import LEFT_BY_SYSTEMS, PROTECTED, IntegrityError, read_chain
 
+IGNORED = ("dicomdir", "labels.csv", *LEFT_BY_SYSTEMS)
+"""Names (in lower case) of files that are no images and are read elsewhere or made anew."""
 Refused = tuple[Sequence[str], RefusedError, str]
 """Real names of what is refused, why, and its ``sample_id`` (empty for what is no case, and for several)."""
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from monai_salm.release import commit as door
 from monai_salm.release import signature
-from monai_salm.release.manifest import PROTECTED, PUBLIC, IntegrityError, differences, read_chain, walk
+from monai_salm.release.manifest import (
+    LEFT_BY_SYSTEMS,
+    PROTECTED,
+    PUBLIC,
+    IntegrityError,
+    differences,
+    read_chain,
+    walk,
+)
 from monai_salm.release.shards import shards_of
 
 BESIDE = (door.PROTECTED, door.PRIVATE, door.DEMO_EXPORT, "models", "report.html", "report.json", *signature.SIGNED)
@@ -48,12 +56,14 @@ class Integrity:
         size: their bytes.
         fingerprint: sha256 of the public key, empty where there is no valid signature.
         problems: everything that is not as it was written.
+        trusted: whether the key is one that was handed over as the owner's.
     """
 
     files: dict[str, int]
     size: int
     fingerprint: str
     problems: tuple[Problem, ...]
+    trusted: bool = False
 
     @property
     def conclusive(self) -> bool:
@@ -73,7 +83,8 @@ class Integrity:
         if len(self.problems) > MAX_SHOWN:
             yield f"and {len(self.problems) - MAX_SHOWN} more"
         if self.fingerprint:
-            yield f"signed with the key {self.fingerprint}"
+            unknown = "; whose key that is was not checked: --public-key with a key that you have from the owner does"
+            yield f"signed with the key {self.fingerprint}{', the one you gave' if self.trusted else unknown}"
         if not self.conclusive:
             yield "inconclusive: there are 0 protected files to check; name the folder that protect wrote"
         elif not self.problems:
@@ -110,13 +121,14 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
     problems += _missing_shards(output_dir, chains, shards)
     expected = {file: record["sha256"] for file, (_, record) in rows.items()}
     for kind, name in differences(output_dir / door.PROTECTED, expected, folders=True):
-        where = f"the file of {rows[name][0]}" if name in rows else "a file in no manifest"
+        path = output_dir / door.PROTECTED / name
+        where = f"the file of {rows[name][0]}" if name in rows else f"{_kind_of(path)} in no manifest"
         problems.append(Problem(kind, where, f"{door.PROTECTED}/{name}"))
     problems += _beside(output_dir, chains)
     present = [output_dir / door.PROTECTED / file for file in expected]
     size = sum(path.stat().st_size for path in present if path.is_file())
     states = Counter(str(record["state"]) for _, record in rows.values())
-    return Integrity(dict(states), size, fingerprint, tuple(problems))
+    return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None)
 
 
 def _holds_anything(output_dir: Path) -> bool:
@@ -176,6 +188,17 @@ def _missing_shards(output_dir: Path, chains: dict[str, signature.Chain], shards
     ]
 
 
+def _kind_of(path: Path) -> str:
+    """What an entry is, in words; by its name only where operating systems give it."""
+    if path.is_symlink():
+        return "a link"
+    if path.is_dir():
+        return "a folder"
+    if path.name.lower() in LEFT_BY_SYSTEMS:
+        return f"{path.name}, which an operating system leaves (delete it),"
+    return "a file"
+
+
 def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Problem]:
     """What lies beside the protected files and was not written by a release."""
     problems = []
@@ -184,7 +207,7 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
             continue
         ours = path.name in BESIDE or path.name in chains or any(map(path.match, door.TRACKING))
         if not ours and not (not chains and path.match(door.MANIFESTS)):
-            problems.append(Problem("added", "an entry beside the protected files", path.name))
+            problems.append(Problem("added", f"{_kind_of(path)} beside the protected files", path.name))
         elif path.is_symlink() or path.is_dir() == bool(path.suffix):  # what has an ending is a file here
             problems.append(Problem("changed", "a link or a folder in place of what was written", path.name))
     return problems

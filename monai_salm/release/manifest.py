@@ -26,6 +26,9 @@ PROTECTED, COMPANION, LABEL, TABLE = "protected", "companion", "label", "table"
 PUBLIC = ("file", "sha256", "state", "epsilon", "levels", "max_abs", "changed", "voxels")
 """What the public manifest tells of a file: nothing of its source, save a name that the copy keeps."""
 
+LEFT_BY_SYSTEMS = (".ds_store", "thumbs.db", "desktop.ini")
+"""Names (in lower case) of files that operating systems put into folders that somebody looks at."""
+
 
 class IntegrityError(RuntimeError):
     """The protected folder is not what the manifest says; nothing in it should be shared."""
