@@ -18,7 +18,7 @@ from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
 from monai_salm.cli.arguments import setting
-from monai_salm.release import lock
+from monai_salm.release import labels, lock
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = [f"images/v{index}.nii.gz,{'ab'[index % 2]}" for index in range(4)]
@@ -285,6 +285,21 @@ def test_an_output_folder_that_could_do_harm_is_refused(run, export, tmp_path):
     assert_refused(run("protect", export, export), "is the export itself")
     assert_refused(run("protect", export, full), "choose an empty or new folder")
     assert [path.name for path in full.iterdir()] == ["thesis.doc"]
+
+
+@pytest.mark.parametrize("plan", [[], ["--dry-run"]])
+@pytest.mark.parametrize("place", ["new", "out", "out/private", "out/protected"])
+def test_a_place_that_cannot_be_written_to_is_told_before_the_export_is_read(
+    run, export, started, tmp_path, monkeypatch, place, plan
+):
+    for name in ("private", "protected"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "manifest.jsonl").touch()
+    closed = tmp_path / (place if place != "new" else ".")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed)  # root may write everywhere
+    monkeypatch.setattr(labels, "find_labels", lambda *_: pytest.fail("the export was read"))
+    out = tmp_path / ("new/deep" if place == "new" else "out")
+    assert_refused(run("protect", export, out, "--dim", 3, *plan), f"no permission to write in {closed}; allow it")
 
 
 def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, stub, tmp_path):
