@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from exports import class_map, write_decathlon, write_nifti, write_npz, write_series
+from exports import SIZE, class_map, write_decathlon, write_nifti, write_npz, write_segmentation, write_series
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch, set_track_meta
 from monai.data.utils import pickle_hashing
 from monai.transforms import (
@@ -164,6 +164,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     write_series(tmp_path / "mixed", "two", prefix="b")
     with pytest.raises(RefusedError, match="several"):
         load(tmp_path / "mixed")
+    paths = write_series(tmp_path / "labelled", "one")
+    pixels = np.ones((4, SIZE, SIZE, 1), np.uint8)
+    write_segmentation(tmp_path / "labelled" / "seg.dcm", paths, pixels, ("Liver",))
+    with pytest.raises(RefusedError, match=r"1 of 5 files .* hold no image \(DICOM SEG.* images alone"):
+        load(tmp_path / "labelled")
     with pytest.raises(ValueError, match="spatial_dims is 4"):
         LoadStored(spatial_dims=4)
 
@@ -435,6 +440,19 @@ def test_a_pipeline_with_spatial_transforms_inverts_to_the_stored_values(
         out = pipeline(item)
         assert out["image"].shape == (1, 16, 16, 4)
         assert equal(pipeline.inverse(out)["image"], formats.read(item["image"], 3).stored)
+
+
+def test_a_pipeline_that_ends_in_unit_intensity_inverts_to_the_protected_image(
+    export: Catalog, bank: PerturbationBank
+) -> None:
+    """As the README says of its example."""
+    start = [LoadStoredd("image", spatial_dims=3), ApplyPerturbationd("image", bank)]
+    pipeline = Compose([*start, StoredToUnitd("image")])
+    for item in items(export):
+        out = pipeline(item)
+        assert equal(pipeline.inverse(out)["image"], out["image"]) and out["image"].meta["intensity"] == "unit"
+        short = Compose(start)
+        assert equal(short.inverse(short(item))["image"], formats.read(item["image"], 3).stored)
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PIR"])

@@ -240,6 +240,12 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
             "unknown_file", "neither DICOM nor NIfTI, PNG or TIFF; hand over cases from release.catalog.scan instead"
         )
     headers = [worker.call(dicom.read_header, file) for file in files]
+    if path.is_dir() and (others := sum(map(dicom.is_companion, headers))):
+        raise RefusedError(
+            "unsupported_sop_class",
+            f"{others} of {len(files)} files of the folder hold no image (DICOM SEG, a report or the like); hand over "
+            "a folder of the images alone, or cases from release.catalog.scan",
+        )
     for header in headers:
         dicom.check_supported(header, spatial_dims)
     if len({header.SeriesInstanceUID for header in headers}) > 1 or (spatial_dims == 2 and len(files) > 1):
