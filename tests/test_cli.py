@@ -163,7 +163,7 @@ def test_set_refuses_what_is_no_setting(run, export, tmp_path, text):
 def test_inspect_counts_cases_by_class_and_split(run, export):
     code, out, _ = run("inspect", export, "--dim", 3)
     assert code == cli.DONE
-    assert "4 cases of 4 patients: 4 nifti; no test split, verification holds 2 back" in out
+    assert "4 cases of 4 patients: 4 nifti, in 4 files; no test split, verification holds 2 back" in out
     code, out, _ = run("inspect", write_npz(export.parent / "m.npz"))
     assert code == cli.DONE and [cell.strip() for cell in out.splitlines()[2].split("┃")[1:-1]] == [
         "class",
@@ -362,7 +362,7 @@ def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path
 def test_a_refused_file_exits_with_3_and_says_where_the_reasons_are(run, export, stub, tmp_path):
     (export / "note.txt").write_text("x")
     code, out, _ = run("protect", export, tmp_path / "out", "--bundle", stub)
-    said = f"1 refused (1 unknown_file), 4 cases protected: see {tmp_path / 'out' / 'private' / 'refusals.jsonl'}"
+    said = f"1 refused (1 unknown_file), 4 files protected: see {tmp_path / 'out' / 'private' / 'refusals.jsonl'}"
     hint = "'monai-salm inspect EXPORT --all --names'"
     assert code == cli.NOT_PROTECTED and out.count(said) == out.count("refused (") == out.count(hint) == 1
     code, out, _ = run("verify", tmp_path / "out")
@@ -498,8 +498,23 @@ def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path
 def test_a_dry_run_tells_and_writes_nothing(run, export, tmp_path):
     (export / "note.txt").write_text("x")
     code, said, _ = run("protect", export, tmp_path / "out", "--dim", 3, "--dry-run")
-    assert code == cli.NOT_PROTECTED and "nifti protected: 4 files" in said and "1 unknown_file" in said
+    assert code == cli.NOT_PROTECTED and "nifti protected: 4 cases in 4 files" in said and "1 unknown_file" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_cases_and_files_are_told_apart_everywhere(run, stub, tmp_path):
+    """A volume with a fourth axis holds one case for each of its parts."""
+    export, out = tmp_path / "in", tmp_path / "out"
+    for index in range(2):
+        write_nifti(export / f"v{index}.nii.gz", index, (6, 7, 5, 3))
+    (export / "note.txt").write_text("x")
+    write_labels(export, [f"v{index}.nii.gz,{'ab'[index]}" for index in range(2)])
+    assert "6 cases of 2 patients: 6 nifti, in 2 files;" in run("inspect", export, "--dim", 3)[1]
+    plan = run("protect", export, out, "--dim", 3, "--dry-run", "--no-verify")[1]
+    assert "nifti protected: 6 cases in 2 files" in plan
+    command = ("protect", export, out, "--bundle", stub, "--no-verify")
+    assert "1 refused (1 unknown_file), 2 files protected: see" in run(*command)[1]
+    assert "files in the manifest: 2 protected" in run("verify", out, "--files-only")[1]
 
 
 def test_a_plan_needs_to_know_the_budget(run, export, stub, tmp_path):

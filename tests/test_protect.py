@@ -196,7 +196,7 @@ def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path, capsy
         names[4]: "delta_outside_bounds",
     }
     reasons = "delta_outside_bounds, 1 empty_perturbation, 1 no_perturbation, 1 other_image, 1 outside_budget"
-    assert capsys.readouterr().out.count(f"5 refused (1 {reasons}), 1 cases protected: see {tmp_path}") == 1
+    assert capsys.readouterr().out.count(f"5 refused (1 {reasons}), 1 files protected: see {tmp_path}") == 1
     assert len(list((tmp_path / "out" / "protected").rglob("*.nii.gz"))) == 1
 
 

@@ -179,7 +179,7 @@ class TestRelease:
         }
         lines = (tmp_path / "out" / VISIBILITY).read_text().splitlines()
         assert [json.loads(line)["less_visible"] for line in lines] == [each.less_visible for each in found]
-        assert summary(tmp_path / "out") == "visibility: 2 of 4 images change more visibly than by JPEG 2000 at 5:1"
+        assert summary(tmp_path / "out") == "visibility: 2 of 4 cases change more visibly than by JPEG 2000 at 5:1"
 
     def test_what_is_reported_of_a_volume_is_measured_as_on_the_whole_of_it(self, tmp_path):
         (tmp_path / "in").mkdir()

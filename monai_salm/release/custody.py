@@ -99,17 +99,17 @@ def read_refusals(output_dir: Path | str) -> list[Refusal]:
 
 
 def refusals_line(output_dir: Path | str) -> str:
-    """What was refused, why, beside how many cases, and where that is told; empty where nothing was.
+    """What was refused, why, beside how many protected files, and where that is told; empty where nothing was.
 
-    Cases are those in the manifest: what is refused may be a file that is no case, or a series that is not known.
+    Files, as the manifest counts them: what is refused may be a file that is no case, or one that holds many.
     """
     refusals = read_refusals(output_dir)
     if not refusals:
         return ""
     names = {refusal.name for refusal in refusals}
-    cases = {row.sample_id for row in read_manifest(output_dir) if row.state == PROTECTED}
+    files = sum(row.state == PROTECTED for row in read_manifest(output_dir))
     reasons = tally(refusal.reason for refusal in refusals)
-    return f"{len(names)} refused ({reasons}), {len(cases)} cases protected: see {Path(output_dir) / REFUSALS}"
+    return f"{len(names)} refused ({reasons}), {files} files protected: see {Path(output_dir) / REFUSALS}"
 
 
 def close(

@@ -19,11 +19,12 @@ __all__ = ["cases_table", "counts_line", "counts_table", "refusals_table"]
 
 
 def counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
-    """How many cases of how many patients, by format."""
+    """How many cases of how many patients, by format, and in how many files."""
     cases = cohort.cases if cohort else catalog.cases
     patients = len({case.group for case in cases})
     formats = sorted(Counter(case.format for case in cases).items())
     line = f"{len(cases)} cases of {patients} patients: {', '.join(f'{count} {form}' for form, count in formats)}"
+    line += f", in {len({path for case in cases for path in case.files})} files"
     if cohort and all(case.split != "test" for case in cases):
         line += f"; no test split, verification holds {len(cohort.held_out)} back"
     if catalog.companions:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -28,6 +28,7 @@ from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
 from monai_salm.release.visibility import Gate
 
+HELD_OUT = "held out, not written"
 SAMPLES = 8
 """Units of each format that are tried."""
 SAMPLE_SECONDS = 20.0
@@ -52,6 +53,7 @@ class Plan:
 
     Args:
         files: files and bytes by format and state.
+        cases: cases by format and state; none of labels and companions.
         refused: refusals by reason.
         copy_bytes: the copy's size as the samples let expect; None where none could be tried.
         bank_bytes: most that the perturbations can take, uncompressed.
@@ -62,6 +64,7 @@ class Plan:
     """
 
     files: dict[tuple[str, str], tuple[int, int]]
+    cases: Mapping[tuple[str, str], int]
     refused: dict[str, int]
     copy_bytes: int | None
     bank_bytes: int
@@ -74,7 +77,8 @@ class Plan:
         """The plan for a terminal."""
         yield "plan; nothing was written"
         for (form, state), (count, size) in sorted(self.files.items()):
-            yield f"  {form} {state}: {count} files, {_size(size)}"
+            cases = f"{self.cases[form, state]} cases in " if self.cases.get((form, state)) else ""
+            yield f"  {form} {state}: {cases}{count} files, {_size(size)}"
         yield f"  refused: {tally(self.refused) or 'nothing'}"
         if self.refused_at_writing:
             yield f"  refused when tried: {tally(self.refused_at_writing)}; of those that were not tried more may be"
@@ -136,8 +140,10 @@ def make_plan(
             seconds += size * rate.seconds / rate.size
             bank_bytes += banks * count * rate.voxels / rate.files
     tried = sum(rate.files for rate in rates.values()), sum(rate.size for rate in rates.values())
+    cases = Counter((case.format, HELD_OUT if case.split == "test" else "protected") for case in cohort.cases)
     return Plan(
         states,
+        cases,
         dict(Counter(refusal.reason for refusal in cohort.refusals)),
         round(copy_bytes) if known else None,
         round(bank_bytes),
@@ -226,7 +232,7 @@ def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, 
     released = {path for paths in found.values() for path in paths}
     for case in cohort.cases:
         if case.split == "test":
-            found[case.format, "held out, not written"] |= set(case.files) - released
+            found[case.format, HELD_OUT] |= set(case.files) - released
     return {key: (len(paths), sum(path.stat().st_size for path in paths)) for key, paths in found.items() if paths}
 
 

@@ -114,7 +114,7 @@ def summary(output_dir: Path | str) -> str:
     """A line for the user; empty where nothing was measured."""
     cases = read_visibility(output_dir)
     seen = sum(not case.less_visible for case in cases)
-    return f"visibility: {seen} of {len(cases)} images change more visibly than by JPEG 2000 at 5:1" if cases else ""
+    return f"visibility: {seen} of {len(cases)} cases change more visibly than by JPEG 2000 at 5:1" if cases else ""
 
 
 def _whole_lines(path: Path) -> list[str]:
