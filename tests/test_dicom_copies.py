@@ -18,10 +18,12 @@ import pytest
 from dicom_files import bundled, protect, reason, refusal, write_enhanced
 from PIL import Image
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_encoder
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 
 from monai_salm.io import dicom
 from monai_salm.io.base import RefusedError
@@ -163,6 +165,19 @@ def in_comments(dataset: Dataset, *values: bytes) -> None:
     dataset.add_new("ImageComments", "UN", value)
 
 
+def in_what_checks_read(dataset: Dataset, *values: bytes) -> None:
+    (value,) = values
+    tag = Tag("PixelPresentation")
+    dataset[tag] = RawDataElement(tag, "CS", len(value), value, 0, False, True)
+
+
+def in_an_item_that_checks_read(dataset: Dataset, *values: bytes) -> None:
+    item = Dataset()
+    (value,) = values
+    item.add_new("Manufacturer", "UN", value)
+    dataset.ContributingEquipmentSequence = [item]
+
+
 def edited(path: Path, change: Callable[[Dataset], None], name: str = "CT_small.dcm", **options: bool) -> Path:
     dataset = pydicom.dcmread(bundled(name))
     change(dataset)
@@ -177,6 +192,12 @@ def test_a_copy_is_refused(tmp_path: Path, kind: str, where: Callable[..., None]
     assert refusal(path) == "pixel_copy"
     if kind != "behind a header" and where in (in_private, in_unknown):
         assert reason(lambda: dicom.check_supported(dicom.read_outline(path))) == "pixel_copy", "without its pixels"
+
+
+@pytest.mark.parametrize("where", [in_what_checks_read, in_an_item_that_checks_read])
+def test_a_copy_is_refused_where_a_check_reads_it_as_text(tmp_path: Path, where: Callable[..., None]) -> None:
+    path = edited(tmp_path / "a.dcm", lambda dataset: where(dataset, dataset.PixelData))
+    assert refusal(path) == "pixel_copy"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in COPIES if "8 bits" not in kind or "base64" in kind])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import struct
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
-from monai_salm.io import dicom, dicom_parse, dicom_pixels, formats
+from monai_salm.io import dicom, dicom_parse, dicom_pixels, dicom_read, formats
 from monai_salm.io.base import FileCheck, RefusedError
 
 
@@ -59,6 +60,20 @@ def test_a_file_that_changed_is_read_again_though_size_and_time_are_as_they_were
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
     after = formats.read_outline(case_of(path), 2)
     assert (before.codec.intercept, after.codec.intercept) == (-1024, -1000)
+
+
+def test_what_was_read_first_is_written_first_and_so_is_kept_where_not_all_can_be(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dicom_read, "MAX_KEPT_SLICES", 7)  # of two slices, which count for three each
+    monkeypatch.setattr(dicom_read, "_LAYOUTS", dicom_read._Layouts())
+    cases = [case_of(Path(shutil.copy(bundled("CT_small.dcm"), tmp_path / str(index)))) for index in range(4)]
+    loaded = [dicom.layout_of(case, 2) for case in cases]
+    assert [dicom.layout_of(case, 2) is old for case, old in zip(cases, loaded, strict=True)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert dicom.layout_of(cases[0], 2) is loaded[0] and dicom.layout_of(cases[3], 2) is dicom.layout_of(cases[3], 2)
 
 
 def test_stored_values_are_those_in_the_file() -> None:

@@ -39,7 +39,7 @@ from monai_salm.io.dicom_parse import (
 )
 from monai_salm.io.dicom_pixels import decode
 
-__all__ = ["check_copies"]
+__all__ = ["Value", "check_copies", "undecoded"]
 
 _IMAGE = re.compile(
     rb"(?:\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"  # JPEG and JPEG-LS, JPEG 2000, JP2
@@ -71,7 +71,7 @@ _NUMBERS = (1e-9, 1e9)
 """Sizes of the floating point numbers that makers put in tables; bytes of a picture, read so, are of all sizes."""
 
 
-class _Value(NamedTuple):
+class Value(NamedTuple):
     """An element that nobody has decoded (or the one around it that a file names), and whether it is private."""
 
     tag: BaseTag
@@ -112,11 +112,12 @@ class _Image:
         return False
 
 
-def check_copies(header: Dataset) -> None:
+def check_copies(header: Dataset, values: Sequence[Value]) -> None:
     """Raise where an element besides the pixel data is a copy of the image, or looks like one.
 
     Args:
         header: of a supported image; with the pixel data, these are looked for too.
+        values: of :py:func:`undecoded`, from before anything was asked of the header.
 
     Raises:
         RefusedError: ``pixel_copy``; ``nested_too_deep``; of pixel data that are broken as ``dicom_pixels.decode``.
@@ -126,7 +127,6 @@ def check_copies(header: Dataset) -> None:
     image = _Image(header)
     if image.frame_bytes * image.frames < LARGE_PRIVATE_BYTES:
         return
-    values = list(_values(header))
     large = [value for value in values if len(value.content) >= LARGE_PRIVATE_BYTES]
     for tag, private, content in large:
         rule = _rule(content, image.pixels)
@@ -143,7 +143,7 @@ def check_copies(header: Dataset) -> None:
                 raise _in_parts(each)
 
 
-def _parts(values: Sequence[_Value], image: _Image, least: int) -> Iterator[list[bytes]]:
+def _parts(values: Sequence[Value], image: _Image, least: int) -> Iterator[list[bytes]]:
     """Private elements of one length that are together as long as the pixels: halves, or rows."""
     found: dict[int, list[bytes]] = defaultdict(list)
     for _, private, content in values:
@@ -159,7 +159,7 @@ def _in_parts(parts: Sequence[bytes]) -> RefusedError:
     return RefusedError("pixel_copy", f"{told}; remove them first")
 
 
-def _check_pixels(dataset: Dataset, image: _Image, values: Sequence[_Value], parts: Sequence[list[bytes]]) -> None:
+def _check_pixels(dataset: Dataset, image: _Image, values: Sequence[Value], parts: Sequence[list[bytes]]) -> None:
     """The pixel data as they stand in the file, one decoded frame, and what is like it, wherever they are."""
     least = min(image.frame_bytes, len(dataset.PixelData))
     limit = max(8 * image.pixels, min(8 * image.pixels * image.frames, MAX_HEADER_BYTES)) + LARGE_PRIVATE_BYTES
@@ -202,8 +202,17 @@ def _correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
         return abs(float(one @ other)) / norm if norm else 0.0
 
 
-def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: BaseTag | None = None) -> Iterator[_Value]:
-    """What nobody has decoded, at any depth, but short values, the pixels themselves and icons, which no copy keeps."""
+def undecoded(header: Dataset) -> list[Value]:
+    """Values as they stand in the file, at any depth, but short ones, the pixels themselves, and icons, which no copy
+    keeps. What somebody has asked of the header is text or numbers by then, and not among them.
+
+    Raises:
+        RefusedError: ``nested_too_deep``.
+    """
+    return list(_values(header))
+
+
+def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: BaseTag | None = None) -> Iterator[Value]:
     if depth > MAX_DEPTH:
         raise too_deep()
     for tag, element in dataset.items():
@@ -213,7 +222,7 @@ def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: Bas
             continue
         inside = private or tag.is_private
         if raw:
-            yield _Value(around or tag, inside, value)
+            yield Value(around or tag, inside, value)
             for item in _items(element):  # bytes may only look like items, and then no file has the elements in them
                 yield from _values(item, inside, depth + 1, around or tag)
         elif isinstance(value, Items):

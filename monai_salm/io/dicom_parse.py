@@ -288,13 +288,14 @@ def _parse(file: BinaryIO, size: int, *, header_only: bool = False, plain: bool 
 def _read_plain(data: bytes, stop: Stop | None) -> FileDataset | None:
     """The data set, where it is encoded as most are; its elements are found many times faster than by pydicom alone.
 
-    Those of the whole file that was read last are known: an original is read to be written and again to be compared
-    with its copy. They are bytes that nobody changes, so each caller has a data set of its own, as if parsed afresh;
-    and they are of these very bytes, which are compared.
+    Those of the whole file that was read last are known, where all are plain bytes and not too many: an original is
+    read to be written and again to be compared with its copy. They are bytes that nobody changes, so each caller has a
+    data set of its own, as if parsed afresh; and they are of these very bytes, which are compared.
     """
     global _last
-    if _last is not None and stop is None and _last[0] == data:
-        _, meta, elements, implicit = _last
+    last = _last
+    if last is not None and stop is None and last[0] == data:
+        _, meta, elements, implicit = last
     else:
         try:
             found = read_elements(data, 132, META_TAGS, implicit=False)

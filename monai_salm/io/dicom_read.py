@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,10 +79,13 @@ class Layout:
 
 
 class _Layouts:
-    """Those of the cases that were read last, with their files as they were: whoever writes one has read it before."""
+    """Those of cases that were read, with their files as they were: whoever writes one has read it before.
+
+    Where there are too many the last one makes room: cases are written in the order in which they were read.
+    """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Any, Layout] = OrderedDict()
+        self._kept: dict[Any, Layout] = {}
         self._size = 0
 
     def get(self, key: Any) -> Layout | None:
@@ -92,10 +94,11 @@ class _Layouts:
     def keep(self, key: Any, layout: Layout) -> Layout:
         """The same layout."""
         if key not in self._kept:
+            size = len(layout.files) + _ALONE
+            while self._kept and self._size + size > MAX_KEPT_SLICES:
+                self._size -= len(self._kept.popitem()[1].files) + _ALONE
             self._kept[key] = layout
-            self._size += len(layout.files) + _ALONE
-        while self._size > MAX_KEPT_SLICES and len(self._kept) > 1:
-            self._size -= len(self._kept.popitem(last=False)[1].files) + _ALONE
+            self._size += size
         return layout
 
 

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_copies import check_copies
+from monai_salm.io.dicom_copies import check_copies, undecoded
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
 from monai_salm.io.dicom_parse import check_syntax, refusing
 from monai_salm.io.dicom_volume import rescale_of
@@ -74,17 +74,18 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
         RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``already_protected``, ``missing_uid``,
             ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
             ``unsupported_pixel_format``, ``unsupported_photometric``, ``supplemental_palette``, ``embedded_overlay``,
-            ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``pixel_copy``, or ``unreadable`` when
-            an attribute of the image is broken.
+            ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``pixel_copy``, ``nested_too_deep``, or
+            ``unreadable`` when an attribute of the image is broken.
     """
     with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
+        values = undecoded(header)  # before a check decodes any: text can be a picture too
         _check_class(header, spatial_dims)
         _check_marks(header, allow_protected)
         check_syntax(header.file_meta)
         _check_pixel_format(header)
         _check_overlays(header)
         _check_values(header)
-        check_copies(header)
+        check_copies(header, values)
 
 
 def _check_class(header: Dataset, spatial_dims: int) -> None:

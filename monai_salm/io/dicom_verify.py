@@ -194,7 +194,7 @@ def _undeclared_changes(
 
 def _differ(old: DataElement | RawDataElement, new: DataElement | RawDataElement) -> bool:
     """Whether two elements of one tag differ, as they are; bytes that only their padding tells apart do not."""
-    return old.value != new.value and _raw(old) != _raw(new) or old.VR != new.VR and _retyped(old.VR, new.VR)
+    return old.value != new.value and _raw(old) != _raw(new) or _retyped(old.VR, new.VR)
 
 
 def _raw(element: DataElement | RawDataElement) -> Any:
@@ -203,8 +203,8 @@ def _raw(element: DataElement | RawDataElement) -> Any:
 
 
 def _retyped(old: str | None, new: str | None) -> bool:
-    """Whether bytes mean something else now, of another type. Implicit files name no type, and UN stands for any."""
-    return not {old, new} & {None, "UN"} and len(old) == len(new) == 2  # type: ignore[arg-type]
+    """Whether equal bytes mean something else now. Implicit files name no type, and UN stands for any."""
+    return old != new and not {old, new} & {None, "UN"} and len(old) == len(new) == 2  # type: ignore[arg-type]
 
 
 def _is_mapped(old: Any, new: Any) -> bool:

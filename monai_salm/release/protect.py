@@ -324,9 +324,9 @@ class _Writer:
         options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
         for file in formats.protect(unit, deltas.pop, uids=self.uids, **options):  # no longer needed here
             name = self._named(file.name, file.source, "images")
-            staged_file = door.Staged(name, file.content, partial(verify, source=file.source))
+            ready = [door.Staged(name, file.content, partial(verify, source=file.source))]
             del file
-            yield staged_file
+            yield ready.pop()  # and keeps nothing of it while the next one comes
         if not all(changed.values()):  # still before anything is visible
             raise RefusedError("verification_failed", "the written files equal their sources: nothing was protected")
         mask = unit[0].mask
