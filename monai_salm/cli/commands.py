@@ -168,23 +168,10 @@ def _check_words(options: argparse.Namespace) -> None:
     if not options.export.exists():
         raise ValueError(f"export {options.export} does not exist; check the path")
     check_output(options.export, options.out)
-    _check_writable(options.out)
     if options.push and (options.shard or options.fit_only):
         raise ValueError("--push sends a whole release; leave it out and run 'monai-salm push' when all is written")
     if options.shard and not (options.out / workflows.BANK).is_file():
         raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
-
-
-def _check_writable(out: Path) -> None:
-    """Before labels are looked for, which may read every file, and for a plan, which writes nothing."""
-    import os
-
-    from monai_salm.release.commit import PRIVATE, PROTECTED
-
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
-    for place in (there, *(path for name in (PRIVATE, PROTECTED) if (path := out / name).is_dir())):
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"no permission to write in {place}; allow it, or name another output folder")
 
 
 def _plan(options: argparse.Namespace, bundle: str, overrides: dict[str, Any], settings: dict[str, Any]) -> int:

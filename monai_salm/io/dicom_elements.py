@@ -262,7 +262,7 @@ def decode_item(item: bytes, *, implicit: bool) -> Dataset:
 
 
 def encode_items(dataset: Dataset, keyword: str) -> bytes:
-    """The bytes of the items that a sequence has; none where it is empty or not there."""
+    """The bytes of the items that a sequence has, which are padded in place; none where it is empty or not there."""
     items = dataset.get(keyword)
     if not items:
         return b""

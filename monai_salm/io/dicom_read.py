@@ -26,7 +26,7 @@ from monai_salm.io.dicom_volume import (
     spacing_of,
     to_canonical,
 )
-from monai_salm.records import image_digest
+from monai_salm.records import image_digest, in_order
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
 __all__ = ["CT_WINDOW", "Layout", "layout_of", "read", "read_slices", "read_spacing"]
@@ -144,7 +144,7 @@ def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indice
         dataset = parse(read_bytes(layout.files[place]))
         check_supported(dataset, spatial_dims, allow_protected=True)
         planes.append(decode(dataset))
-    stored = np.ascontiguousarray(to_canonical(np.stack(planes), orientation)[None])
+    stored = in_order(to_canonical(np.stack(planes), orientation)[None])
     return StoredImage(stored, layout.codec.of_slices(indices), layout.spacing, layout.windows)
 
 

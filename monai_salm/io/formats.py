@@ -20,7 +20,7 @@ import numpy as np
 
 from monai_salm.io import dicom, nifti, npz, raster, worker
 from monai_salm.io.base import Case, FileCheck, Outline, StoredImage, Window
-from monai_salm.records import image_digest
+from monai_salm.records import image_digest, in_order
 
 Deltas = Callable[[Case], np.ndarray]
 """(1, *spatial) lattice steps of a case, integers, in canonical axes."""
@@ -89,7 +89,7 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
 
 def _read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     image = FORMATS[case.format].read(case, spatial_dims, window)
-    return replace(image, stored=np.ascontiguousarray(image.stored))
+    return replace(image, stored=in_order(image.stored))
 
 
 def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outline:

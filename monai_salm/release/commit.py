@@ -31,8 +31,6 @@ _MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
 TRACKING = ("config_*.json", "mlruns*")
 """What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
-_CHUNK = 1 << 17
-"""Bytes read at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -77,7 +75,8 @@ def check_output(source: Path, output_dir: Path) -> None:
         output_dir: folder to write to; it need not exist.
 
     Raises:
-        ValueError: When the two overlap, or the output folder is a link, a file, or holds what is not ours.
+        ValueError: When the two overlap, or the output folder is a link, a file, may not be written to, or holds what
+            is not ours.
     """
     if output_dir.is_symlink():
         raise ValueError(f"output folder {output_dir} is a symbolic link; name the folder itself")
@@ -90,6 +89,10 @@ def check_output(source: Path, output_dir: Path) -> None:
         raise ValueError(f"the export lies inside output folder {output_dir}; choose a folder that does not hold it")
     if new.exists() and not new.is_dir():
         raise ValueError(f"output folder {output_dir} is a file; choose a folder")
+    there = next(path for path in (new, *new.parents) if path.is_dir())
+    for place in (there, *(new / name for name in (PRIVATE, PROTECTED) if (new / name).is_dir())):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"no permission to write in {place}; allow it, or name another output folder")
     if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
         return
     locks = all(path.name.startswith(PurePosixPath(LOCK).name) for path in (new / PRIVATE).glob("*"))
@@ -186,16 +189,9 @@ def _stage(part: Path, content: bytes) -> str:
         os.fsync(handle)
     finally:
         os.close(handle)
-    digest, position = hashlib.sha256(), 0
-    with part.open("rb", buffering=0) as stream:
-        while chunk := stream.read(_CHUNK):
-            if chunk != content[position : position + len(chunk)]:
-                break
-            digest.update(chunk)
-            position += len(chunk)
-    if chunk or position != len(content):
+    if part.read_bytes() != content:
         raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
-    return digest.hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None:
@@ -214,10 +210,10 @@ def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
-            digest.update(buffer[:size])
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -41,13 +41,13 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
         True
     """
 
-    def copy(plane: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    def copy(plane: NDArray[np.generic]) -> NDArray[np.uint8]:
         stream = io.BytesIO()
         Image.fromarray(plane.astype(np.uint8)).save(stream, "JPEG", quality=quality)
         return np.asarray(Image.open(stream))
 
     if image.ndim == 3 and len(image) == 3:
-        colors = copy((image.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint16))
+        colors = copy((image.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy())
         return torch.from_numpy(np.ascontiguousarray(colors.transpose(2, 0, 1), np.float32)) / 255
     return _by_plane(image, 8, copy)
 
