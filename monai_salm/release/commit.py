@@ -31,6 +31,8 @@ _MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
 TRACKING = ("config_*.json", "mlruns*")
 """What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
+_CHUNK = 1 << 17
+"""Bytes read at a time: memory for a whole file costs more than to read it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -189,9 +191,10 @@ def _stage(part: Path, content: bytes) -> str:
         os.fsync(handle)
     finally:
         os.close(handle)
-    if part.read_bytes() != content:
+    digest = sha256_of(part)
+    if digest != hashlib.sha256(content).hexdigest():
         raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
-    return hashlib.sha256(content).hexdigest()
+    return digest
 
 
 def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None:
@@ -210,10 +213,10 @@ def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 
