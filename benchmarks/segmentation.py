@@ -9,7 +9,9 @@ See benchmarks/README.md for the runs that wrote the files in ``results``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,11 +21,15 @@ from typing import Any
 
 import torch
 from keep_report import write
+from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from setting import configured, machine, versions
 
 from monai_salm.bank import PerturbationBank
+from monai_salm.io import formats
+from monai_salm.io.masks import read_mask
 from monai_salm.release.protect import prepare_output
+from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 
 BUNDLE = "salm_3d_segmentation"
 ALTERNATING = {
@@ -71,19 +77,41 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
-    """Fit a method into ``bank``, or take what is there; its cost. To be run in a process of its own."""
+    """Fit a method into ``bank``, or take what is there; its cost and fidelity. To be run in a process of its own."""
     torch.set_num_threads(1)
     trainer_id, overrides = METHODS[method]
     parser = configured(BUNDLE, {**settings, **overrides})
     parser[f"{trainer_id}::bank_file"] = str(bank)
     set_determinism(seed=parser["seed"])
     trainer = parser.get_parsed_content(trainer_id)
+    before = _peak_memory()
     trainer.run()
     return {
         "seconds": trainer.seconds,
         "seconds_per_case": trainer.seconds / len(trainer.cases),
         "passes_per_case": trainer.passes_per_image,
+        "peak_memory_mib": (_peak_memory() - before) / 2**20,
+        "fidelity": fidelity(parser, PerturbationBank(bank)),
     }
+
+
+def fidelity(parser: ConfigParser, bank: PerturbationBank) -> dict[str, Any]:
+    """What a bank does to a sample of the released images, as the study measures it of written files."""
+    cases, dims, window = parser.get_parsed_content("cohort").released, parser["spatial_dims"], parser["window"]
+    measured, sample = Fidelity(), ssim_sample((case.sample_id for case in cases), SSIM_CASES[dims])
+    for case in cases:
+        if case.sample_id in sample:
+            clean = formats.read(case, dims, window)
+            delta = bank.load(case.sample_id, clean.stored, step=clean.codec.step)
+            copy = dataclasses.replace(clean, stored=clean.codec.add(clean.stored, delta.numpy()))
+            measured.add(clean, copy, foreground=read_mask(case, dims) > 0)
+    result = measured.result()
+    return {name: result[name] for name in ("n_cases", "ssim", "psnr", "psnr_foreground", "mask_fraction")}
+
+
+def _peak_memory() -> int:
+    """Bytes that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(settings: dict[str, Any], methods: Sequence[str], victims: Sequence[str], workers: int) -> dict[str, Any]:
@@ -91,7 +119,7 @@ def measure(settings: dict[str, Any], methods: Sequence[str], victims: Sequence[
     private = Path(settings["output_dir"]) / "private"
     prepare_output(settings["dataset_dir"], settings["output_dir"])
     banks = {name: private / ("bank.sqlite" if name == "protected" else f"{name}.sqlite") for name in methods}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         running = {name: pool.submit(fit, name, settings, bank) for name, bank in banks.items()}
         costs = {name: future.result() for name, future in running.items()}
     parser = configured(BUNDLE, settings)
