@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from monai_salm.io import formats, soundness
+from monai_salm.io import formats, soundness, worker
 from monai_salm.io.base import Case, RefusedError
 
 SECRET = "DOE^JANE"
@@ -105,6 +105,7 @@ def count(last: int, then: int = 0) -> Iterator[int]:
         os.kill(os.getpid(), then)
 
 
+@worker.isolated
 def examine_or_die(case: Case, spatial_dims: int, window: Any) -> Any:
     """``soundness.examine``, but a file whose name says so kills the process."""
     if "killer" in case.names[0]:

@@ -26,8 +26,9 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from monai_salm import cli
-from monai_salm.io import dicom, formats, nifti, soundness, worker
+from monai_salm.io import dicom, formats, nifti, worker
 from monai_salm.io.dicom_parse import LARGE_PRIVATE_BYTES, MAX_DEPTH
+from monai_salm.release import pixel_check
 from monai_salm.release.catalog import scan
 from monai_salm.release.manifest import PROTECTED
 from monai_salm.release.protect import protect_cohort, read_refusals
@@ -176,7 +177,7 @@ def test_a_file_that_ends_anywhere_is_refused(tmp_path, make):
 def test_a_codec_that_dies_in_the_scan_costs_its_file(tmp_path, monkeypatch):
     write_series(tmp_path / "good", "good")
     write_series(tmp_path / "killer", "killer")
-    monkeypatch.setattr(soundness, "_examine", hostile_codecs.examine_or_die)
+    monkeypatch.setattr(pixel_check, "examine", hostile_codecs.examine_or_die)
     catalog = scan(tmp_path, 3)
     assert [refusal.reason for refusal in catalog.refusals] == ["codec_crash"]
     assert len(catalog.cases) == 1 and catalog.cases[0].names[0].startswith("good")

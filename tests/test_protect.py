@@ -248,7 +248,7 @@ def test_a_series_with_one_slice_that_does_not_verify_is_not_written_at_all(tmp_
     write_labels(tmp_path / "in", ["A,ill", "B,well"])
     cohort = load_cohort(tmp_path / "in", spatial_dims=3)
     bad = cohort.cases[0].files[2]
-    real = formats.verify
+    real = formats.verify.__wrapped__
     monkeypatch.setattr(
         formats, "verify", lambda form, src, new, limit, *more: real(form, src, new, 1 if src == bad else limit)
     )

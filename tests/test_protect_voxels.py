@@ -202,7 +202,7 @@ def test_another_label_for_the_same_folder_is_an_error(tmp_path):
 
 def test_an_image_is_not_written_without_its_label(tmp_path, monkeypatch):
     cohort = decathlon(tmp_path / "in", 3)
-    bad, real = cohort.cases[1].mask.file, masks.verify
+    bad, real = cohort.cases[1].mask.file, masks.verify.__wrapped__
 
     def verify(unit: Any, images: Any, written: Path, spatial_dims: int) -> Any:
         if unit[0].mask.file == bad:

@@ -73,6 +73,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
+@worker.isolated
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
     """Stored image of a case of any format.
 
@@ -84,14 +85,11 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
     Raises:
         RefusedError: When the case cannot be protected.
     """
-    return worker.call(_read, case, spatial_dims, window)
-
-
-def _read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     image = FORMATS[case.format].read(case, spatial_dims, window)
     return replace(image, stored=in_order(image.stored))
 
 
+@worker.isolated
 def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outline:
     """As :py:func:`read`, but the voxels stay where they were decoded: a series is large, and one copy is enough.
 
@@ -103,10 +101,6 @@ def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outl
     Raises:
         RefusedError: When the case cannot be protected.
     """
-    return worker.call(_read_outline, case, spatial_dims, window)
-
-
-def _read_outline(case: Case, spatial_dims: int, window: Window) -> Outline:
     if case.format == "dicom":  # known since the scan, where the files are what they were
         layout = dicom.layout_of(case, spatial_dims, window)
         return Outline(layout.shape, layout.codec, layout.spacing, layout.digest)
@@ -114,6 +108,7 @@ def _read_outline(case: Case, spatial_dims: int, window: Window) -> Outline:
     return Outline(image.stored.shape, image.codec, image.spacing, image_digest(image.stored))
 
 
+@worker.isolated
 def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
     """``spacing`` of the image of a case, by headers alone.
 
@@ -126,13 +121,10 @@ def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
     """
     if case.format not in ("dicom", "nifti"):
         return ()
-    return worker.call(_read_spacing, case, spatial_dims)
-
-
-def _read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
     return (dicom if case.format == "dicom" else nifti).read_spacing(case, spatial_dims)
 
 
+@worker.isolated
 def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: Sequence[int]) -> StoredImage:
     """As :py:func:`read`, some slices of the image only.
 
@@ -146,10 +138,6 @@ def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indice
     Raises:
         RefusedError: When the case cannot be protected.
     """
-    return worker.call(_read_slices, case, spatial_dims, window, axis, tuple(indices))
-
-
-def _read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: tuple[int, ...]) -> StoredImage:
     if case.format == "dicom":
         return dicom.read_slices(case, spatial_dims, window, axis, indices)
     return FORMATS[case.format].read(case, spatial_dims, window).slices(axis, indices)
@@ -199,6 +187,7 @@ def _protect(
         yield ProtectedFile(source, name, content)
 
 
+@worker.isolated
 def verify(form: str, source: Path, written: Path, limit: float, physical: float = math.inf) -> FileCheck:
     """Parse a written file afresh and compare it with its source.
 
@@ -214,8 +203,4 @@ def verify(form: str, source: Path, written: Path, limit: float, physical: float
             DICOM, where single slices of a volume may stay as they are (so sum ``changed`` over a unit).
     """
     extra = {} if math.isinf(physical) else {"physical": physical}
-    return worker.call(_verify, form, source, written, limit, extra)
-
-
-def _verify(form: str, source: Path, written: Path, limit: float, extra: Mapping[str, float]) -> FileCheck:
     return FORMATS[form].verify(source, written, limit, **extra)

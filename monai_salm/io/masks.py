@@ -55,6 +55,7 @@ def read_mask(case: Case, spatial_dims: int) -> np.ndarray:
     raise RefusedError("mask_format", f"voxel labels of {case.format} images are not supported; use NIfTI or DICOM")
 
 
+@worker.isolated
 def label_values(path: Path) -> tuple[int, ...]:
     """The distinct values of a NIfTI label file, ascending; read once as long as the file stays the same.
 
@@ -68,10 +69,6 @@ def label_values(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _label_values(path: Path, mtime_ns: int, size: int) -> tuple[int, ...]:
-    return worker.call(_values_of, path)
-
-
-def _values_of(path: Path) -> tuple[int, ...]:
     _check_nifti(path)
     values, _ = _distinct(nifti.read_labels(path, None)[0])
     _check_count(len(values), MAX_VALUES)
@@ -96,6 +93,7 @@ def check_image(stored: np.ndarray, mask: Mask) -> None:
         )
 
 
+@worker.isolated
 def protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
     """The label file of a protected copy: path relative to the released folder, and bytes.
 
@@ -108,15 +106,12 @@ def protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
     Raises:
         RefusedError: When the file cannot be written under new UIDs.
     """
-    return worker.call(_protect, mask, uids)
-
-
-def _protect(mask: Mask, uids: dicom.UidMapping) -> tuple[PurePosixPath, bytes]:
     if dicom.is_segmentation(mask.file):
         return dicom.protect_companion(mask.file, uids)
     return PurePosixPath(mask.name), mask.file.read_bytes()
 
 
+@worker.isolated
 def verify(unit: Sequence[Case], images: Mapping[Path, Path], written: Path, spatial_dims: int) -> FileCheck:
     """Compare a written label file with its source, and the labels of the protected images with those of the originals.
 
@@ -129,10 +124,6 @@ def verify(unit: Sequence[Case], images: Mapping[Path, Path], written: Path, spa
     Raises:
         RefusedError: ``verification_failed``.
     """
-    return worker.call(_verify, tuple(unit), images, written, spatial_dims)
-
-
-def _verify(unit: Sequence[Case], images: Mapping[Path, Path], written: Path, spatial_dims: int) -> FileCheck:
     for case in unit:
         mask = cast(Mask, case.mask)
         twin = replace(case, files=tuple(images[path] for path in case.files), mask=replace(mask, file=written))

@@ -27,6 +27,7 @@ class Sound:
     class_voxels: tuple[int, ...] = ()
 
 
+@worker.isolated
 def examine(case: Case, spatial_dims: int, window: Window = "auto") -> Sound:
     """Decode a case, and its mask where it has one.
 
@@ -39,10 +40,6 @@ def examine(case: Case, spatial_dims: int, window: Window = "auto") -> Sound:
         RefusedError: When the image or the mask cannot be read (see ``formats.read`` and ``masks.read_mask``);
             ``mask_is_image``; ``nothing_to_move`` when no voxel may change.
     """
-    return worker.call(_examine, case, spatial_dims, window)
-
-
-def _examine(case: Case, spatial_dims: int, window: Window) -> Sound:
     image = formats.FORMATS[case.format].read(case, spatial_dims, window)
     counts: tuple[int, ...] = ()
     if case.mask:

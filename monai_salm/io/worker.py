@@ -17,6 +17,7 @@ import atexit
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -25,13 +26,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from monai_salm.io.base import Case, RefusedError
 from monai_salm.io.worker_wire import ClosedError, receive, send
 
-__all__ = ["call", "stream", "stop"]
+__all__ = ["call", "isolated", "stop", "stream"]
 
 SECONDS = 30.0
 """Processor time that a call may take, whatever the size of its files."""
@@ -55,19 +57,21 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
 }
 _NO_NEW_PRIVS = 38
-_CRASHED = RefusedError("codec_crash", "the process that read the file died of it; export the image uncompressed")
-_SLOW = RefusedError("too_slow", "reading the file took longer than an image of its size can take; export it again")
-_LARGE = RefusedError("too_large", "reading the file takes more memory than there is; export it in smaller parts")
+_CRASHED = "codec_crash", "the process that read the file died of it; export the image uncompressed"
+_SLOW = "too_slow", "reading the file took longer than an image of its size can take; export it again"
+_LARGE = "too_large", "reading the file takes more memory than there is; export it in smaller parts"
 
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
 
 
-def call(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What ``function(*arguments)`` returns, computed in the child.
+def call(function: Callable[Given, Result], *arguments: Given.args, **named: Given.kwargs) -> Result:
+    """What ``function(*arguments, **named)`` returns, computed in the child.
 
     Args:
         function: a module's function; in the child itself it is simply called.
         *arguments: anything that can be pickled. The sizes of the files among them extend the time limit.
+        **named: likewise.
 
     Raises:
         RefusedError: What the function raises, and this module's own reasons.
@@ -75,8 +79,18 @@ def call(function: Callable[..., Result], *arguments: Any) -> Result:
         OSError: When the system denies a file; without its name.
     """
     if _Child.inside:
-        return function(*arguments)
-    return _begin("call", function, arguments, _seconds(arguments))[1]
+        return function(*arguments, **named)
+    return _begin("call", partial(function, **named), arguments, _seconds((arguments, named)))[1]
+
+
+def isolated(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Decorate a module's function that is computed in the child wherever it is called, see :py:func:`call`."""
+
+    @wraps(function)
+    def anywhere(*arguments: Given.args, **named: Given.kwargs) -> Result:
+        return function(*arguments, **named) if _Child.inside else call(anywhere, *arguments, **named)
+
+    return anywhere
 
 
 def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterator[Result]:
@@ -170,7 +184,7 @@ class _Child:
         """Send one request and wait for its answer; a child that fails to answer is ended."""
         with self._lock:
             if not self.alive:
-                raise _GoneError(_CRASHED.reason, "the process that read the file died of another one; run again")
+                raise _GoneError(_CRASHED[0], "the process that read the file died of another one; run again")
             deadline = time.monotonic() + seconds * WALL
             try:
                 while self._dropped:
@@ -181,7 +195,7 @@ class _Child:
             except (ClosedError, TimeoutError) as error:
                 self.end()
                 slow = isinstance(error, TimeoutError) or self._process.returncode == -signal.SIGXCPU
-                raise _fresh(_SLOW if slow else _CRASHED) from None
+                raise RefusedError(*(_SLOW if slow else _CRASHED)) from None
             except BaseException:  # an interrupt: the answer would be taken for that of the next request
                 self.end()
                 raise
@@ -208,10 +222,6 @@ class _Child:
 
 
 _ERRORS: Mapping[str, Callable[..., Exception]] = {"refused": RefusedError, "value": ValueError, "system": OSError}
-
-
-def _fresh(error: RefusedError) -> RefusedError:
-    return RefusedError(error.reason, error.detail)
 
 
 def _seconds(arguments: Any) -> float:
@@ -287,7 +297,7 @@ def _told(error: BaseException) -> tuple[Any, ...]:
     if isinstance(error, RefusedError):
         return "refused", error.reason, error.detail
     if isinstance(error, MemoryError):
-        return "refused", _LARGE.reason, _LARGE.detail
+        return "refused", *_LARGE
     if isinstance(error, OSError):
         return "system", error.errno, error.strerror
     if isinstance(error, ValueError) and _is_ours(error):
@@ -304,8 +314,6 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _limit() -> None:
-    import resource
-
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: OPEN_FILES}
     with suppress(OSError):  # only where the system tells how much memory is in use
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -321,8 +329,6 @@ def _limit() -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    import resource
-
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime + seconds) + 1
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]

@@ -105,7 +105,7 @@ def check_companion(path: Path, name: str) -> None:
         RefusedError: When it may not.
     """
     if is_label(name):
-        worker.call(masks.label_values, path)
+        masks.label_values(path)
         worker.call(nifti.check_copied, path, False)
         return
     parts = _NAME.fullmatch(PurePosixPath(name).name)
