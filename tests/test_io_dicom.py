@@ -26,6 +26,7 @@ from pydicom.tag import Tag
 
 from monai_salm.io import dicom, dicom_parse, dicom_pixels, dicom_read, formats
 from monai_salm.io.base import FileCheck, RefusedError
+from monai_salm.io.kept import Kept
 
 
 @pytest.fixture
@@ -63,8 +64,7 @@ def test_a_file_that_changed_is_read_again_though_size_and_time_are_as_they_were
 
 
 def test_what_was_read_first_is_written_first_and_so_is_kept_where_not_all_can_be(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(dicom_read, "MAX_KEPT_SLICES", 7)  # of two slices, which count for three each
-    monkeypatch.setattr(dicom_read, "_LAYOUTS", dicom_read._Layouts())
+    monkeypatch.setattr(dicom_read, "_LAYOUTS", Kept(7, drop_newest=True))  # of two slices, which count for three each
     cases = [case_of(Path(shutil.copy(bundled("CT_small.dcm"), tmp_path / str(index)))) for index in range(4)]
     loaded = [dicom.layout_of(case, 2) for case in cases]
     assert [dicom.layout_of(case, 2) is old for case, old in zip(cases, loaded, strict=True)] == [

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,13 @@ from pydicom.pixels import get_encoder, pixel_array
 
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import KEPT_LOSSLESS, NATIVE, refusing
+from monai_salm.io.kept import Kept
 
 __all__ = ["check_codestream", "decode", "encode", "stored_dtype", "stored_range"]
 
-MAX_KEPT_BYTES = 256 << 20
+_DECODED: Kept[NDArray[Any]] = Kept(256 << 20)
+"""The compressed frames that were decoded last, by their bytes. A release decodes its originals when it checks, reads,
+writes and verifies them, one unit after the other; decoding takes most of the time then."""
 _JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
 _JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
 _SIZ = struct.Struct(">4sHH4I16xH")  # SOC and SIZ markers, Lsiz, Rsiz, Xsiz, Ysiz, XOsiz, YOsiz, tiles, Csiz
@@ -74,8 +76,9 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
                 check_codestream(encoded, syntax, shape)
             if not afresh:
                 key = (hashlib.sha256(encoded).digest(), syntax, shape, dtype, stored_range(dataset))
-            if key in _DECODED:
-                return _DECODED.get(key)
+            kept = _DECODED.get(key)
+            if kept is not None:
+                return kept
             plugin = "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
             # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
             options = {"correct_unused_bits": False} if syntax == uid.RLELossless else {}
@@ -90,38 +93,10 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
                 "convert the overlay, extend the signs, or correct Bits Stored",
             )
         plane = np.ascontiguousarray(plane, dtype=dtype)
-        return _DECODED.keep(key, plane) if key else plane
-
-
-class _Decoded:
-    """The compressed frames that were decoded last, by their bytes.
-
-    A release decodes its originals when it checks, reads, writes and verifies them, one unit after the other; decoding
-    takes most of the time then.
-    """
-
-    def __init__(self) -> None:
-        self._planes: OrderedDict[Any, NDArray[Any]] = OrderedDict()
-        self._size = 0
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self._planes
-
-    def get(self, key: Any) -> NDArray[Any]:
-        self._planes.move_to_end(key)
-        return self._planes[key]
-
-    def keep(self, key: Any, plane: NDArray[Any]) -> NDArray[Any]:
-        """The same plane, read-only now."""
-        plane.flags.writeable = False
-        self._planes[key] = plane
-        self._size += plane.nbytes
-        while self._size > MAX_KEPT_BYTES:
-            self._size -= self._planes.popitem(last=False)[1].nbytes
+        if key:
+            plane.flags.writeable = False
+            _DECODED.keep(key, plane, plane.nbytes)
         return plane
-
-
-_DECODED = _Decoded()
 
 
 def check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:

@@ -26,6 +26,7 @@ from monai_salm.io.dicom_volume import (
     spacing_of,
     to_canonical,
 )
+from monai_salm.io.kept import Kept
 from monai_salm.records import image_digest, in_order
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
@@ -78,35 +79,9 @@ class Layout:
         return found
 
 
-class _Layouts:
-    """Those of cases that were read, with their files as they were: whoever writes one has read it before.
-
-    Where there are too many the last one makes room: cases are written in the order in which they were read.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, Layout] = {}
-        self._size = 0
-
-    def get(self, key: Any) -> Layout | None:
-        return self._kept.get(key)
-
-    def keep(self, key: Any, layout: Layout) -> Layout:
-        """The same layout."""
-        if key not in self._kept:
-            size = len(layout.files) + _ALONE
-            while self._kept and self._size + size > MAX_KEPT_SLICES:
-                self._size -= len(self._kept.popitem()[1].files) + _ALONE
-            self._kept[key] = layout
-            self._size += size
-        return layout
-
-
-MAX_KEPT_SLICES = 1 << 14
-"""Of all layouts that are kept; each takes about 1 KB."""
-_ALONE = 2
-"""What a layout takes besides, in slices."""
-_LAYOUTS = _Layouts()
+_LAYOUTS: Kept[Layout] = Kept(1 << 14, drop_newest=True)
+"""Those of cases that were read, with their files as they were: whoever writes one has read it before, and cases are
+written in the order in which they were read. Of so many slices, which take about 1 KB each; a layout takes two more."""
 
 
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
@@ -212,7 +187,7 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
     of_image = (stored.shape, codec, image.spacing, windows, image_digest(stored))
     layout = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
-    return image, _LAYOUTS.keep(key, layout)
+    return image, _LAYOUTS.keep(key, layout, len(files) + 2)
 
 
 def _codec(
