@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,12 +123,11 @@ def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, rep
         overrides: values by config id.
         replace: put it in place of what was kept before.
     """
-    from monai_salm.release.commit import PRIVATE, Staged, commit
+    from monai_salm.release.commit import PRIVATE, write
 
     if (output_dir / PRIVATE).is_dir() and (replace or not (output_dir / RUN_CONFIG).is_file()):
         kept = {"schema_version": 1, "bundle": _full_name(bundle), "overrides": dict(overrides)}
-        text = json.dumps(kept, indent=2) + "\n"
-        commit(output_dir, [Staged(PurePosixPath(RUN_CONFIG), text.encode(), lambda _: None)])
+        write(output_dir, {RUN_CONFIG: json.dumps(kept, indent=2) + "\n"})
 
 
 def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -142,6 +142,14 @@ def commit(output_dir: Path, files: Iterable[Staged[Result]], part: str = "") ->
     return [Committed(name, digest, result) for _, name, digest, result in staged]
 
 
+def write(output_dir: Path, texts: Mapping[str, str | bytes], part: str = "") -> None:
+    """Commit files that need no check (content by name), see :py:func:`commit`; not those that are there already."""
+    contents = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
+    new = [name for name, content in contents.items() if not holds(output_dir / name, sha256(content))]
+    if new:
+        commit(output_dir, [Staged(PurePosixPath(name), contents[name], lambda _: None) for name in new], part)
+
+
 def append_line(output_dir: Path, name: str, lines: str) -> None:
     """Append whole lines to a journal and flush them; on failure the journal is as it was.
 
@@ -192,7 +200,7 @@ def _stage(part: Path, content: bytes) -> str:
     finally:
         os.close(handle)
     digest = sha256_of(part)
-    if digest != hashlib.sha256(content).hexdigest():
+    if digest != sha256(content):
         raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
     return digest
 
@@ -209,6 +217,11 @@ def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def sha256(content: bytes) -> str:
+    """Hexadecimal sha256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,6 @@ it refers to, under new UIDs and otherwise as it was. Fail closed: one that refe
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ def reference_summary(output_dir: Path) -> str:
 
 def _write(output_dir: Path, companion: Companion, uids: UidMap, part: str) -> ManifestRow:
     name, content = worker.call(dicom.protect_companion, companion.file, uids)
-    digest = hashlib.sha256(content).hexdigest()
+    digest = door.sha256(content)
     if not door.holds(output_dir / door.PROTECTED / name, digest):
 
         def verify(staged: Path) -> FileCheck:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -12,7 +11,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from monai_salm import __version__
 from monai_salm.io.base import Case
@@ -58,13 +57,13 @@ class Journal:
     """
 
     def __init__(self, output_dir: Path, shard: Shard) -> None:
-        self._out, self._name, self._part = output_dir, shard.journal, shard.part
+        self._out, self._name = output_dir, shard.journal
         _check_count(output_dir, shard)
         path = output_dir / shard.journal
         records, self._head = read_chain(path)
         text, _ = link(records)
-        if path.is_file() and path.read_text() != text:  # a line that a killed run wrote in part
-            write(output_dir, {shard.journal: text}, shard.part)
+        if path.is_file():
+            door.write(output_dir, {shard.journal: text}, shard.part)  # without a line that a killed run wrote in part
         self.done: dict[str, list[ManifestRow]] = {}
         for row in read_manifest(output_dir, [shard.journal]):
             self.done.setdefault(row.sample_id, []).append(row)
@@ -88,7 +87,7 @@ def start_time(output_dir: Path) -> datetime:
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
         now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
         run = {"started": now.replace(microsecond=0).isoformat(), "monai_salm": __version__}
-        write(output_dir, {door.RUN: json.dumps(run) + "\n"})
+        door.write(output_dir, {door.RUN: json.dumps(run) + "\n"})
     return datetime.fromisoformat(json.loads(path.read_text())["started"])
 
 
@@ -168,23 +167,11 @@ def close(
             f"back, or remove {signature.PUBLIC_KEY} to sign with a new one"
         )
     key = load_or_create_key(output_dir / SIGNING_KEY)
-    write(output_dir, {**texts, **signature.sign(key, chains, shard.count)}, shard.part)
+    door.write(output_dir, {**texts, **signature.sign(key, chains, shard.count)}, shard.part)
     door.clear_staging(output_dir, shard.part)
     if complete:
         sweep(output_dir / door.PROTECTED, [*rows, *table_rows, *rest])
     return [*rows, *table_rows]
-
-
-def write(output_dir: Path, texts: Mapping[str, str | bytes], part: str = "") -> None:
-    """Commit files that are not there with the same content already."""
-    contents = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
-    new = {name: content for name, content in contents.items() if not door.holds(output_dir / name, _sha256(content))}
-    staged = (door.Staged(PurePosixPath(name), content, lambda _: None) for name, content in new.items())
-    door.commit(output_dir, staged, part)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
@@ -203,7 +190,7 @@ def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
 
 
 def _table_row(name: str, content: bytes, root: Path) -> ManifestRow:
-    digest = _sha256(content)
+    digest = door.sha256(content)
     state = COMPANION if door.holds(root / name, digest) else TABLE
     return ManifestRow(pseudonym(name), name, digest, 0, 0.0, 0, 0, digest, state=state)
 
@@ -214,7 +201,7 @@ def _manifests(shard: Shard, rows: Sequence[ManifestRow]) -> dict[str, str]:
 
 def _chain(text: str) -> signature.Chain:
     lines = text.splitlines(keepends=True)
-    return signature.Chain(_sha256(lines[-1].encode()) if lines else GENESIS, len(lines))
+    return signature.Chain(door.sha256(lines[-1].encode()) if lines else GENESIS, len(lines))
 
 
 @cache

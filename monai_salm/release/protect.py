@@ -36,7 +36,7 @@ from monai_salm.records import OtherSettingsError
 from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
-from monai_salm.release.custody import KEY, REFUSALS, Journal, clear_key_parts, close, read_refusals, start_time, write
+from monai_salm.release.custody import KEY, REFUSALS, Journal, clear_key_parts, close, read_refusals, start_time
 from monai_salm.release.earlier import CLASSES, FOLLOWED
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
@@ -115,7 +115,7 @@ def protect_cohort(
             kept = {CLASSES: json.dumps(cohort.classes) + "\n"}
             if cohort.follows:
                 kept[FOLLOWED] = json.dumps({"like": str(cohort.follows)}) + "\n"
-            write(output_dir, kept, shard.part)
+            door.write(output_dir, kept, shard.part)
         rows: list[ManifestRow] = []
         refusals = list(cohort.refusals) if shard.index == 1 else []
         units = [unit for unit in formats.units(cohort.released) if writer.writes(unit)]

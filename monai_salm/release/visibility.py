@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -88,8 +88,8 @@ class VisibilityLog:
         self._out, self._name = output_dir, name
         self._lines = dict.fromkeys(_whole_lines(output_dir / name))
         text = "".join(f"{line}\n" for line in self._lines)
-        if (output_dir / name).is_file() and (output_dir / name).read_text() != text:  # a killed run wrote in part
-            door.commit(output_dir, [door.Staged(PurePosixPath(name), text.encode(), lambda _: None)])
+        if (output_dir / name).is_file():
+            door.write(output_dir, {name: text})  # without what a killed run wrote in part
 
     def keep(self, cases: Iterable[CaseVisibility]) -> None:
         """Add lines that are not there yet."""

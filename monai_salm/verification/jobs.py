@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import connection, current_process, get_context, parent_process
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,8 +97,7 @@ class Ledger:
         The weights come first, so that a row is never without them.
         """
         if weights is not None:
-            name = PurePosixPath(WEIGHTS, f"{key}.pt")
-            door.commit(self._out, [door.Staged(name, weights, lambda _: None)])
+            door.write(self._out, {f"{WEIGHTS}/{key}.pt": weights})
         door.append_line(self._out, self._name, json.dumps({"key": key, **told, "row": row}) + "\n")
         self._rows[key] = row
 
