@@ -21,10 +21,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,18 +100,18 @@ def protect_cohort(
         OutputError: When the disk is full or not writable; the same command goes on later.
         IntegrityError: When ``protected/`` holds a file that this release did not write.
     """
-    output_dir = Path(output_dir).absolute()
+    root, output_dir = cohort.root.absolute(), Path(output_dir).absolute()
     budget = Budget.parse(budget)
     budget.check_window(window)
     window = as_window(window)
     shard = Shard.parse(shard or Shard())
-    if rename and bids.is_tree(cohort.root):
+    if rename and bids.is_tree(root):
         raise ValueError("the names of a BIDS tree say what its files are; protect it without 'rename'")
-    door.check_output(cohort.root, output_dir)
+    door.check_output(root, output_dir)
     door.open_output(output_dir)
     with lock.holding(output_dir, shard.lock):
         with lock.holding(output_dir, wait_s=_WAIT_S):
-            writer = _Writer(bank, budget, cohort.root, output_dir, spatial_dims, window, key_file, gate, shard, rename)
+            writer = _Writer(bank, budget, root, output_dir, spatial_dims, window, key_file, gate, shard, rename)
             kept = {CLASSES: json.dumps(cohort.classes) + "\n"}
             if cohort.follows:
                 kept[FOLLOWED] = json.dumps({"like": str(cohort.follows)}) + "\n"
@@ -195,47 +195,47 @@ def read_protected(cohort: Cohort, output_dir: Path | str) -> dict[str, Case]:
     return twins
 
 
+class _File(NamedTuple):
+    """A source file: whose it is, levels of the budget, largest change allowed (stored, physical), and voxels."""
+
+    owner: str
+    levels: int = 0
+    limit: float = 0.0
+    physical: float = 0.0
+    voxels: int = 0
+
+
+@dataclass
 class _Writer:
     """Protects one unit after the other; knows what an earlier run has done."""
 
-    def __init__(
-        self,
-        bank: Mapping[str, Any],
-        budget: Budget,
-        root: Path,
-        output_dir: Path,
-        spatial_dims: int,
-        window: Window,
-        key_file: Path | str | None,
-        gate: Gate | None,
-        shard: Shard,
-        rename: bool,
-    ) -> None:
-        self._bank = bank
-        self._load = getattr(bank, "load_by_digest", None)  # a PerturbationBank knows which image it was fitted on
-        self._budget = budget
-        self._root = root.absolute()
-        self._out = output_dir
-        self._shard = shard
-        self._rename = rename
-        self._spatial_dims = spatial_dims
-        self._window = window
-        self._gate = gate
-        self._visibility = VisibilityLog(output_dir, shard.named(VISIBILITY))
-        door.clear_staging(output_dir, shard.part)
-        clear_key_parts(output_dir)
-        self._when = start_time(output_dir)
-        self._key = load_or_create_key(Path(key_file) if key_file else output_dir / KEY)
+    bank: Mapping[str, Any]
+    budget: Budget
+    root: Path
+    out: Path
+    spatial_dims: int
+    window: Window
+    key_file: Path | str | None
+    gate: Gate | None
+    shard: Shard
+    rename: bool
+
+    def __post_init__(self) -> None:
+        self._visibility = VisibilityLog(self.out, self.shard.named(VISIBILITY))
+        door.clear_staging(self.out, self.shard.part)
+        clear_key_parts(self.out)
+        self._when = start_time(self.out)
+        self._key = load_or_create_key(Path(self.key_file) if self.key_file else self.out / KEY)
         self.uids = UidMap(self._key)
-        self._journal = Journal(output_dir, shard)
+        self._journal = Journal(self.out, self.shard)
 
     def writes(self, unit: Sequence[Case]) -> bool:
         """Whether the unit is in this shard."""
-        return self._shard.holds(hmac.new(self._key, owner_id(unit[0]).encode(), hashlib.sha256).digest())
+        return self.shard.holds(hmac.new(self._key, owner_id(unit[0]).encode(), hashlib.sha256).digest())
 
     def protect(self, unit: Sequence[Case]) -> list[ManifestRow]:
         """Rows of one unit, written now or before."""
-        outlines = {case: formats.read_outline(case, self._spatial_dims, self._window) for case in unit}
+        outlines = {case: formats.read_outline(case, self.spatial_dims, self.window) for case in unit}
         deltas = {case: self._delta(case, outlines[case]) for case in unit}
         inputs = self._digest(unit, deltas)
         mask = unit[0].mask
@@ -246,29 +246,29 @@ class _Writer:
                 "the output folder holds files made with another perturbation, budget, window or key; two versions of "
                 "one image must not share their UIDs: choose a new output folder"
             )
-        there = (door.holds(self._out / door.PROTECTED / row.file, row.sha256) for row in done)
+        there = (door.holds(self.out / door.PROTECTED / row.file, row.sha256) for row in done)
         if len(done) == len(formats.files_of(unit)) + bool(mask) and all(there):
             return done
-        if self._gate is not None:
+        if self.gate is not None:
             self._visibility.keep([self._measure(case, outlines[case], deltas[case]) for case in unit])
         facts = self._facts(outlines, deltas)
-        written = door.commit(self._out, self._staged(unit, deltas, facts), self._shard.part)
+        written = door.commit(self.out, self._staged(unit, deltas, facts), self.shard.part)
         rows = [
             ManifestRow(
-                sample_id=owner,
+                sample_id=known.owner,
                 file=file.name.relative_to(door.PROTECTED).as_posix(),
                 sha256=file.sha256,
-                levels=int(min(levels, file.result.allowed)),
+                levels=int(min(known.levels, file.result.allowed)),
                 max_abs=float(file.result.max_abs),
                 changed=int(file.result.changed),
-                voxels=voxels,
+                voxels=known.voxels,
                 inputs=inputs,
-                state=PROTECTED if levels else LABEL,
-                epsilon=str(self._budget) if levels else "",
-                source=source.name if source == self._root else source.relative_to(self._root).as_posix(),
+                state=PROTECTED if known.levels else LABEL,
+                epsilon=str(self.budget) if known.levels else "",
+                source=source.name if source == self.root else source.relative_to(self.root).as_posix(),
                 source_uid=uid,
             )
-            for file, (_, uid), (source, (owner, levels, *_, voxels)) in zip(
+            for file, (_, uid), (source, known) in zip(
                 written, worker.call(dicom.identify_all, tuple(facts)), facts.items(), strict=True
             )
         ]
@@ -277,18 +277,15 @@ class _Writer:
 
     def _measure(self, case: Case, outline: Outline, delta: np.ndarray) -> CaseVisibility:
         """How visible a case would be; only what the gate looks at is read."""
-        assert self._gate is not None
-        axis, indices = self._gate.slices(outline, delta)
+        assert self.gate is not None
+        axis, indices = self.gate.slices(outline, delta)
         if not indices:
             return CaseVisibility(case.sample_id, ())
-        image = formats.read_slices(case, self._spatial_dims, self._window, axis, indices)
-        return self._gate(case, image, delta.take(indices, axis + 1))
+        image = formats.read_slices(case, self.spatial_dims, self.window, axis, indices)
+        return self.gate(case, image, delta.take(indices, axis + 1))
 
-    def _facts(
-        self, outlines: Mapping[Case, Outline], deltas: Mapping[Case, np.ndarray]
-    ) -> dict[Path, tuple[str, int, float, float, int]]:
-        """Of each source file: whose it is, levels of the budget, largest change allowed (stored, physical), voxels."""
-        facts: dict[Path, tuple[str, int, float, float, int]] = {}
+    def _facts(self, outlines: Mapping[Case, Outline], deltas: Mapping[Case, np.ndarray]) -> dict[Path, _File]:
+        facts: dict[Path, _File] = {}
         owned: dict[str, list[Case]] = {}
         for case in outlines:
             owned.setdefault(owner_id(case), []).append(case)
@@ -296,32 +293,29 @@ class _Writer:
             codecs = [outlines[case].codec for case in cases]
             levels = max(self._check_budget(outlines[case].codec, deltas[case]) for case in cases)
             limit = levels * max(codec.step for codec in codecs)
-            physical = max(codec.physical_limit(self._budget) for codec in codecs)
+            physical = max(codec.physical_limit(self.budget) for codec in codecs)
             files = formats.files_of(cases)
             voxels = sum(math.prod(outlines[case].shape) for case in cases) // len(files)
-            facts |= dict.fromkeys(files, (owner, levels, limit, physical, voxels))
+            facts |= dict.fromkeys(files, _File(owner, levels, limit, physical, voxels))
         mask = next(iter(outlines)).mask
         if mask is not None:
-            facts[mask.file] = (mask_id(mask), 0, 0.0, 0.0, 0)
+            facts[mask.file] = _File(mask_id(mask))
         return facts
 
     def _staged(
-        self,
-        unit: Sequence[Case],
-        deltas: dict[Case, np.ndarray],
-        facts: Mapping[Path, tuple[str, int, float, float, int]],
+        self, unit: Sequence[Case], deltas: dict[Case, np.ndarray], facts: Mapping[Path, _File]
     ) -> Iterator[door.Staged[FileCheck]]:
         changed = Counter(dict.fromkeys(map(owner_id, unit), 0))
         staged: dict[Path, Path] = {}
 
         def verify(path: Path, source: Path) -> FileCheck:
-            owner, _, limit, physical, _ = facts[source]
-            check = formats.verify(unit[0].format, source, path, limit, physical)
-            changed[owner] += check.changed
+            known = facts[source]
+            check = formats.verify(unit[0].format, source, path, known.limit, known.physical)
+            changed[known.owner] += check.changed
             staged[source] = path
             return check
 
-        options = {"spatial_dims": self._spatial_dims, "window": self._window, "when": self._when}
+        options = {"spatial_dims": self.spatial_dims, "window": self.window, "when": self._when}
         for file in formats.protect(unit, deltas.pop, uids=self.uids, **options):  # no longer needed here
             name = self._named(file.name, file.source, "images")
             ready = [door.Staged(name, file.content, partial(verify, source=file.source))]
@@ -332,20 +326,20 @@ class _Writer:
         mask = unit[0].mask
         if mask is not None:
             name, content = masks.protect(mask, self.uids)
-            check = partial(masks.verify, unit, staged, spatial_dims=self._spatial_dims)
+            check = partial(masks.verify, unit, staged, spatial_dims=self.spatial_dims)
             yield door.Staged(self._named(name, mask.file, "labels"), content, check)
 
     def _named(self, name: PurePosixPath, source: Path, folder: str) -> PurePosixPath:
         """Where a file goes; DICOM files have new names anyhow."""
-        keeps = not self._rename or dicom.looks_like_dicom(source)
+        keeps = not self.rename or dicom.looks_like_dicom(source)
         return door.PROTECTED / (name if keeps else keyed_name(self._key, name, folder))
 
     def _delta(self, case: Case, outline: Outline) -> np.ndarray:
         try:
-            if self._load is None:
-                found = self._bank[case.sample_id]
+            if hasattr(self.bank, "load_by_digest"):  # a PerturbationBank knows which image it was fitted on
+                found = self.bank.load_by_digest(case.sample_id, outline.digest, step=outline.codec.step)
             else:
-                found = self._load(case.sample_id, outline.digest, step=outline.codec.step)
+                found = self.bank[case.sample_id]
         except KeyError as error:
             raise RefusedError("no_perturbation", "the bank has no perturbation for this case; fit it first") from error
         except ValueError as error:
@@ -368,21 +362,21 @@ class _Writer:
             RefusedError: When the perturbation leaves the budget.
         """
         try:
-            levels = codec.slice_levels(self._budget)
+            levels = codec.slice_levels(self.budget)
         except ValueError as error:
             raise RefusedError("budget", str(error)) from error
         slices = np.moveaxis(delta, codec.slices.axis + 1, 0) if codec.slices else [delta]
         if any(part.max() > most or part.min() < -most for part, most in zip(slices, levels, strict=True)):
             raise RefusedError(
-                "outside_budget", f"the perturbation leaves the budget of {self._budget}; fit again with it"
+                "outside_budget", f"the perturbation leaves the budget of {self.budget}; fit again with it"
             )
         return max(levels)
 
     def _digest(self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray]) -> str:
-        settings = [str(self._budget), self._window, self._spatial_dims, __version__]
-        if self._gate is not None and self._gate.refuses:
+        settings = [str(self.budget), self.window, self.spatial_dims, __version__]
+        if self.gate is not None and self.gate.refuses:
             settings.append("refuse what is too visible")
-        if self._rename:
+        if self.rename:
             settings.append("rename")
         digest = hmac.new(self._key, json.dumps(settings).encode(), hashlib.sha256)
         for file in (*formats.files_of(unit), *([unit[0].mask.file] if unit[0].mask else [])):
