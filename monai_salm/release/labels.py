@@ -294,18 +294,10 @@ def label_cases(
 
 def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
     """Cohort of a catalog whose cases have masks; each class that occurs must occur in released cases."""
-    cases: list[Case] = []
-    refusals = list(catalog.refusals)
-    for unit in formats.units(catalog.cases):
-        shared = any(case.split == "test" for case in unit)
-        for case in unit:
-            if shared and case.split != "test":
-                error = shared_mask(case)
-                refusals.append(Refusal(case.sample_id, error.reason, error.detail))
-            else:
-                cases.append(case)
-    order = {case.sample_id: position for position, case in enumerate(catalog.cases)}
-    cases.sort(key=lambda case: order[case.sample_id])
+    tested = [unit for unit in formats.units(catalog.cases) if any(case.split == "test" for case in unit)]
+    shared = {case: shared_mask(case) for unit in tested for case in unit if case.split != "test"}
+    cases = [case for case in catalog.cases if case not in shared]
+    refused = [Refusal(case.sample_id, error.reason, error.detail) for case, error in shared.items()]
     present = {
         case.sample_id: {label for label, count in enumerate(catalog.class_voxels.get(case.sample_id, ())) if count}
         for case in cases
@@ -315,7 +307,8 @@ def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
     _warn(cases, catalog.classes)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
     held_out = _named_test(cases) or _held_out_patients(cases, present, seed)
-    return Cohort(tuple(cases), catalog.classes, tuple(refusals), catalog.root, held_out, counts, catalog.companions)
+    refusals = (*catalog.refusals, *refused)
+    return Cohort(tuple(cases), catalog.classes, refusals, catalog.root, held_out, counts, catalog.companions)
 
 
 def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], classes: Sequence[str]) -> None:
