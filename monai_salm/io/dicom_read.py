@@ -26,7 +26,7 @@ from monai_salm.io.dicom_volume import (
     spacing_of,
     to_canonical,
 )
-from monai_salm.io.kept import Kept
+from monai_salm.io.kept import Kept, state_of
 from monai_salm.records import image_digest, in_order
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
@@ -144,9 +144,7 @@ def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:
 
 def _key(case: Case, spatial_dims: int, window: Window) -> Any:
     with refusing("unreadable", "a file cannot be opened; check its permissions"):
-        found = [path.stat() for path in case.files]
-    states = tuple((each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
-    return case.files, spatial_dims, window, states
+        return case.files, spatial_dims, window, tuple(map(state_of, case.files))
 
 
 def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, Layout]:

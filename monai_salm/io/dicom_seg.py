@@ -7,10 +7,8 @@ must agree. The order of frames means nothing, and a slice without a frame has n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from monai_salm.io.dicom_frames import headers_of
 from monai_salm.io.dicom_parse import NATIVE, identify, parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import check_codestream
 from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, GAP_TOLERANCE, orientation_of, to_canonical
+from monai_salm.io.kept import while_unchanged
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation
@@ -167,9 +166,9 @@ class _Segmentation:
         return stored
 
 
-@lru_cache(maxsize=2)
-def _load(path: Path, mtime_ns: int, size: int) -> _Segmentation:
-    """A file, kept because slices share it; the other arguments make a changed file a new one."""
+@while_unchanged(2)
+def _load(path: Path) -> _Segmentation:
+    """A file, kept because slices share it."""
     from highdicom.seg import Segmentation
 
     with refusing("mask_unreadable", _BROKEN):
@@ -207,8 +206,7 @@ def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
     if not is_segmentation(mask.file):
         reason = "mask_is_image" if identify(mask.file)[0] else "mask_format"
         raise RefusedError(reason, "the label file of a DICOM image must be a DICOM SEG file; convert it to one")
-    status = os.stat(mask.file)
-    segmentation = _load(mask.file, status.st_mtime_ns, status.st_size)
+    segmentation = _load(mask.file)
     headers = headers_of(case.files, spatial_dims)
     with refusing("mask_unreadable", _BROKEN):
         _check_grid(segmentation, headers[0])

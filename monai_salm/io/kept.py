@@ -1,14 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What took long to make, and is wanted again."""
+"""What took long to make of files, and is wanted again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Kept"]
+__all__ = ["Kept", "state_of", "while_unchanged"]
 
 Value = TypeVar("Value")
+Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file does, whoever sets its time back."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def while_unchanged(most: int) -> Callable[[Reader], Reader]:
+    """Decorate a function of a file and of more: so many results are kept, each as long as its file stays the same."""
+
+    def decorate(function: Reader) -> Any:
+        kept = lru_cache(most)(lambda state, *arguments: function(*arguments))
+
+        @wraps(function)
+        def remembered(path: Path, *more: Any) -> Any:
+            return kept(state_of(path), path, *more)
+
+        return remembered
+
+    return decorate
 
 
 class Kept(Generic[Value]):

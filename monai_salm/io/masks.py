@@ -7,10 +7,8 @@ that the export names.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import cast
 
@@ -18,6 +16,7 @@ import numpy as np
 
 from monai_salm.io import dicom, dicom_seg, nifti, worker
 from monai_salm.io.base import Case, FileCheck, Mask, RefusedError
+from monai_salm.io.kept import while_unchanged
 
 __all__ = ["CORNER_TOLERANCE_MM", "MAX_VALUES", "check_image", "label_values", "protect", "read_mask", "verify"]
 
@@ -56,6 +55,7 @@ def read_mask(case: Case, spatial_dims: int) -> np.ndarray:
 
 
 @worker.isolated
+@while_unchanged(4096)
 def label_values(path: Path) -> tuple[int, ...]:
     """The distinct values of a NIfTI label file, ascending; read once as long as the file stays the same.
 
@@ -63,12 +63,6 @@ def label_values(path: Path) -> tuple[int, ...]:
         RefusedError: ``mask_is_image`` when they are no labels; ``mask_format`` when it is no NIfTI file; and as
             ``nifti.read_labels`` does.
     """
-    status = os.stat(path)
-    return _label_values(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _label_values(path: Path, mtime_ns: int, size: int) -> tuple[int, ...]:
     _check_nifti(path)
     values, _ = _distinct(nifti.read_labels(path, None)[0])
     _check_count(len(values), MAX_VALUES)

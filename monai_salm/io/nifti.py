@@ -16,7 +16,6 @@ import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -31,6 +30,7 @@ from monai_salm.io.base import (
     move,
     room_for_notes,
 )
+from monai_salm.io.kept import while_unchanged
 from monai_salm.io.nifti_layout import (
     LABEL_TYPES,
     SUPPORTED_TYPES,
@@ -129,11 +129,7 @@ def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
         RefusedError: When the file is broken, constant, or of a kind that is not supported.
     """
     path = case.files[0]
-    if case.index is None:
-        content, layout = _load(path, spatial_dims)
-    else:
-        status = path.stat()
-        content, layout = _load_once(path, spatial_dims, status.st_mtime_ns, status.st_size)
+    content, layout = (_load if case.index is None else _load_once)(path, spatial_dims)
     return _image(content, layout, case.index, window)
 
 
@@ -295,12 +291,6 @@ def _window(stored: np.ndarray, layout: Layout, window: Window) -> tuple[float, 
     return auto_window(stored, layout.slope, layout.intercept)
 
 
-@lru_cache(maxsize=1)
-def _load_once(path: Path, spatial_dims: int, mtime_ns: int, size: int) -> tuple[bytearray, Layout]:
-    """As :py:func:`_load`, for the volumes of one file in turn; the other arguments make a changed file a new one."""
-    return _load(path, spatial_dims)
-
-
 def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED_TYPES) -> tuple[bytearray, Layout]:
     """The decompressed file and its layout; never more bytes than the header promises."""
     layout = layout_of(path, read_head(path), spatial_dims, types)
@@ -324,6 +314,10 @@ def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED
             f"extensions have {found} bytes, enough for a copy of the image; remove them (nifti_tool -rm_ext ALL)",
         )
     return content + trailing, layout
+
+
+_load_once = while_unchanged(1)(_load)
+"""For the volumes of one file in turn."""
 
 
 def _compress(content: bytearray) -> bytes:

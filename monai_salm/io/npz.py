@@ -13,7 +13,6 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -29,6 +28,7 @@ from monai_salm.io.base import (
     compare,
     move,
 )
+from monai_salm.io.kept import while_unchanged
 from monai_salm.stored import StoredCodec
 
 KEYS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels"))
@@ -189,14 +189,9 @@ def _check_complete(cases: Sequence[Case], numbers: dict[str, np.ndarray]) -> No
         raise RefusedError("incomplete_archive", f"{missing} train or val images have no perturbation; fit all of them")
 
 
+@while_unchanged(2)
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    stat = path.stat()
-    return _cached_arrays(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=2)
-def _cached_arrays(path: Path, mtime_ns: int, size: int) -> dict[str, np.ndarray]:
-    """Read-only arrays; the other arguments make a changed file a new one."""
+    """Read-only arrays."""
     arrays = {key: _view(member) for key, member in _members(path).items()}
     for array in arrays.values():
         array.flags.writeable = False
