@@ -68,6 +68,8 @@ _last: tuple[bytes, Elements, Elements, bool] | None = None
 META_TAGS = range(0x00020000, 0x00030000)
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 
+STANDARD_ROOT = "1.2.840.10008."
+"""UIDs that the DICOM standard itself defines; they name no instance."""
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
 KEPT_LOSSLESS = {uid.RLELossless: "pylibjpeg", uid.JPEGLSLossless: "pyjpegls", uid.JPEG2000Lossless: "pylibjpeg"}
 """Lossless syntaxes that can be written, with the plugin (python-gdcm, if present, can abort the interpreter)."""

@@ -151,6 +151,25 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     if spatial_dims not in (2, 3) or (spatial_dims == 2 and len(case.files) != 1):
         raise ValueError(f"spatial_dims is {spatial_dims} for {len(case.files)} files; 2 takes one file, 3 a series")
     key = _key(case, spatial_dims, window)
+    files, headers, stored = _decode(case, spatial_dims)
+    order = order_volume(headers) if spatial_dims == 3 else [0]
+    scalings = tuple(map(rescale_of, headers))
+    headers = [headers[index] for index in order]
+    if order != sorted(order):  # a scan has ordered them already
+        stored = stored[order]
+    orientation = orientation_of(headers[0], headers[-1]) if spatial_dims == 3 else None
+    if orientation is not None:
+        stored = to_canonical(stored, orientation)[None]
+    codec = _codec(headers, stored, orientation, window)
+    windows = tuple(dict.fromkeys(each for header in headers for each in _listed_windows(header)))
+    image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
+    of_image = (stored.shape, codec, image.spacing, windows, image_digest(stored))
+    layout = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
+    return image, _LAYOUTS.keep(key, layout, len(files) + 2)
+
+
+def _decode(case: Case, spatial_dims: int) -> tuple[list[Path], list[Dataset], NDArray[Any]]:
+    """File, header and plane of each frame, as the files come."""
     headers: list[Dataset] = []
     files: list[Path] = []
     stored = np.empty(0)
@@ -172,20 +191,7 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
             stored[len(headers) - 1] = plane
         del dataset.PixelData
         files += [path] * len(frames)
-    order = order_volume(headers) if spatial_dims == 3 else [0]
-    scalings = tuple(map(rescale_of, headers))
-    headers = [headers[index] for index in order]
-    if order != sorted(order):  # a scan has ordered them already
-        stored = stored[order]
-    orientation = orientation_of(headers[0], headers[-1]) if spatial_dims == 3 else None
-    if orientation is not None:
-        stored = to_canonical(stored, orientation)[None]
-    codec = _codec(headers, stored, orientation, window)
-    windows = tuple(dict.fromkeys(each for header in headers for each in _listed_windows(header)))
-    image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
-    of_image = (stored.shape, codec, image.spacing, windows, image_digest(stored))
-    layout = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
-    return image, _LAYOUTS.keep(key, layout, len(files) + 2)
+    return files, headers, stored
 
 
 def _codec(

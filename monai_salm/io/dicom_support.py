@@ -13,7 +13,7 @@ from pydicom.tag import Tag
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_copies import check_copies, undecoded
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
-from monai_salm.io.dicom_parse import check_syntax, refusing
+from monai_salm.io.dicom_parse import STANDARD_ROOT, check_syntax, refusing
 from monai_salm.io.dicom_volume import rescale_of
 
 __all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_identity", "check_supported"]
@@ -115,7 +115,7 @@ def check_identity(header: Dataset) -> None:
     """
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         value = header.get(keyword)
-        if not (isinstance(value, str) and _UID.fullmatch(value)) or value.startswith("1.2.840.10008."):
+        if not (isinstance(value, str) and _UID.fullmatch(value)) or value.startswith(STANDARD_ROOT):
             raise RefusedError("missing_uid", f"{keyword} is missing or broken; export the image again")
 
 

@@ -21,7 +21,7 @@ from pydicom.tag import BaseTag
 
 from monai_salm.io.base import FileCheck, RefusedError, compare
 from monai_salm.io.dicom_frames import FRAME_TAGS, frame_headers, frame_types, groups, is_enhanced
-from monai_salm.io.dicom_parse import holds_items, parse, read_bytes, read_header, refusing
+from monai_salm.io.dicom_parse import STANDARD_ROOT, holds_items, parse, read_bytes, read_header, refusing
 from monai_salm.io.dicom_pixels import decode
 from monai_salm.io.dicom_seg import read_seg_header
 from monai_salm.io.dicom_support import check_supported
@@ -155,7 +155,7 @@ def _check_frames(before: Dataset, after: Dataset) -> None:
 def _check_identity(before: Dataset, after: Dataset) -> None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
         same = after.get(keyword) == before.get(keyword) and before.get(keyword)
-        _require(not same or str(before.get(keyword)).startswith("1.2.840.10008."), f"{keyword} is the source's")
+        _require(not same or str(before.get(keyword)).startswith(STANDARD_ROOT), f"{keyword} is the source's")
     _require(after.file_meta.MediaStorageSOPInstanceUID == after.SOPInstanceUID, "file meta and instance UID differ")
     _require(not any(after.preamble), "the preamble is not empty")
 
@@ -211,6 +211,6 @@ def _is_mapped(old: Any, new: Any) -> bool:
     """Whether each UID is kept (the standard's own, for instance) or replaced by one of ours (below 2.25)."""
     olds, news = ([value] if isinstance(value, str) else list(value) for value in (old, new))
     return len(olds) == len(news) and all(
-        after == before or (after.startswith("2.25.") and not before.startswith("1.2.840.10008."))
+        after == before or (after.startswith("2.25.") and not before.startswith(STANDARD_ROOT))
         for before, after in zip(olds, news, strict=True)
     )

@@ -40,7 +40,6 @@ from monai_salm.release.written_tables import dataset_json, labels_table
 
 KEY = f"{door.PRIVATE}/release.key"
 SIGNING_KEY = f"{door.PRIVATE}/signing.key"
-REFUSALS = f"{door.PRIVATE}/refusals.jsonl"
 _SOFTWARE = ("numpy", "torch", "pydicom", "nibabel")
 
 
@@ -108,7 +107,7 @@ def refusals_line(output_dir: Path | str) -> str:
     names = {refusal.name for refusal in refusals}
     files = sum(row.state == PROTECTED for row in read_manifest(output_dir))
     reasons = tally(refusal.reason for refusal in refusals)
-    return f"{len(names)} refused ({reasons}), {files} files protected: see {Path(output_dir) / REFUSALS}"
+    return f"{len(names)} refused ({reasons}), {files} files protected: see {Path(output_dir) / door.REFUSALS}"
 
 
 def close(

@@ -18,7 +18,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from monai_salm.io.base import Case, Mask
-from monai_salm.io.dicom_parse import MAX_DEPTH, holds_items, too_deep
+from monai_salm.io.dicom_parse import MAX_DEPTH, STANDARD_ROOT, holds_items, too_deep
 
 __all__ = [
     "KEPT_UID_KEYWORDS",
@@ -33,8 +33,6 @@ __all__ = [
 
 KEY_BYTES = 32
 _ENDINGS = (".nii.gz", ".nii", ".npz", ".png", ".tif", ".tiff")
-STANDARD_ROOT = "1.2.840.10008."
-"""UIDs that the DICOM standard itself defines; they name no instance."""
 
 KEPT_UID_KEYWORDS = frozenset(
     """

@@ -36,7 +36,7 @@ from monai_salm.records import OtherSettingsError
 from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
 from monai_salm.release.catalog import Refusal
-from monai_salm.release.custody import KEY, REFUSALS, Journal, clear_key_parts, close, read_refusals, start_time
+from monai_salm.release.custody import KEY, Journal, clear_key_parts, close, read_refusals, start_time
 from monai_salm.release.earlier import CLASSES, FOLLOWED
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
@@ -48,7 +48,6 @@ from monai_salm.stored import StoredCodec
 
 __all__ = [
     "KEY",
-    "REFUSALS",
     "IntegrityError",
     "ManifestRow",
     "prepare_output",
@@ -128,7 +127,7 @@ def protect_cohort(
             manifest = close(output_dir, shard, rows, cohort, refusals, writer.uids)
     if units and not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
-        raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / REFUSALS}")
+        raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / door.REFUSALS}")
     if told := custody.refusals_line(output_dir):
         print(told, flush=True)
     return manifest

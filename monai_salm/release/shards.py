@@ -54,7 +54,7 @@ class Shard:
     @property
     def refusals(self) -> str:
         """Name of the list of what it refused."""
-        return self.named(f"{door.PRIVATE}/refusals.jsonl")
+        return self.named(door.REFUSALS)
 
     @property
     def lock(self) -> str:
