@@ -95,7 +95,8 @@ def protect(options: argparse.Namespace) -> int:
 
     _check_words(options)
     voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
-    bundle = options.bundle or workflows.bundle_for(_dim(options, voxelwise), voxelwise)
+    spatial_dims = _dim(options, voxelwise)
+    bundle = options.bundle or workflows.bundle_for(spatial_dims, voxelwise)
     overrides = dict(options.set) | workflows.protect_overrides(
         options.export,
         options.out,
@@ -111,12 +112,9 @@ def protect(options: argparse.Namespace) -> int:
     if options.like:
         bundle, overrides = workflows.like_overrides(options.like, overrides)
     workflows.check_same_fit(options.out, bundle, overrides)
-    if options.dry_run:
-        wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "visibility", "require_deidentified")
-        defaults = {"spatial_dims": _dim(options, voxelwise)} | workflows.plain_settings(bundle, wanted)
-        settings = defaults | {name: overrides[name] for name in wanted if name in overrides}
-        return _plan(options, bundle, overrides, settings)
     verified = not (options.no_verify or options.like)
+    if options.dry_run:
+        return _plan(options, bundle, overrides, spatial_dims, verified)
     stages = workflows.ALL if verified else workflows.WITHOUT_VERIFY
     if options.fit_only:  # a study that cannot be is told before the fit
         stages = (*(workflows.CHECK if verified and workflows.has_check(bundle) else ()), *workflows.FIT)
@@ -174,14 +172,19 @@ def _check_words(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
 
 
-def _plan(options: argparse.Namespace, bundle: str, overrides: dict[str, Any], settings: dict[str, Any]) -> int:
-    """Tell what the bundle would do with these settings."""
+def _plan(
+    options: argparse.Namespace, bundle: str, overrides: dict[str, Any], spatial_dims: int, verified: bool
+) -> int:
+    """Tell what the bundle would do with these settings; ``spatial_dims`` is for those that do not tell their own."""
     from monai_salm import workflows
     from monai_salm.perturbations.budget import as_window
     from monai_salm.release.labels import load_cohort
     from monai_salm.release.plan import make_plan
     from monai_salm.verification.visibility import VisibilityGate
 
+    wanted = ("spatial_dims", "window", "epsilon", "mask_ratio", "visibility", "require_deidentified")
+    settings = {"spatial_dims": spatial_dims} | workflows.plain_settings(bundle, wanted)
+    settings |= {name: overrides[name] for name in wanted if name in overrides}
     for name in ("epsilon", "mask_ratio"):
         if name not in settings:
             raise ValueError(f"the bundle computes {name}; give --{name.replace('_', '-')} for a plan")
@@ -190,7 +193,6 @@ def _plan(options: argparse.Namespace, bundle: str, overrides: dict[str, Any], s
     cohort = load_cohort(
         options.export, options.labels, **grid, require_deidentified=strict, like=options.like, budget=budget
     )
-    verified = not (options.no_verify or options.like)
     if verified:
         workflows.check_study(bundle, overrides, cohort)
     noise = {"budget": budget, "mask_ratio": settings["mask_ratio"]}

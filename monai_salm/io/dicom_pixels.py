@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from typing import Any
 
@@ -60,16 +61,7 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
         key: tuple[Any, ...] = ()
         if syntax in NATIVE:
-            pixels = shape[0] * shape[1]
-            size = dtype.itemsize * pixels * frames
-            if len(dataset.PixelData) < size:
-                raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
-            if frame == 0 and dataset.PixelData[size + size % 2 :].strip(b"\0"):  # which no copy would have
-                raise RefusedError(
-                    "codestream_mismatch", "there are more pixels than header and frames tell; repair the header"
-                )
-            offset = frame * pixels * dtype.itemsize
-            plane = np.frombuffer(dataset.PixelData, dtype.newbyteorder("<"), pixels, offset).reshape(shape)
+            plane = _native(dataset.PixelData, frame, (frames, *shape), dtype)
         else:
             encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
             if syntax != uid.RLELossless:
@@ -97,6 +89,19 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
             plane.flags.writeable = False
             _DECODED.keep(key, plane, plane.nbytes)
         return plane
+
+
+def _native(data: bytes, frame: int, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """One of so many frames that are not compressed."""
+    size = dtype.itemsize * math.prod(shape)
+    if len(data) < size:
+        raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
+    if frame == 0 and data[size + size % 2 :].strip(b"\0"):  # which no copy would have
+        raise RefusedError(
+            "codestream_mismatch", "there are more pixels than header and frames tell; repair the header"
+        )
+    pixels = math.prod(shape[1:])
+    return np.frombuffer(data, dtype.newbyteorder("<"), pixels, frame * pixels * dtype.itemsize).reshape(shape[1:])
 
 
 def check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:

@@ -155,6 +155,17 @@ def close(
     texts |= _manifests(shard, [*rows, *table_rows] if shard == whole else rows)
     if complete and shard != whole:
         texts |= _manifests(whole, table_rows)
+    door.write(output_dir, {**texts, **_signed(output_dir, texts, others, shard.count)}, shard.part)
+    door.clear_staging(output_dir, shard.part)
+    if complete:
+        sweep(output_dir / door.PROTECTED, [*rows, *table_rows, *rest])
+    return [*rows, *table_rows]
+
+
+def _signed(
+    output_dir: Path, texts: Mapping[str, str | bytes], others: Sequence[Shard], count: int
+) -> dict[str, bytes]:
+    """Files that sign the chains among the texts, and those that other shards have written."""
     ours = [name for name in texts if name.endswith(".jsonl") and not name.startswith(f"{door.PROTECTED}/")]
     chains = {name: _chain(text) for name, text in texts.items() if name in ours}
     for other in others:
@@ -165,12 +176,7 @@ def close(
             f"{SIGNING_KEY} is gone, but the release was signed with it, and recipients know its public key; put it "
             f"back, or remove {signature.PUBLIC_KEY} to sign with a new one"
         )
-    key = load_or_create_key(output_dir / SIGNING_KEY)
-    door.write(output_dir, {**texts, **signature.sign(key, chains, shard.count)}, shard.part)
-    door.clear_staging(output_dir, shard.part)
-    if complete:
-        sweep(output_dir / door.PROTECTED, [*rows, *table_rows, *rest])
-    return [*rows, *table_rows]
+    return signature.sign(load_or_create_key(output_dir / SIGNING_KEY), chains, count)
 
 
 def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
