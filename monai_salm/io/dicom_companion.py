@@ -14,8 +14,6 @@ from monai_salm.io.dicom_parse import check_syntax, holds_pixels, read_header, r
 from monai_salm.io.dicom_seg import SEG_CLASSES
 from monai_salm.io.dicom_support import check_identity
 
-__all__ = ["COMPANION_CLASSES", "is_companion", "read_companion"]
-
 COMPANION_CLASSES = frozenset(
     {
         *SEG_CLASSES,

@@ -39,8 +39,6 @@ from monai_salm.io.dicom_parse import (
 )
 from monai_salm.io.dicom_pixels import decode
 
-__all__ = ["Value", "check_copies", "undecoded"]
-
 _IMAGE = re.compile(
     rb"(?:\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"  # JPEG and JPEG-LS, JPEG 2000, JP2
     rb"|[\x01\x02]\0\0\0\x40\0\0\0.{4}\0{52}"  # RLE of DICOM, of 8 and 16 bits

@@ -26,23 +26,6 @@ from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STR_VR, VR
 
-__all__ = [
-    "ITEM",
-    "Elements",
-    "Stop",
-    "decode_item",
-    "encode_element",
-    "encode_item",
-    "encode_items",
-    "pad",
-    "read_elements",
-    "read_rest",
-    "replace_elements",
-    "to_dataset",
-    "to_meta",
-    "write_elements",
-]
-
 Elements = dict[BaseTag, RawDataElement | DataElement]
 Stop = Callable[[BaseTag, str | None, int], bool]
 """As pydicom asks before it reads a value, by tag, type and length."""

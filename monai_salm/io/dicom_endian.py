@@ -14,8 +14,6 @@ from pydicom.dataset import Dataset
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_elements import replace_elements
 
-__all__ = ["to_little_endian"]
-
 WORDS = {2: "US SS OW AT", 4: "UL SL FL OF OL", 8: "FD OD UV SV OV"}
 """Bytes per number of each binary value representation (PS3.5 6.2 and 7.3); all others are bytes or text."""
 _WORD = {vr: size for size, names in WORDS.items() for vr in names.split()}

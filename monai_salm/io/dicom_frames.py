@@ -19,18 +19,6 @@ from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import read_header
 from monai_salm.io.dicom_volume import order_volume
 
-__all__ = [
-    "ENHANCED_CT",
-    "ENHANCED",
-    "FRAME_TAGS",
-    "frame_headers",
-    "frame_types",
-    "groups",
-    "headers_of",
-    "is_enhanced",
-    "order_files",
-]
-
 ENHANCED_CT = frozenset({uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage})
 ENHANCED = ENHANCED_CT | {
     uid.EnhancedMRImageStorage,

@@ -24,21 +24,6 @@ from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_elements import ITEM, Elements, Stop, read_elements, read_rest, to_dataset, to_meta
 from monai_salm.io.dicom_endian import to_little_endian
 
-__all__ = [
-    "MAX_DEPTH",
-    "holds_items",
-    "holds_pixels",
-    "identify",
-    "identify_all",
-    "looks_like_dicom",
-    "parse",
-    "read_header",
-    "read_outline",
-    "refusing",
-    "silence_parsers",
-    "too_deep",
-]
-
 MAX_FILE_BYTES = 512 << 20
 MAX_PIXEL_BYTES = 256 << 20
 """Decoded size of one image; the largest mammograms have about 40 MiB."""

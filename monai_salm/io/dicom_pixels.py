@@ -19,8 +19,6 @@ from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import KEPT_LOSSLESS, NATIVE, refusing
 from monai_salm.io.kept import Kept
 
-__all__ = ["check_codestream", "decode", "encode", "stored_dtype", "stored_range"]
-
 _DECODED: Kept[NDArray[Any]] = Kept(256 << 20)
 """The compressed frames that were decoded last, by their bytes. A release decodes its originals when it checks, reads,
 writes and verifies them, one unit after the other; decoding takes most of the time then."""

@@ -30,8 +30,6 @@ from monai_salm.io.kept import Kept, state_of
 from monai_salm.records import image_digest, in_order
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
-__all__ = ["CT_WINDOW", "Layout", "layout_of", "read", "read_slices", "read_spacing"]
-
 CT_WINDOW = (-160.0, 240.0)
 """HU, soft tissue; for CT files that name no window."""
 

@@ -27,8 +27,6 @@ from monai_salm.io.kept import while_unchanged
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation
 
-__all__ = ["SegHeader", "is_segmentation", "missing_slices", "read", "read_seg_header", "seg_header"]
-
 SEG_CLASSES = (uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage, and Label Map Segmentation Storage, which pydicom does not name yet."""
 POSITION_TOLERANCE_MM = 0.01

@@ -16,8 +16,6 @@ from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
 from monai_salm.io.dicom_parse import STANDARD_ROOT, check_syntax, refusing
 from monai_salm.io.dicom_volume import rescale_of
 
-__all__ = ["MANUFACTURER", "MODIFYING_EQUIPMENT", "SOP_CLASSES", "check_identity", "check_supported"]
-
 MANUFACTURER = "monai_salm"
 """Our name in ContributingEquipmentSequence: the mark by which a protected file is recognized."""
 MODIFYING_EQUIPMENT = "109103"

@@ -28,8 +28,6 @@ from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import rescale_of
 from monai_salm.io.dicom_write import DECLARED_TAGS, REMOVED_TAGS
 
-__all__ = ["verify", "verify_companion", "verify_labels"]
-
 _FAILED = "verification_failed"
 _parse_written = partial(parse, by_pydicom=True)
 

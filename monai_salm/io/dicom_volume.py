@@ -15,8 +15,6 @@ from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_parse import refusing
 from monai_salm.records import in_order
 
-__all__ = ["from_canonical", "order_volume", "orientation_of", "spacing_of", "to_canonical"]
-
 DIRECTION_TOLERANCE = 1e-4
 """Of direction cosines: exporters round them, and not equally in all slices of a series."""
 DUPLICATE_MM = 1e-3

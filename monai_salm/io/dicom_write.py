@@ -34,15 +34,6 @@ from monai_salm.io.dicom_pixels import decode, encode
 from monai_salm.io.dicom_read import layout_of
 from monai_salm.io.dicom_support import MANUFACTURER, MODIFYING_EQUIPMENT, check_supported
 
-__all__ = [
-    "DECLARED_KEYWORDS",
-    "DECLARED_TAGS",
-    "REMOVED_TAGS",
-    "UidMapping",
-    "protect",
-    "protect_companion",
-]
-
 IMPLEMENTATION_CLASS_UID = "2.25.200132710468809192837894090341728322117"
 """The UUID of version 5 of this project's page on PyPI."""
 IMPLEMENTATION_VERSION_NAME = "MONAI_SALM"

@@ -9,8 +9,6 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Kept", "state_of", "while_unchanged"]
-
 Value = TypeVar("Value")
 Reader = TypeVar("Reader", bound=Callable[..., Any])
 

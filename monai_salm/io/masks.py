@@ -18,8 +18,6 @@ from monai_salm.io import dicom, dicom_seg, nifti, worker
 from monai_salm.io.base import Case, FileCheck, Mask, RefusedError
 from monai_salm.io.kept import while_unchanged
 
-__all__ = ["CORNER_TOLERANCE_MM", "MAX_VALUES", "check_image", "label_values", "protect", "read_mask", "verify"]
-
 CORNER_TOLERANCE_MM = 0.01
 """Image and label agree when no corner of the volume lies further apart than this, as positions in DICOM SEG files."""
 MAX_VALUES = 128

@@ -23,20 +23,6 @@ from nibabel.spatialimages import HeaderDataError
 
 from monai_salm.io.base import DEFLATE_RATIO, RefusedError
 
-__all__ = [
-    "LABEL_TYPES",
-    "SUPPORTED_TYPES",
-    "Layout",
-    "gzip_names",
-    "is_gzip",
-    "is_plain_gzip",
-    "layout_of",
-    "open_plain",
-    "read_head",
-    "sniff",
-    "texts",
-]
-
 SUPPORTED_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
 """Of label files, which are never changed."""

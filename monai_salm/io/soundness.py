@@ -11,8 +11,6 @@ from monai_salm.io import formats, masks, worker
 from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.stored import StoredCodec
 
-__all__ = ["Sound", "examine"]
-
 
 @dataclass(frozen=True)
 class Sound:

@@ -33,8 +33,6 @@ from typing import Any, ParamSpec, TypeVar
 from monai_salm.io.base import Case, RefusedError
 from monai_salm.io.worker_wire import ClosedError, receive, send
 
-__all__ = ["call", "isolated", "stop", "stream"]
-
 SECONDS = 30.0
 """Processor time that a call may take, whatever the size of its files."""
 BYTES_PER_SECOND = 1 << 20

@@ -14,8 +14,6 @@ from typing import Any
 
 from monai_salm.io.dicom_parse import silence_parsers
 
-__all__ = ["ClosedError", "receive", "send"]
-
 MAX_BUFFERS = 1 << 24
 _COUNT = struct.Struct("<Q")
 _NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}

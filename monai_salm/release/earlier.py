@@ -13,8 +13,6 @@ from monai_salm.release.catalog import Catalog, Refusal
 from monai_salm.release.identity import owner_id
 from monai_salm.release.manifest import read_manifest
 
-__all__ = ["CLASSES", "FOLLOWED", "EarlierRelease"]
-
 CLASSES = f"{door.PRIVATE}/classes.json"
 FOLLOWED = f"{door.PRIVATE}/like.json"
 """Names the folder of the release that this one followed."""

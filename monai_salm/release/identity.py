@@ -20,17 +20,6 @@ from pydicom.uid import UID
 from monai_salm.io.base import Case, Mask
 from monai_salm.io.dicom_parse import MAX_DEPTH, STANDARD_ROOT, holds_items, too_deep
 
-__all__ = [
-    "KEPT_UID_KEYWORDS",
-    "UidMap",
-    "is_mapped_uid_tag",
-    "keyed_name",
-    "load_or_create_key",
-    "mask_id",
-    "owner_id",
-    "pseudonym",
-]
-
 KEY_BYTES = 32
 _ENDINGS = (".nii.gz", ".nii", ".npz", ".png", ".tif", ".tiff")
 

@@ -21,18 +21,6 @@ from monai_salm.release.folders import class_folders
 from monai_salm.release.table import LABELS_FILE, LabelRow, match, natural, read_labels
 from monai_salm.release.voxels import VoxelLabels, class_names, find_voxel_labels, other_classes, shared_mask
 
-__all__ = [
-    "HELD_OUT_FRACTION",
-    "LABELS_FILE",
-    "Cohort",
-    "LabelRow",
-    "count_classes",
-    "find_labels",
-    "label_cases",
-    "load_cohort",
-    "read_labels",
-]
-
 logger = logging.getLogger(__name__)
 
 HELD_OUT_FRACTION = 0.25

@@ -15,8 +15,6 @@ from monai_salm.release.catalog import Catalog, Refusal
 from monai_salm.release.identity import mask_id
 from monai_salm.release.labels import Cohort
 
-__all__ = ["cases_table", "counts_line", "counts_table", "refusals_table"]
-
 
 def counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
     """How many cases of how many patients, by format, and in how many files."""

@@ -27,8 +27,6 @@ from monai_salm.release.integrity import check
 from monai_salm.release.manifest import IntegrityError, read_manifest
 from monai_salm.release.progress import track
 
-__all__ = ["AE_TITLE", "PushError", "Pushed", "Target", "push"]
-
 AE_TITLE = "MONAI_SALM"
 """What we call ourselves."""
 SECONDS = 60.0

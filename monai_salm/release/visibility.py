@@ -14,8 +14,6 @@ import numpy as np
 from monai_salm.io.base import Case, Outline, StoredImage
 from monai_salm.release import commit as door
 
-__all__ = ["VISIBILITY", "CaseVisibility", "Gate", "VisibilityLog", "WindowVisibility", "read_visibility", "summary"]
-
 VISIBILITY = f"{door.PRIVATE}/visibility.jsonl"
 
 
