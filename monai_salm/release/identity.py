@@ -85,18 +85,15 @@ class UidMap:
         bits = bits & ~(0x3 << 62) | 0x2 << 62  # variant of RFC 9562
         return f"2.25.{uuid.UUID(int=bits).int}"
 
-    def map_dataset(self, dataset: Dataset) -> None:
+    def map_dataset(self, dataset: Dataset, depth: int = 0) -> None:
         """Replace every instance UID at any depth, in place; other elements stay as they were read.
 
         Only for a dataset freshly parsed from bytes: items that two sequences share would be mapped twice. UIDs
-        inside private elements of unknown type are not recognized.
+        inside private elements of unknown type are not recognized. ``depth`` is that of an item in a sequence.
 
         Raises:
             RefusedError: ``nested_too_deep`` when sequences are nested more than 32 deep.
         """
-        self._map(dataset, depth=0)
-
-    def _map(self, dataset: Dataset, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise too_deep()
         for tag, element in list(dataset.items()):
@@ -105,7 +102,7 @@ class UidMap:
             vr = element.VR if element.VR not in (None, "UN") else _type_of(dataset, tag)
             if vr == "SQ" and holds_items(element.value):
                 for item in dataset[tag].value or ():
-                    self._map(item, depth + 1)
+                    self.map_dataset(item, depth + 1)
             elif vr == "UI" and is_mapped_uid_tag(tag):
                 element = dataset[tag]
                 if isinstance(element.value, (MultiValue, list)):

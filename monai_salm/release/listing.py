@@ -33,9 +33,8 @@ def counts_line(catalog: Catalog, cohort: Cohort | None) -> str:
 def counts_table(catalog: Catalog, cohort: Cohort | None) -> Table:
     """Cases by class and split where there are labels (with voxel labels: and voxels), else by format."""
     cases = cohort.cases if cohort else catalog.cases
-    formats = Counter(case.format for case in cases)
     if cohort is None:
-        return _table(["format", "cases"], formats.items())
+        return _table(["format", "cases"], Counter(case.format for case in cases).items())
     splits = [name for name in ("train", "val", "test") if any(case.split == name for case in cases)]
     rows = []
     for label, name in enumerate(cohort.classes):

@@ -225,10 +225,9 @@ def pair(
     Raises:
         ValueError: When a row names nothing in the export, or rows contradict each other.
     """
-    rows = None
     gone = frozenset(refused)
-    if voxels.rows is not None:
-        rows = match(voxels.rows, cases, {*gone, *found.segmentations, *found.files})
+    others = {*gone, *found.segmentations, *found.files}
+    rows = None if voxels.rows is None else match(voxels.rows, cases, others)
     paired: list[Case] = []
     refusals: list[Refused] = []
     finder = _Finder(voxels, classes, found)
