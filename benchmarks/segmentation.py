@@ -84,13 +84,13 @@ def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
     parser[f"{trainer_id}::bank_file"] = str(bank)
     set_determinism(seed=parser["seed"])
     trainer = parser.get_parsed_content(trainer_id)
-    before = _peak_memory()
+    kept, before = bank.exists(), _peak_memory()
     trainer.run()
     return {
         "seconds": trainer.seconds,
         "seconds_per_case": trainer.seconds / len(trainer.cases),
         "passes_per_case": trainer.passes_per_image,
-        "peak_memory_mib": (_peak_memory() - before) / 2**20,
+        "peak_memory_mib": None if kept else (_peak_memory() - before) / 2**20,
         "fidelity": fidelity(parser, PerturbationBank(bank)),
     }
 

@@ -203,6 +203,19 @@ def test_what_is_hidden_behind_the_name_of_a_companion_is_refused(tree, tmp_path
     assert not {path.name for path in folder.rglob("*")} & reasons.keys()
 
 
+def test_a_label_file_of_a_tree_that_names_somebody_is_refused_where_it_is_asked_for(tree):
+    anat = tree / "sub-01" / "anat"
+    label = np.zeros(nib.load(anat / "sub-01_T1w.nii.gz").shape, np.uint8)
+    content = nib.Nifti1Image(label, np.eye(4)).to_bytes()
+    with (anat / "sub-01_dseg.nii.gz").open("wb") as stream, gzip.GzipFile("Erika.nii", "wb", fileobj=stream) as packed:
+        packed.write(content)
+    assert "not_deidentified" not in {refusal.reason for refusal in scan(tree, 3).refusals}
+    found = scan(tree, 3, require_deidentified=True)
+    assert ["not_deidentified"] == [
+        each.reason for each in found.refusals if "dseg" in found.refused_names[each.name][0]
+    ]
+
+
 def test_names_of_images():
     assert bids.protected_name("sub-1/sub-1_desc-brain_T1w.nii") == "sub-1/sub-1_desc-brainprotected_T1w.nii"
     with pytest.raises(RefusedError, match="already_protected"):
@@ -222,6 +235,11 @@ def test_sidecars_name_the_copies_and_no_person_at_any_depth(tree, tmp_path, for
             {
                 "IntendedFor": [form.format(stem), "func/of-another.nii.gz"],
                 "global": {"const": {"PatientName": "CANARY", "EchoTime": 3}, "list": [{"OtherPatientIDs": "CANARY"}]},
+                "NameOfPhysiciansReadingStudy": "CANARY",
+                "ReferencedSOPInstanceUID": "CANARY",
+                "PatientMotherBirthName": "CANARY",
+                "DateOfSecondaryCapture": "CANARY",
+                "InstitutionName": "H\udcf4pital",
             },
         )
         note(tree / stem / f"{stem}_sessions.tsv", "session_id\tacq_time\nses-1\tCANARY\n")
@@ -230,6 +248,7 @@ def test_sidecars_name_the_copies_and_no_person_at_any_depth(tree, tmp_path, for
     expected = form.format("sub-01").replace("task-rest_bold", "task-rest_desc-protected_bold")
     assert sidecar["IntendedFor"] == [expected, "func/of-another.nii.gz"]
     assert (folder / expected.removeprefix("bids::sub-01/").replace("func", "sub-01/func", 1)).is_file()
+    assert sidecar["InstitutionName"] == "H\udcf4pital", "what UTF-8 cannot hold stays an escape of JSON"
     assert sidecar["global"] == {"const": {"EchoTime": 3}, "list": [{}]}
     assert not list(folder.rglob("*_sessions.tsv"))
     assert "CANARY" not in "".join(path.read_text() for path in folder.rglob("*.json"))

@@ -248,6 +248,7 @@ def with_pixels(dataset: Dataset) -> None:
     ("refused", "change"),
     [
         ("companion_with_pixels", with_pixels),
+        ("companion_with_pixels", lambda dataset: setattr(dataset, "EncapsulatedDocument", b"%PDF")),
         ("missing_uid", lambda dataset: setattr(dataset, "StudyInstanceUID", "")),
         ("unsupported_sop_class", lambda dataset: setattr(dataset, "SOPClassUID", uid.RTDoseStorage)),
         ("unsupported_sop_class", lambda dataset: setattr(dataset, "SOPClassUID", uid.EncapsulatedPDFStorage)),

@@ -130,6 +130,8 @@ def on_slice(k: int, **attributes: Any) -> Callable[[Dataset, int], None]:
         ("mixed_geometry", on_slice(1, Columns=6)),
         ("mixed_geometry", on_slice(1, SOPClassUID=uid.CTImageStorage)),
         ("mixed_geometry", on_slice(1, FrameOfReferenceUID="1.2.7")),
+        ("mixed_geometry", on_slice(1, StudyInstanceUID="1.2.7")),
+        ("mixed_geometry", on_slice(1, PatientID="another")),
         ("mixed_pixel_format", on_slice(1, PhotometricInterpretation="MONOCHROME1")),
         ("mixed_pixel_format", on_slice(1, BitsStored=12)),
         ("varying_rescale", on_slice(3, RescaleSlope="-1", RescaleIntercept="0")),

@@ -55,8 +55,9 @@ def read_companion(path: Path) -> tuple[str, frozenset[str]]:
     with refusing("unreadable", "a reference of the file is broken; export it again"):
         check_syntax(header.file_meta)
         check_identity(header)
-        if header.pixel_element and header.SOPClassUID not in SEG_CLASSES:
-            raise RefusedError("companion_with_pixels", "the file holds pixels, which its kind has no place for")
+        if (header.pixel_element and header.SOPClassUID not in SEG_CLASSES) or "EncapsulatedDocument" in header:
+            detail = "the file holds pixels or a document, which its kind has no place for"
+            raise RefusedError("companion_with_pixels", detail)
         if holds_pixels(header) or sum(_private_sizes(header)) >= MAX_NOTES_BYTES:
             detail = "a sequence or large private elements may hold an unprotected image; remove them first"
             raise RefusedError("companion_with_pixels", detail)

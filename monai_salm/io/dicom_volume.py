@@ -23,6 +23,7 @@ SPACING_TOLERANCE_MM = 0.01
 """A gap may differ from the median gap by 5 % of it, or by 0.01 mm where that is more. Positions only say in which
 order slices lie; scanners round them, some to 0.02 mm and more. A missing slice is off by 100 %."""
 
+_KIND_KEYWORDS = ("PatientID", "StudyInstanceUID", "SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns")
 _FORMAT_KEYWORDS = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PhotometricInterpretation")
 _PADDING_KEYWORDS = ("PixelPaddingValue", "PixelPaddingRangeLimit")
 _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
@@ -56,7 +57,8 @@ def _check_same(headers: Sequence[Dataset]) -> None:
     first_kind, first_format, (first_slope, _) = _kind(headers[0]), _format(headers[0]), rescale_of(headers[0])
     for header in headers[1:]:
         if _kind(header) != first_kind:
-            raise RefusedError("mixed_geometry", "slices differ in kind, frame of reference or size; split the series")
+            detail = "slices differ in patient, study, kind, frame of reference or size; split the series"
+            raise RefusedError("mixed_geometry", detail)
         if _format(header) != first_format:
             raise RefusedError("mixed_pixel_format", "slices differ in pixel format or padding value; split the series")
         if rescale_of(header)[0] * first_slope < 0:
@@ -67,7 +69,7 @@ def _check_same(headers: Sequence[Dataset]) -> None:
 
 
 def _kind(header: Dataset) -> list[Any]:
-    return [header.get(key) for key in ("SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns")]
+    return [header.get(key) for key in _KIND_KEYWORDS]
 
 
 def _format(header: Dataset) -> list[Any]:

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+
 from monai_salm import __version__
 from monai_salm.io import masks, nifti, worker
 from monai_salm.io.base import Case, RefusedError
@@ -28,12 +30,11 @@ LABEL_SUFFIXES = ("dseg", "mask")
 MAX_TEXT_BYTES = 2**26
 """Largest table or sidecar, unpacked."""
 PERSONAL = frozenset(
-    "PatientName PatientID PatientBirthDate PatientAddress OtherPatientIDs OtherPatientNames AccessionNumber StudyID "
-    "StudyInstanceUID SeriesInstanceUID SOPInstanceUID FrameOfReferenceUID ReferringPhysicianName RequestingPhysician "
-    "PerformingPhysicianName OperatorsName AcquisitionDateTime AcquisitionDate StudyDate SeriesDate ContentDate "
-    "InstanceCreationDate DeviceSerialNumber StationName".split()
+    "PatientID OtherPatientIDs PatientAddress PatientTelephoneNumbers IssuerOfPatientID AccessionNumber StudyID "
+    "RequestedProcedureID DeviceSerialNumber StationName PatientsName PatientsBirthDate ScanDate".split()
 )
-"""Keys that converters write into sidecars, at any depth, and that no copy keeps."""
+"""Keys that converters write into sidecars, at any depth, and that no copy keeps; and so are all names of persons, UIDs
+and dates that the DICOM standard has a keyword for (PS3.6)."""
 _NAME = re.compile(
     r"(?P<entities>(?:[a-z]+-[A-Za-z0-9+]+_)*)(?P<suffix>[A-Za-z0-9]+)(?P<ending>\.nii|\.nii\.gz|\.json|\.bval|\.bvec|\.tsv|\.tsv\.gz)"
 )
@@ -94,19 +95,20 @@ def folders(name: str) -> list[str]:
     return [parent.as_posix() for parent in PurePosixPath(name).parents[:-1]] if subject(name) else []
 
 
-def check_companion(path: Path, name: str) -> None:
+def check_companion(path: Path, name: str, deidentified: bool = False) -> None:
     """Make sure that a file may be copied as it is: by its name it accompanies images, by its content it holds none.
 
     Args:
         path: the file.
         name: its path relative to the tree.
+        deidentified: whether the header of a label file may hold no text either.
 
     Raises:
         RefusedError: When it may not.
     """
     if is_label(name):
         masks.label_values(path)
-        worker.call(nifti.check_copied, path, False)
+        worker.call(nifti.check_copied, path, deidentified)
         return
     parts = _NAME.fullmatch(PurePosixPath(name).name)
     if not (_TOP.fullmatch(name) or name == DESCRIPTION or (parts and not parts["ending"].startswith(".nii"))):
@@ -201,7 +203,12 @@ def _impersonal(value: Any) -> Any:
         return [_impersonal(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _impersonal(item) for key, item in value.items() if key not in PERSONAL}
+    return {key: _impersonal(item) for key, item in value.items() if not _is_personal(key)}
+
+
+def _is_personal(key: str) -> bool:
+    tag = tag_for_keyword(key)
+    return key in PERSONAL or (tag is not None and dictionary_VR(tag) in ("PN", "UI", "DA", "DT"))
 
 
 def _with_new_names(sidecar: dict[str, Any], name: str, images: Mapping[str, Case]) -> dict[str, Any]:
@@ -288,4 +295,4 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _bytes(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -221,7 +221,7 @@ class _Findings:
     def _add_image(self, path: Path, form: str) -> None:
         name, count = check_name(self.name(path)), 1
         if self.bids and form == "nifti" and bids.is_label(name):
-            bids.check_companion(path, name)
+            bids.check_companion(path, name, self._require_deidentified)
             return
         if form == "nifti":
             count = worker.call(nifti.count_volumes, path, self.spatial_dims)

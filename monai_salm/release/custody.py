@@ -190,7 +190,7 @@ def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
         LABELS_FILE: labels_table(cases, written, cohort),
         DATASET_FILE: dataset_json(cases, cohort.root, names) if cohort.voxelwise and cases else "",
     }
-    found = {name: text.encode() for name, text in tables.items() if text}
+    found = {name: text.encode(errors="backslashreplace") for name, text in tables.items() if text}
     return found | (bids.derivative(cohort.root, cases) if cases and bids.is_tree(cohort.root) else {})
 
 

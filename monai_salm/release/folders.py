@@ -37,8 +37,8 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         dataset_dir: the export.
 
     Raises:
-        ValueError: When a folder that holds others is named like a split (``test_set``), but none that is known: taken
-            for a class, it would release images that are meant to test on.
+        ValueError: When a folder that holds others is named like a split (``test_set``), but none that is known, or the
+            folder of a split holds images: taken for a class, it would release images that are meant to test on.
     """
     rows: list[LabelRow] = []
     for path, head in _heads(dataset_dir):
@@ -53,11 +53,16 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
             return None
         name = path.relative_to(dataset_dir).as_posix()
         rows.append(LabelRow(len(rows) + 1, name, folders[0], split, source=SOURCE))
-    _refuse_unknown_splits(rows)
+    _refuse_splits_taken_for_classes(rows)
     return rows if len({row.label for row in rows}) > 1 else None
 
 
-def _refuse_unknown_splits(rows: Sequence[LabelRow]) -> None:
+def _refuse_splits_taken_for_classes(rows: Sequence[LabelRow]) -> None:
+    if any(row.label.lower() in SPLIT_FOLDERS for row in rows):
+        raise ValueError(
+            "the folder of a split holds images that lie in no class folder, so nothing tells their class; move them "
+            "into class folders, or write a label table"
+        )
     first = [row.case.split("/")[0].lower() for row in rows if row.split is None and row.case.count("/") > 1]
     if any(map(_LIKE_A_SPLIT.search, first)):
         raise ValueError(

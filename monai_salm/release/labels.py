@@ -88,9 +88,11 @@ class Cohort:
             raise ValueError(f"eval_split is {split!r}; use 'test' or 'val'")
         cases = self.held_out if split == "test" else self.val
         if not cases:
+            patients = len({case.group for case in self.cases})
             raise ValueError(
                 f"no case is held out for split {split!r}; name some in the label table's column 'split' (left alone, "
-                "each class needs cases of two patients or more), or do not verify"
+                f"each class needs cases of two patients or more; {patients} are told apart, by DICOM files or by "
+                "names such as sub-01 and patient_12), or do not verify"
             )
         missing = set(range(self.voxelwise, len(self.classes))) - self._classes_of(cases)
         nowhere = missing - self._classes_of(self.cases)
