@@ -68,6 +68,38 @@ def fits(paths: Sequence[Path]) -> None:
             print(f"{arm}, {name} of {len(paths)} fits: {mean(values):.2f} ± {stdev(values):.2f} ({shown})")
 
 
+def methods(path: Path) -> None:
+    """Every method of a study with voxel labels: what it takes from whom, what it gives away, what it costs."""
+    results = json.loads(path.read_text())
+    gaps = {"protected": results["closed_gap"], **results["closed_gap_controls"]}
+    networks = list(gaps["protected"]["by_victim"])
+    print(f"\n{path.name}")
+    costs = ["leakage", "PSNR (in the label)", "SSIM", "passes", "s per case", "peak MiB"]
+    heads = [
+        "method",
+        *networks,
+        *(f"{what}, {name}" for name in networks for what in ("Dice by class", "HD95")),
+        *costs,
+    ]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for name, found in gaps.items():
+        row = [name, *(gap(found["by_victim"][network]) for network in networks)]
+        for network in networks:
+            scores = results["summary"][name]["by_victim"][network]
+            row.append(
+                ", ".join(f"{each['mean']:.3f} ± {each['std']:.3f}" for each in scores["dice_per_class"].values())
+            )
+            row.append(f"{scores['hd95']['mean']:.1f} ± {scores['hd95']['std']:.1f}")
+        row.append(f"{results['leakage'][name]['best']['mean']:.2f}" if name in results["leakage"] else "")
+        fit = results["fits"].get(name)
+        if fit:
+            kept = {part: fit["fidelity"][part]["mean"] for part in ("psnr", "psnr_foreground", "ssim")}
+            row += ["{psnr:.1f} ({psnr_foreground:.1f})".format(**kept), f"{kept['ssim']:.3f}"]
+            row += [f"{fit['passes_per_case']['total']:.0f}", f"{fit['seconds_per_case']:.1f}"]
+            row.append("" if fit["peak_memory_mib"] is None else f"{fit['peak_memory_mib']:.0f}")
+        print("| " + " | ".join(row + [""] * (len(heads) - len(row))) + " |")
+
+
 def of_cases() -> dict[str, Column]:
     """Columns of a task with one class per image."""
     return {name.replace("_", " "): lambda cells, name=name: spread(cells["all"][name]) for name in (METRIC, "auc")}
@@ -135,6 +167,7 @@ def main() -> None:
     """Every report in the results folder."""
     for path in [*sorted(RESULTS.glob("demo_*.json")), RESULTS / "lesions_3d.json"]:
         demo(path)
+    methods(RESULTS / "hippocampus.json")
     fits(sorted(RESULTS.glob("demo_2d*.json")))
     for name in (
         "arena_default",

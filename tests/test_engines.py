@@ -226,7 +226,7 @@ def test_a_finished_fit_is_not_repeated_but_restores_its_model(tmp_path):
     again = trainer(tmp_path, model_file=tmp_path / "model.pt")
     again._iteration = None  # would fail if it were called
     again.run()
-    assert (tmp_path / "model.pt").is_file()
+    assert (tmp_path / "model.pt").stat().st_mode & 0o777 == 0o600, "the surrogate is for its owner alone"
 
 
 @pytest.mark.parametrize("change", [{"steps": 3}, {"seed": 5}])

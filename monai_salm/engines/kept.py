@@ -108,7 +108,8 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
 
 def _write(content: bytes, path: Path) -> None:
     part = path.with_suffix(".part")
-    with part.open("wb") as stream:  # on disk before anything says that it is there
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # whoever has it can undo a protection
+    with os.fdopen(handle, "wb") as stream:  # on disk before anything says that it is there
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
