@@ -79,12 +79,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
     """Fit a method into ``bank``, or take what is there; its cost and fidelity. To be run in a process of its own."""
     torch.set_num_threads(1)
+    kept = bank.exists()
     trainer_id, overrides = METHODS[method]
     parser = configured(BUNDLE, {**settings, **overrides})
     parser[f"{trainer_id}::bank_file"] = str(bank)
     set_determinism(seed=parser["seed"])
     trainer = parser.get_parsed_content(trainer_id)
-    kept, before = bank.exists(), _peak_memory()
+    before = _peak_memory()
     trainer.run()
     return {
         "seconds": trainer.seconds,
