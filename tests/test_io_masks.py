@@ -12,7 +12,7 @@ from exports import class_map, write_label, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monai_salm.io import formats, masks
+from monai_salm.io import formats, masks, worker
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.masks import read_mask
 
@@ -247,6 +247,7 @@ def test_a_truncated_label_file_is_refused(tmp_path, image):
 
 
 def test_label_values_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker._Child, "inside", True)  # else it is the child that reads and remembers
     label = write_label(tmp_path / "label.nii", class_map())
     assert masks.label_values(label) == (0, 1, 2)
     with monkeypatch.context() as patch:

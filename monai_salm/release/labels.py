@@ -248,7 +248,10 @@ def label_cases(
     unlabeled += [name for companion in catalog.companions for name in (companion.name, companion.uid)]
     by_case = match(rows or (), catalog.cases, unlabeled)
     if rows is None and all(case.label < 0 for case in catalog.cases):
-        raise ValueError(f"the export has no {LABELS_FILE}; write one with the columns case,label[,split]")
+        raise ValueError(
+            f"the export has no {LABELS_FILE}; write one with the columns case,label[,split] (or, of PNG and TIFF "
+            "images alone, move every one into the folder of its class)"
+        )
     named, refusals = [], list(catalog.refusals)
     for case in catalog.cases:
         row = by_case.get(case.sample_id)
