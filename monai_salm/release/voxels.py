@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from monai_salm.io import dicom, formats, masks
+from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
@@ -128,14 +128,21 @@ def _merge(rows: Sequence[LabelRow], pairs: Sequence[LabelRow]) -> Iterator[Labe
 
 def _segmentations(root: Path) -> list[Path]:
     """SEG files below a folder that refer to an image there; what a file is, its file meta tells."""
-    found = {path: dicom.identify(path) for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()}
+    found = {path: _identity(path) for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()}
     instances = {instance for _, instance in found.values()}
     return [path for path, (kind, _) in found.items() if kind in dicom.SEG_CLASSES and _referred(path) & instances]
 
 
+def _identity(path: Path) -> tuple[str, str]:
+    try:
+        return worker.call(dicom.identify, path)
+    except RefusedError:
+        return "", ""  # told by the scan
+
+
 def _referred(path: Path) -> frozenset[str]:
     try:
-        return dicom.read_seg_header(path).instances
+        return worker.call(dicom.read_seg_header, path).instances
     except RefusedError:
         return frozenset()  # told by the scan
 
@@ -190,8 +197,8 @@ def _label_files(voxels: VoxelLabels) -> list[Path]:
 
 def _names_in(path: Path) -> list[str]:
     try:
-        if dicom.is_segmentation(path):
-            return [name for _, name in dicom.read_seg_header(path).segments]
+        if _identity(path)[0] in dicom.SEG_CLASSES:
+            return [name for _, name in worker.call(dicom.read_seg_header, path).segments]
         values = masks.label_values(path)
         return [str(value) for value in values if value > 0] if len(values) <= MAX_UNNAMED else []
     except (RefusedError, OSError):
