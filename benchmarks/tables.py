@@ -75,20 +75,14 @@ def methods(path: Path) -> None:
     networks = list(gaps["protected"]["by_victim"])
     print(f"\n{path.name}")
     costs = ["leakage", "PSNR (in the label)", "SSIM", "passes", "s per case", "peak MiB"]
-    heads = [
-        "method",
-        *networks,
-        *(f"{what}, {name}" for name in networks for what in ("Dice by class", "HD95")),
-        *costs,
-    ]
+    scored = [f"{what}, {name}" for name in networks for what in ("Dice by class", "HD95")]
+    heads = ["method", *networks, *scored, *costs]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for name, found in gaps.items():
         row = [name, *(gap(found["by_victim"][network]) for network in networks)]
         for network in networks:
             scores = results["summary"][name]["by_victim"][network]
-            row.append(
-                ", ".join(f"{each['mean']:.3f} ± {each['std']:.3f}" for each in scores["dice_per_class"].values())
-            )
+            row.append(", ".join(map(spread, scores["dice_per_class"].values())))
             row.append(f"{scores['hd95']['mean']:.1f} ± {scores['hd95']['std']:.1f}")
         row.append(f"{results['leakage'][name]['best']['mean']:.2f}" if name in results["leakage"] else "")
         fit = results["fits"].get(name)

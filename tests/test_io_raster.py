@@ -382,12 +382,16 @@ def test_class_folders_of_an_unknown_split_are_an_error(tmp_path, other):
     assert {row.label for row in class_folders(tmp_path)} == {"benign", "malign", "testis"}
 
 
-@pytest.mark.parametrize("flat", ["test/c.png", "Train/c.png", "val/c.png"])
-def test_images_of_a_split_that_lie_in_no_class_folder_are_an_error(tmp_path, flat):
+@pytest.mark.parametrize(
+    ("flat", "told"),
+    [(f"{name}/c.png", "lie in no class folder") for name in ("test", "Train", "val")]
+    + [(f"{name}/c.png", "named like a split") for name in ("test1", "Test set")],
+)
+def test_images_of_a_split_that_lie_in_no_class_folder_are_an_error(tmp_path, flat, told):
     for name in ("train/benign/a.png", "train/malign/b.png", flat):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, GRAY)
-    with pytest.raises(ValueError, match="lie in no class folder"):
+    with pytest.raises(ValueError, match=told):
         class_folders(tmp_path)
 
 

@@ -301,7 +301,10 @@ class _Findings:
             self.masks.instances[_text(header, "SOPInstanceUID")] = _text(header, "SeriesInstanceUID")
             self._series_in[path.parent].add(_text(header, "SeriesInstanceUID"))
         for paths in series.values():
-            (self._add_volumes if self.spatial_dims == 3 else self._add_instances)(paths)
+            if self.spatial_dims == 3:
+                self._add_volumes(paths)
+            else:
+                self._add_instances(paths)
         self._headers.clear()
 
     def resolve_companions(self) -> list[Companion]:

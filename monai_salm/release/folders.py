@@ -37,8 +37,9 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         dataset_dir: the export.
 
     Raises:
-        ValueError: When a folder that holds others is named like a split (``test_set``), but none that is known, or the
-            folder of a split holds images: taken for a class, it would release images that are meant to test on.
+        ValueError: When the folder of a split holds images, or one that holds others (or lies beside splits) is named
+            like a split (``test_set``), but none that is known: taken for a class, it would release images that are
+            meant to test on.
     """
     rows: list[LabelRow] = []
     for path, head in _heads(dataset_dir):
@@ -63,11 +64,12 @@ def _refuse_splits_taken_for_classes(rows: Sequence[LabelRow]) -> None:
             "the folder of a split holds images that lie in no class folder, so nothing tells their class; move them "
             "into class folders, or write a label table"
         )
-    first = [row.case.split("/")[0].lower() for row in rows if row.split is None and row.case.count("/") > 1]
-    if any(map(_LIKE_A_SPLIT.search, first)):
+    splits = any(row.split for row in rows)
+    first = [row.case.split("/")[0] for row in rows if row.split is None and (splits or row.case.count("/") > 1)]
+    if any(_LIKE_A_SPLIT.search(name.lower()) for name in first):
         raise ValueError(
-            "a folder of class folders is named like a split, but not as one that is known; call splits train, val and "
-            "test, or write a label table"
+            "a folder is named like a split, but not as one that is known; call splits train, val and test, with class "
+            "folders in them, or write a label table"
         )
 
 

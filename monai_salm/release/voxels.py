@@ -197,7 +197,7 @@ def _label_files(voxels: VoxelLabels) -> list[Path]:
 
 def _names_in(path: Path) -> list[str]:
     try:
-        if _identity(path)[0] in dicom.SEG_CLASSES:
+        if worker.call(dicom.is_segmentation, path):
             return [name for _, name in worker.call(dicom.read_seg_header, path).segments]
         values = masks.label_values(path)
         return [str(value) for value in values if value > 0] if len(values) <= MAX_UNNAMED else []
