@@ -180,7 +180,7 @@ def main() -> None:
                 print(f"\n{name}, {data}, {level}")
                 arena(board, level)
     several = ("arena_more", "arena_augmented")
-    for name in ("arena_default", "arena", "arena_defenses", *several, "arena_color", "arena_color_hues"):
+    for name in ("arena_default", "arena", "arena_releases", *several, "arena_color", "arena_color_hues"):
         for data, board in boards(name):
             for method in [each for each in board.methods if name in several or each in (DEFAULT, UNBOUND)]:
                 print(f"\n{name}, {data}, {method}")
