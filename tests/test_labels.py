@@ -12,10 +12,13 @@ import pytest
 from exports import write_labels, write_nifti, write_npz, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from monai_salm.io import formats
 from monai_salm.io.base import Case
-from monai_salm.release.catalog import Catalog, Refusal
+from monai_salm.release.catalog import Catalog
+from monai_salm.release.gates import Refusal
 from monai_salm.release.labels import Cohort, LabelRow, count_classes, label_cases, load_cohort, read_labels
 
 
@@ -256,6 +259,28 @@ def test_a_study_needs_cases_of_each_class_to_test_on():
         cohort.tested("train")
     cohort = label_cases(catalog(6), rows("aabbab", ["train", "train", "train", "train", "test", "test"]))
     assert {case.sample_id for case in cohort.tested()} == {"case-4", "case-5"}
+
+
+@pytest.mark.parametrize("keyword", ["SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"])
+@pytest.mark.parametrize("how", ["unknown", "deflated", "no_file_meta"])
+def test_a_row_may_name_a_file_that_cannot_be_read_by_its_uids(tmp_path, how, keyword):
+    write_series(tmp_path / "A", "one", 1, patient="P1")
+    write_series(tmp_path / "B", "two", 1, patient="P2")
+    (path,) = write_series(tmp_path / "C", "three", 1, patient="P3")
+    image = dcmread(path)
+    if how == "no_file_meta":
+        content = path.read_bytes()
+        path.write_bytes(content[content.index(b"\x08\0\x05\0CS") :])
+    elif how == "deflated":
+        image.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        image.save_as(path)
+    else:
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.7\0", 1))
+    write_labels(tmp_path, ["A,ill", "B,well", f"{image[keyword].value},ill"])
+    cohort = load_cohort(tmp_path)
+    assert len(cohort.cases) == 2
+    reason = "no_file_meta" if how == "no_file_meta" else "unsupported_transfer_syntax"
+    assert [refusal.reason for refusal in cohort.refusals] == [reason]
 
 
 def test_accents_may_be_composed_or_not(tmp_path):

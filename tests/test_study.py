@@ -16,7 +16,7 @@ from exports import write_labels
 from torch import nn
 
 from monai_salm.io import formats
-from monai_salm.release.catalog import Refusal
+from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.release.manifest import link

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from monai_salm.io.dicom_companion import is_companion, read_companion
 from monai_salm.io.dicom_frames import is_enhanced, order_files
-from monai_salm.io.dicom_parse import identify, identify_all, looks_like_dicom, read_header, read_outline
+from monai_salm.io.dicom_parse import identify, identify_all, looks_like_dicom, read_header, read_outline, read_uids
 from monai_salm.io.dicom_read import CT_WINDOW, layout_of, read, read_slices, read_spacing
 from monai_salm.io.dicom_seg import SEG_CLASSES, SegHeader, is_segmentation, missing_slices, read_seg_header, seg_header
 from monai_salm.io.dicom_support import SOP_CLASSES, check_supported
@@ -47,6 +47,7 @@ __all__ = [
     "read_seg_header",
     "read_slices",
     "read_spacing",
+    "read_uids",
     "seg_header",
     "verify",
     "verify_companion",

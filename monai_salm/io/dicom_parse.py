@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,11 @@ _ITEMS = (ITEM, b"\xfe\xff\xdd\xe0")
 _NESTED_PIXELS = b"\xe0\x7f\x10\x00"
 ICON = 0x00880200
 _LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
-_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
+_UIDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+_SERIES_UID = 0x0020000E
+"""The last of them in a file."""
+_UIDS_WITHIN = 1 << 20
+_IDENTITY = ("SOPClassUID", *_UIDS, "PatientID")
 
 _last: tuple[bytes, Elements, Elements, bool] | None = None
 """Of the file that was read last: bytes, elements of its meta and of its data set, whether they tell no types."""
@@ -213,6 +218,29 @@ def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
                 return str(meta.get("MediaStorageSOPClassUID") or ""), str(meta.get("MediaStorageSOPInstanceUID") or "")
     except (OSError, RefusedError):
         return "", ""
+
+
+def read_uids(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """UIDs of instance, series and study, as far as the file tells them at its beginning; whatever else is broken.
+
+    It makes no difference whether the file can be decoded: of a deflated one no more is inflated than is looked at.
+    """
+    try:
+        with refusing("unreadable", "the file is broken"), _open_regular(Path(path)) as file:
+            data = io.BytesIO(file.read(_UIDS_WITHIN))
+            kind = _kind(data.getvalue())
+            if kind == "other":
+                return ()
+            data.seek(132 if kind == "dicom" else 0)
+            meta = read_dataset(data, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+            syntax = meta.get("TransferSyntaxUID")
+            if syntax == uid.DeflatedExplicitVRLittleEndian:
+                data = io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data.read(), _UIDS_WITHIN))
+            order = syntax == uid.ImplicitVRLittleEndian, syntax != uid.ExplicitVRBigEndian
+            found = read_dataset(data, *order, stop_when=lambda tag, vr, length: tag > _SERIES_UID)
+            return tuple(str(found[keyword].value) for keyword in _UIDS if found.get(keyword))
+    except (OSError, RefusedError):
+        return ()
 
 
 def identify_all(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -27,7 +27,17 @@ from monai_salm.release import bids
 from monai_salm.release.companions import Companion, CompanionFiles
 from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.folders import OTHER_CHANNELS, other_channels
-from monai_salm.release.gates import IGNORED, ReleasedFiles, check_deidentified, check_name, same_uids, unknown
+from monai_salm.release.gates import (
+    IGNORED,
+    Refusal,
+    ReleasedFiles,
+    check_deidentified,
+    check_name,
+    same_uids,
+    tally,
+    uids_of,
+    unknown,
+)
 from monai_salm.release.identity import pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
@@ -35,21 +45,6 @@ from monai_salm.release.voxels import Found, VoxelLabels, class_names, pair
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07"  # how files begin that macOS puts beside others on foreign disks, ``._name``
 _PATIENT = re.compile(r"(?i)(?<![a-z0-9])(?:sub|subject|patient|pat|pt)(?:[-_][a-z0-9]+|\d[a-z0-9]*)")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A file, series or case that will not be protected.
-
-    Args:
-        name: pseudonym of its path (of the case, where it has one).
-        reason: stable snake_case code.
-        detail: what was found and what to do; nothing personal.
-    """
-
-    name: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -73,11 +68,6 @@ class Catalog:
     classes: tuple[str, ...] = ()
     class_voxels: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     companions: tuple[Companion, ...] = ()
-
-
-def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
-    """Reasons with their counts, in words: ``"2 broken_file, 1 too_large"``."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()))
 
 
 def scan(
@@ -212,7 +202,7 @@ class _Findings:
             else:
                 self._add_other(path, head)
         except RefusedError as error:
-            self.refuse([self.name(path)], error)
+            self.refuse([self.name(path), *uids_of(path)], error)
         except OSError as error:
             self.refuse(
                 [self.name(path)], RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})")

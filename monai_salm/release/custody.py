@@ -17,9 +17,9 @@ from monai_salm import __version__
 from monai_salm.io.base import Case
 from monai_salm.release import bids, signature
 from monai_salm.release import commit as door
-from monai_salm.release.catalog import Refusal, tally
 from monai_salm.release.companions import REFERENCES, closure, write_companions
 from monai_salm.release.decathlon import DATASET_FILE
+from monai_salm.release.gates import Refusal, tally
 from monai_salm.release.identity import UidMap, load_or_create_key, owner_id, pseudonym
 from monai_salm.release.labels import LABELS_FILE, Cohort
 from monai_salm.release.manifest import (

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from monai_salm.release import commit as door
-from monai_salm.release.catalog import Catalog, Refusal
+from monai_salm.release.catalog import Catalog
+from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import owner_id
 from monai_salm.release.manifest import read_manifest
 

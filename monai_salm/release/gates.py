@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom.dataset import Dataset
 
+from monai_salm.io import dicom, worker
 from monai_salm.io.base import RefusedError
 from monai_salm.release import commit as door
 from monai_salm.release.manifest import LEFT_BY_SYSTEMS, PROTECTED, IntegrityError, read_chain
@@ -17,6 +19,26 @@ IGNORED = ("dicomdir", "labels.csv", *LEFT_BY_SYSTEMS)
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
 Refused = tuple[Sequence[str], RefusedError, str]
 """Real names of what is refused, why, and its ``sample_id`` (empty for what is no case, and for several)."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file, series or case that will not be protected.
+
+    Args:
+        name: pseudonym of its path (of the case, where it has one).
+        reason: stable snake_case code.
+        detail: what was found and what to do; nothing personal.
+    """
+
+    name: str
+    reason: str
+    detail: str
+
+
+def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
+    """Reasons with their counts, in words: ``"2 broken_file, 1 too_large"``."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()))
 
 
 def check_name(name: str) -> str:
@@ -55,6 +77,14 @@ def unknown(path: Path, head: bytes) -> RefusedError:
     if head[:3] == b"\xff\xd8\xff":
         return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
     return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
+
+
+def uids_of(path: Path) -> tuple[str, ...]:
+    """UIDs of a refused file, by which a label table may call it; none of a file that is no DICOM, or tells none."""
+    try:
+        return worker.call(dicom.read_uids, path)
+    except RefusedError:
+        return ()
 
 
 def same_uids(files: Iterable[tuple[Path, str]]) -> dict[Path, RefusedError]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from monai_salm.io import formats, npz, worker
 from monai_salm.io.base import Case, Window
 from monai_salm.perturbations.budget import Budget, as_window
-from monai_salm.release.catalog import Catalog, Refusal, scan
+from monai_salm.release.catalog import Catalog, scan
 from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
+from monai_salm.release.gates import Refusal
 from monai_salm.release.table import LABELS_FILE, LabelRow, match, natural, read_labels
 from monai_salm.release.voxels import VoxelLabels, class_names, find_voxel_labels, other_classes, shared_mask
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from monai_salm.io.base import Case
-from monai_salm.release.catalog import Catalog, Refusal
+from monai_salm.release.catalog import Catalog
+from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import mask_id
 from monai_salm.release.labels import Cohort
 

@@ -21,8 +21,8 @@ from monai_salm.io import formats
 from monai_salm.io.base import Case, Outline, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import smallest_type
-from monai_salm.release.catalog import tally
 from monai_salm.release.companions import belonging
+from monai_salm.release.gates import tally
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track

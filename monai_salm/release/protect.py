@@ -35,9 +35,9 @@ from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.records import OtherSettingsError
 from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
-from monai_salm.release.catalog import Refusal
 from monai_salm.release.custody import KEY, Journal, clear_key_parts, close, read_refusals, start_time
 from monai_salm.release.earlier import CLASSES, FOLLOWED
+from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, ManifestRow, read_manifest, sweep
