@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -214,6 +215,13 @@ def test_a_label_file_of_a_tree_that_names_somebody_is_refused_where_it_is_asked
     assert ["not_deidentified"] == [
         each.reason for each in found.refusals if "dseg" in found.refused_names[each.name][0]
     ]
+
+
+def test_nothing_of_a_tree_is_unpacked_or_parsed_outside_of_the_child(tree, tmp_path, monkeypatch):
+    for module, name in ((bids, "_text"), (bids, "_json"), (gzip, "open"), (zlib, "decompressobj")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("in this process"))
+    sidecar = release(tree, tmp_path / "out") / "sub-01" / "anat" / "sub-01_desc-protected_T1w.json"
+    assert json.loads(sidecar.read_text())["Manufacturer"] == "Maker"
 
 
 def test_names_of_images():

@@ -22,6 +22,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from monai_salm.io.base import DEFLATE_RATIO, RefusedError
+from monai_salm.io.worker import isolated
 
 SUPPORTED_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
@@ -109,13 +110,22 @@ def _is_analyze(head: bytes) -> bool:
 def read_head(path: Path, count: int = 544) -> bytes:
     """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken.
 
-    Reads no more than the first 64 KiB of the file, whatever is in there.
+    Reads no more than the first 64 KiB of the file, whatever is in there, and unpacks them in the child.
     """
     try:
         with path.open("rb") as stream:
-            head = stream.read(_HEAD_BYTES if stream.peek(2)[:2] == _GZIP else count)
-        return zlib.decompressobj(wbits=31).decompress(head, count) if head[:2] == _GZIP else head
-    except (OSError, zlib.error):
+            if stream.peek(2)[:2] != _GZIP:
+                return stream.read(count)
+            return _unpacked(stream.read(_HEAD_BYTES), count)
+    except (OSError, RefusedError):
+        return b""
+
+
+@isolated
+def _unpacked(packed: bytes, count: int) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(packed, count)
+    except zlib.error:
         return b""
 
 

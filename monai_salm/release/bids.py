@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -95,6 +95,7 @@ def folders(name: str) -> list[str]:
     return [parent.as_posix() for parent in PurePosixPath(name).parents[:-1]] if subject(name) else []
 
 
+@worker.isolated
 def check_companion(path: Path, name: str, deidentified: bool = False) -> None:
     """Make sure that a file may be copied as it is: by its name it accompanies images, by its content it holds none.
 
@@ -108,7 +109,7 @@ def check_companion(path: Path, name: str, deidentified: bool = False) -> None:
     """
     if is_label(name):
         masks.label_values(path)
-        worker.call(nifti.check_copied, path, deidentified)
+        nifti.check_copied(path, deidentified)
         return
     parts = _NAME.fullmatch(PurePosixPath(name).name)
     if not (_TOP.fullmatch(name) or name == DESCRIPTION or (parts and not parts["ending"].startswith(".nii"))):
@@ -128,29 +129,23 @@ def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
     Returns:
         Content by path relative to the released folder.
     """
-    images = {case.file_name.as_posix(): case for case in cases}
+    images = {case.file_name.as_posix(): case.released_name.as_posix() for case in cases}
     subjects = {subject(name) for name in images}
     taken = {case.mask.name for case in cases if case.mask}
-    near: dict[str, list[str]] = {}
-    for name in images:
-        near.setdefault(subject(name), []).append(name)
+    near: dict[str, dict[str, str]] = {}
+    for name, copy in images.items():
+        near.setdefault(subject(name), {})[name] = copy
     found: dict[str, bytes] = {}
     for name in _companions(root, subjects):
         if name not in taken and _wanted(name, near.get(subject(name), ()) if subject(name) else images):
             with suppress(RefusedError):  # told by the scan
-                check_companion(root / name, name)
-                content = (root / name).read_bytes()
-                found[name] = _without_persons(content) if name.endswith(".json") else content
+                found[name] = _copied(root / name, name, subjects)
     raw = _description(root)
     # Required of a derivative; an image of a raw data set is as the scanner made it.
     stripped = {} if raw.get("DatasetType") == "derivative" else {"SkullStripped": False}
-    for name, case in images.items():
-        own = _json(found.pop(_sidecar(name), b"{}").decode("utf-8-sig"))
-        own = _with_new_names(own, name, images)
-        told = {"Description": "Copy that is protected against training", "Sources": [f"bids:raw:{name}"]}
-        found[_sidecar(case.released_name.as_posix())] = _bytes(stripped | own | told)
-    if PARTICIPANTS in found:
-        found[PARTICIPANTS] = _of_subjects(found[PARTICIPANTS], subjects)
+    for name, copy in images.items():
+        own = found.pop(_sidecar(name), b"{}")
+        found[_sidecar(copy)] = _sidecar_of_copy(own, name, near[subject(name)], stripped)
     found[DESCRIPTION] = _bytes(_derived(raw))
     found[IGNORE] = found.get(IGNORE, b"").rstrip(b"\n") + b"\nlabels.csv\n"
     return found
@@ -191,11 +186,37 @@ def _sidecar(image: str) -> str:
     return re.sub(r"\.nii(\.gz)?$", ".json", image)
 
 
-def _without_persons(sidecar: bytes) -> bytes:
-    """A sidecar without the keys that name a person, device or day; as it is where it has none."""
-    content = _json(sidecar.decode("utf-8-sig"))
-    kept = _impersonal(content)
-    return sidecar if kept == content else _bytes(kept)
+@worker.isolated
+def _copied(path: Path, name: str, subjects: Collection[str]) -> bytes:
+    """What the copy has of a companion: its bytes, without what names a person, device or day, or another subject.
+
+    Raises:
+        RefusedError: As :py:func:`check_companion`.
+    """
+    check_companion(path, name)
+    content = path.read_bytes()
+    if name == PARTICIPANTS:
+        return _of_subjects(content, subjects)
+    if not name.endswith(".json"):
+        return content
+    told = _json(content.decode("utf-8-sig"))
+    kept = _impersonal(told)
+    return content if kept == told else _bytes(kept)
+
+
+@worker.isolated
+def _sidecar_of_copy(own: bytes, name: str, copies: Mapping[str, str], stated: Mapping[str, Any]) -> bytes:
+    """The sidecar of an image's copy.
+
+    Args:
+        own: the sidecar of the image, as the copy may have it.
+        name: of the image.
+        copies: names of the copies of the subject's images, by their names.
+        stated: what holds where the own sidecar does not say it.
+    """
+    told = _with_new_names(_json(own.decode("utf-8-sig")), name, copies)
+    of_copy = {"Description": "Copy that is protected against training", "Sources": [f"bids:raw:{name}"]}
+    return _bytes({**stated, **told, **of_copy})
 
 
 def _impersonal(value: Any) -> Any:
@@ -211,7 +232,7 @@ def _is_personal(key: str) -> bool:
     return key in PERSONAL or (tag is not None and dictionary_VR(tag) in ("PN", "UI", "DA", "DT"))
 
 
-def _with_new_names(sidecar: dict[str, Any], name: str, images: Mapping[str, Case]) -> dict[str, Any]:
+def _with_new_names(sidecar: dict[str, Any], name: str, copies: Mapping[str, str]) -> dict[str, Any]:
     """A sidecar whose ``IntendedFor`` names the copies, in the form in which it named the originals."""
 
     def new(value: Any) -> Any:
@@ -219,9 +240,8 @@ def _with_new_names(sidecar: dict[str, Any], name: str, images: Mapping[str, Cas
             return value
         plain = value.removeprefix("bids::")
         first = "" if plain.startswith("sub-") else f"{subject(name)}/"
-        case = images.get(first + plain)
-        found = case.released_name.as_posix().removeprefix(first) if case else plain
-        return value.removesuffix(plain) + found
+        copy = copies.get(first + plain)
+        return value.removesuffix(plain) + copy.removeprefix(first) if copy else value
 
     said = sidecar.get("IntendedFor")
     if said is None:
@@ -229,7 +249,7 @@ def _with_new_names(sidecar: dict[str, Any], name: str, images: Mapping[str, Cas
     return sidecar | {"IntendedFor": list(map(new, said)) if isinstance(said, list) else new(said)}
 
 
-def _of_subjects(table: bytes, subjects: Iterable[str]) -> bytes:
+def _of_subjects(table: bytes, subjects: Collection[str]) -> bytes:
     """``participants.tsv`` with the rows of some subjects."""
     lines = table.splitlines(keepends=True)
     return b"".join(
@@ -261,10 +281,15 @@ def _description(root: Path) -> dict[str, Any]:
     """Content of ``dataset_description.json``, empty where that is none of BIDS."""
     path = root / DESCRIPTION
     try:
-        content = _json(_text(path)) if path.is_file() else {}
+        content = _read_json(path) if path.is_file() else {}
     except RefusedError:
         return {}
     return content if isinstance(content.get("BIDSVersion"), str) else {}
+
+
+@worker.isolated
+def _read_json(path: Path) -> dict[str, Any]:
+    return _json(_text(path))
 
 
 def _text(path: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from monai_salm.io.worker import isolated
 from monai_salm.release.table import LabelRow, plain, where
 
 DATASET_FILE = "dataset.json"
@@ -18,6 +19,7 @@ Names = Mapping[int, str]
 """Name of the class of each voxel value."""
 
 
+@isolated
 def read_dataset(path: Path) -> dict[str, Any]:
     """Content of a ``dataset.json``.
 
