@@ -233,7 +233,18 @@ def test_names_that_differ_in_case_only_are_warned_of(caplog):
     label_cases(catalog(4), rows("abab"))
     assert not caplog.text
     assert label_cases(catalog(4), rows("aAba")).classes == ("A", "a", "b")
-    assert "differ in capital letters alone, and count as different: a" in caplog.text
+    assert "differ in capital letters or" in caplog.text and "count as different: A, a\n" in caplog.text
+
+
+def test_numbers_that_are_written_in_two_ways_are_warned_of(caplog):
+    told = [LabelRow(i, f"c{i}", label) for i, label in enumerate(["0", "1", "1.0", "2", "10", "nan"])]
+    assert label_cases(catalog(6), told).classes == ("0", "1", "2", "10", "1.0", "nan")
+    assert "count as different: 1, 1.0\n" in caplog.text
+
+
+def test_a_class_that_is_only_tested_as_it_is_written_otherwise_is_told_so():
+    with pytest.raises(ValueError, match="1 of 3 classes occur in split test only.* count as different: A, a"):
+        label_cases(catalog(4), rows("aAbb", ["train", "test", "train", "test"]))
 
 
 def test_missing_labels_are_told_before_any_image_is_decoded(tmp_path, monkeypatch):

@@ -313,7 +313,7 @@ def test_a_class_that_is_only_tested_is_an_error(tmp_path):
         write_label(tmp_path / "labelsTr" / f"v0{index}.nii.gz", class_map(classes=2))
     rows = [f"imagesTr/v0{index}.nii.gz,,{split}" for index, split in enumerate(["train", "train", "test"])]
     write_labels(tmp_path, rows, "mask")
-    with pytest.raises(ValueError, match="1 of 3 classes have voxels in split test only"):
+    with pytest.raises(ValueError, match="1 of 3 classes occur in split test only"):
         load_cohort(tmp_path, spatial_dims=3)
 
 

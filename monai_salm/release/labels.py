@@ -19,7 +19,7 @@ from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
 from monai_salm.release.gates import Refusal
-from monai_salm.release.table import LABELS_FILE, LabelRow, match, natural, read_labels
+from monai_salm.release.table import LABELS_FILE, LabelRow, alike, match, natural, read_labels
 from monai_salm.release.voxels import VoxelLabels, class_names, find_voxel_labels, other_classes, shared_mask
 
 logger = logging.getLogger(__name__)
@@ -313,7 +313,7 @@ def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], cl
         raise ValueError("no released case has a voxel of any class but the background; check the label files")
     lost = set().union(*present.values()) - released - {0}
     if lost:
-        raise ValueError(f"{len(lost)} of {len(classes)} classes have voxels in split test only; move some to train")
+        raise _only_tested(len(lost), classes)
 
 
 def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) -> None:
@@ -322,8 +322,12 @@ def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) ->
         raise ValueError(f"{found}; a classification cohort needs two or more classes with usable cases")
     released = {label for case, label in named if case.split != "test"}
     if len(released) < len(classes):
-        missing = len(classes) - len(released)
-        raise ValueError(f"{missing} of {len(classes)} classes have cases in split test only; move some to train")
+        raise _only_tested(len(classes) - len(released), classes)
+
+
+def _only_tested(count: int, classes: Sequence[str]) -> ValueError:
+    told = f"{count} of {len(classes)} classes occur in split test only; move some of their cases to train"
+    return ValueError("; ".join(filter(None, [told, alike(classes)])))
 
 
 def _named_test(cases: Sequence[Case]) -> frozenset[str]:
@@ -382,6 +386,5 @@ def _warn(cases: Sequence[Case], classes: Sequence[str]) -> None:
     shared = test & {case.group for case in cases if case.split != "test"}
     if shared:
         logger.warning("%d patients have cases both in split test and in a released split", len(shared))
-    alike = [name for name, count in Counter(map(str.casefold, classes)).items() if count > 1]
-    if alike:
-        logger.warning("names of classes differ in capital letters alone, and count as different: %s", ", ".join(alike))
+    if told := alike(classes):
+        logger.warning(told)

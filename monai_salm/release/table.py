@@ -10,6 +10,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from monai_salm.io.base import SPLITS, Case
@@ -119,6 +120,24 @@ def natural(label: str) -> tuple[bool, int, str]:
     """Sorting key of class names: numbers by value and before words."""
     number = label.isascii() and label.isdigit()
     return (not number, int(label) if number else 0, label)
+
+
+def alike(labels: Iterable[str]) -> str:
+    """Says which labels differ from others in capital letters alone, or as one number is written; empty if none do.
+
+    Example:
+        >>> alike(["Ill", "ill", "1", "1.0", "2"])
+        'names of classes differ ... count as different: Ill, ill, 1, 1.0'
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        try:
+            groups[str(Decimal(label).normalize())].append(label)
+        except InvalidOperation:
+            groups[label.casefold()].append(label)
+    names = ", ".join(label for group in groups.values() if len(group) > 1 for label in group)
+    told = "names of classes differ in capital letters or in the form of a number alone, and count as different"
+    return names and f"{told}: {names}"
 
 
 def _parse(text: str) -> list[LabelRow]:
