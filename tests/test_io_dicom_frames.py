@@ -29,7 +29,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io import dicom, dicom_seg, formats
-from monai_salm.io.base import Mask
+from monai_salm.io.base import Mask, RefusedError
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import scan
 
@@ -275,6 +275,16 @@ def test_scan_finds_a_volume_per_file_in_3d_and_refuses_them_in_2d(tmp_path: Pat
     assert len({case.sample_id for case in catalog.cases}) == len(catalog.cases) == 2 and not catalog.refusals
     with pytest.raises(ValueError, match="2 multi_frame; .*--dim 3"):
         scan(tmp_path, 2)
+
+
+def test_enhanced_file_of_one_frame_gets_one_advice(tmp_path: Path) -> None:
+    path = write_enhanced(tmp_path / "one.dcm", frames=1)
+    details = set()
+    for spatial_dims in (2, 3):
+        with pytest.raises(RefusedError, match="single_slice") as caught:
+            dicom.read(case_of(path), spatial_dims)
+        details.add(caught.value.detail)
+    assert len(details) == 1 and "convert it" in details.pop()
 
 
 def test_series_that_mixes_single_and_multi_frame_files_is_refused(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
         allow_protected: let protected copies pass.
 
     Raises:
-        RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``already_protected``, ``missing_uid``,
-            ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
+        RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``single_slice``, ``already_protected``,
+            ``missing_uid``, ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
             ``unsupported_pixel_format``, ``unsupported_photometric``, ``supplemental_palette``, ``embedded_overlay``,
             ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``pixel_copy``, ``nested_too_deep``, or
             ``unreadable`` when an attribute of the image is broken.
@@ -88,10 +88,14 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
 
 def _check_class(header: Dataset, spatial_dims: int) -> None:
     sop_class = header.get("SOPClassUID")
+    frames = int(header.get("NumberOfFrames") or 1)
+    if is_enhanced(header) and frames == 1:
+        detail = "an enhanced image is protected as a volume, and this one has one frame; convert it to a classic image"
+        raise RefusedError("single_slice", detail)
     if is_enhanced(header) and spatial_dims == 2:
         raise RefusedError("multi_frame", "an image with many frames is a volume: protect it with --dim 3")
-    if sop_class in _MULTI_FRAME_CLASSES or sop_class in SOP_CLASSES and int(header.get("NumberOfFrames") or 1) != 1:
-        raise RefusedError("multi_frame", "of images with many frames only enhanced CT, MR and PET are protected")
+    if sop_class in _MULTI_FRAME_CLASSES or sop_class in SOP_CLASSES and frames != 1:
+        raise RefusedError("multi_frame", "of kinds with many frames only enhanced CT, MR and PET are protected")
     if sop_class not in SOP_CLASSES | ENHANCED:
         kinds = "CT, MR, PET, X-ray, US, NM, SC"
         raise RefusedError("unsupported_sop_class", f"not a kind of image that is protected ({kinds})")

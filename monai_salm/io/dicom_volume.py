@@ -23,6 +23,7 @@ SPACING_TOLERANCE_MM = 0.01
 """A gap may differ from the median gap by 5 % of it, or by 0.01 mm where that is more. Positions only say in which
 order slices lie; scanners round them, some to 0.02 mm and more. A missing slice is off by 100 %."""
 
+_AS_SLICES = "use 2D if its slices are files of their own"
 _KIND_KEYWORDS = ("PatientID", "StudyInstanceUID", "SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns")
 _FORMAT_KEYWORDS = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PhotometricInterpretation")
 _PADDING_KEYWORDS = ("PixelPaddingValue", "PixelPaddingRangeLimit")
@@ -41,7 +42,7 @@ def order_volume(headers: Sequence[Dataset]) -> list[int]:
         RefusedError: ``single_slice``, ``mixed_geometry``, ``mixed_pixel_format``, ``varying_rescale``,
             ``invalid_geometry``, ``duplicate_position`` or ``irregular_spacing``.
     """
-    with refusing("invalid_geometry", "position, orientation or pixel spacing is missing or broken; use 2D"):
+    with refusing("invalid_geometry", f"position, orientation or pixel spacing is missing or broken; {_AS_SLICES}"):
         if len(headers) < 2:
             raise RefusedError("single_slice", "a volume needs at least two slices; use 2D for single images")
         _check_same(headers)
@@ -62,7 +63,7 @@ def _check_same(headers: Sequence[Dataset]) -> None:
         if _format(header) != first_format:
             raise RefusedError("mixed_pixel_format", "slices differ in pixel format or padding value; split the series")
         if rescale_of(header)[0] * first_slope < 0:
-            raise RefusedError("varying_rescale", "rescale slopes of slices differ in sign; use 2D")
+            raise RefusedError("varying_rescale", f"rescale slopes of slices differ in sign; {_AS_SLICES}")
     spacings = np.array([_numbers(header, "PixelSpacing", 2) for header in headers])
     if not np.allclose(spacings, spacings[0], rtol=DIRECTION_TOLERANCE, atol=0):
         raise RefusedError("mixed_geometry", "pixel spacing varies between slices; split the series")
@@ -87,7 +88,8 @@ def _directions(headers: Sequence[Dataset]) -> NDArray[np.float64]:
     rows, columns = directions[:, :3], directions[:, 3:]
     products = np.stack([(rows * rows).sum(1) - 1, (columns * columns).sum(1) - 1, (rows * columns).sum(1)])
     if np.abs(products).max() > 1e-2:
-        raise RefusedError("invalid_geometry", "the image orientation is not two perpendicular unit vectors; use 2D")
+        detail = f"the image orientation is not two perpendicular unit vectors; {_AS_SLICES}"
+        raise RefusedError("invalid_geometry", detail)
     if np.abs(directions - directions[0]).max() > DIRECTION_TOLERANCE:
         raise RefusedError("mixed_geometry", "orientation varies between slices (a localizer?); split the series")
     return directions
@@ -96,7 +98,7 @@ def _directions(headers: Sequence[Dataset]) -> NDArray[np.float64]:
 def _numbers(header: Dataset, keyword: str, count: int) -> list[float]:
     values = [float(value) for value in header[keyword].value]
     if len(values) != count or not np.isfinite(values).all():
-        raise RefusedError("invalid_geometry", f"{keyword} does not hold {count} finite numbers; use 2D")
+        raise RefusedError("invalid_geometry", f"{keyword} does not hold {count} finite numbers; {_AS_SLICES}")
     return values
 
 
@@ -113,7 +115,7 @@ def _check_gaps(positions: NDArray[np.float64], heights: NDArray[np.float64]) ->
         raise RefusedError(
             "irregular_spacing",
             f"between slices {worst + 1} and {worst + 2} in space: {gap:.4g} mm where others have {usual:.4g} mm; "
-            "complete or split the series, or where no segmentation belongs to it use 2D",
+            f"complete or split the series, or where no segmentation belongs to it {_AS_SLICES}",
         )
 
 
