@@ -22,6 +22,7 @@ from pydicom.tag import Tag
 from test_companions import write_referring
 
 from monai_salm.io import dicom
+from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_companion import read_companion
 from monai_salm.io.dicom_parse import parse as parse_plain
 
@@ -159,6 +160,13 @@ def test_zeros_behind_the_last_element_are_no_data(tmp_path: Path, count: int) -
     _, content, delta = protect(path)
     expected = pydicom.dcmread(bundled("CT_small.dcm")).pixel_array + delta[0]
     assert np.array_equal(parse(content).pixel_array, expected) and dicom.verify(path, content, 1).changed > 0
+
+
+def test_other_bytes_behind_the_last_element_are_told_as_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "padded.dcm"
+    path.write_bytes(bundled("CT_small.dcm").read_bytes() + b"\xff" * 512)
+    with pytest.raises(RefusedError, match="unreadable: .* goes on behind the last one"):
+        dicom.read(case_of(path), 2)
 
 
 def test_a_broken_window_is_in_the_way_only_where_it_is_used(tmp_path: Path) -> None:

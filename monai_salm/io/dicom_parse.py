@@ -337,7 +337,11 @@ def _read_any(file: BinaryIO, stop: Stop | None) -> FileDataset:
     meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
     check_syntax(meta)  # before the body: pydicom would inflate a deflated one without any limit
     file.seek(0)
-    return read_partial(file, stop)
+    dataset = read_partial(file, stop)
+    if not dataset:  # what pydicom gives where it meets the end of the file too early
+        detail = "the file ends within an element, or goes on behind the last one; export it again"
+        raise RefusedError("unreadable", detail)
+    return dataset
 
 
 class _Stop:
