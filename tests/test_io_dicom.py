@@ -196,7 +196,7 @@ def constant_but_for_padding(dataset: Dataset) -> None:
     [
         ("unsupported_sop_class", {"SOPClassUID": uid.RTDoseStorage}),
         ("unsupported_sop_class", {"SOPClassUID": None}),
-        ("multi_frame", {"SOPClassUID": uid.EnhancedCTImageStorage}),
+        ("multi_frame", {"SOPClassUID": uid.EnhancedCTImageStorage, "NumberOfFrames": 2}),
         ("multi_frame", {"NumberOfFrames": 2}),
         ("missing_uid", {"SOPInstanceUID": None}),
         ("missing_uid", {"StudyInstanceUID": "1.2.840.10008.1.1"}),
