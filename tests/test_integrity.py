@@ -104,6 +104,11 @@ def test_every_edit_is_found(out, name, change, kind):
     assert kind in kinds(out)
 
 
+def test_an_edit_of_the_owners_journal_is_told_apart_from_one_of_the_public_manifest(out):
+    edit(out / "private" / "manifest.jsonl", lambda b: b.replace(b"v00", b"v09", 1))
+    assert ["of private/manifest.jsonl" in problem.detail for problem in check(out).problems] == [True]
+
+
 def test_every_deletion_is_found(out):
     files = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "private"]
     assert len(files) == 12

@@ -95,8 +95,9 @@ def read_chain(path: Path, *, torn: bool = True) -> tuple[list[dict[str, Any]], 
     """
     text = path.read_bytes() if path.is_file() else b""
     whole = text[: text.rfind(b"\n") + 1]
+    name = f"{door.PRIVATE}/{path.name}" if path.parent.name == door.PRIVATE else path.name
     if not torn and whole != text:
-        raise IntegrityError(f"{path.name} ends within a line")
+        raise IntegrityError(f"{name} ends within a line")
     records, head = [], GENESIS
     for number, line in enumerate(whole.splitlines(keepends=True), 1):
         try:
@@ -105,7 +106,7 @@ def read_chain(path: Path, *, torn: bool = True) -> tuple[list[dict[str, Any]], 
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             follows = False
         if not follows:
-            raise IntegrityError(f"line {number} of {path.name} does not follow from the one before: it was edited")
+            raise IntegrityError(f"line {number} of {name} does not follow from the one before: it was edited")
         records.append(record)
         head = hashlib.sha256(line).hexdigest()
     return records, head
