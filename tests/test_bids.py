@@ -23,6 +23,7 @@ from monai_salm.release import bids, integrity
 from monai_salm.release.catalog import scan
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.manifest import COMPANION, TABLE
+from monai_salm.release.plan import make_plan
 from monai_salm.release.protect import read_manifest, read_protected
 
 SUBJECTS = [f"{number:02d}" for number in range(1, 7)]
@@ -222,6 +223,16 @@ def test_nothing_of_a_tree_is_unpacked_or_parsed_outside_of_the_child(tree, tmp_
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("in this process"))
     sidecar = release(tree, tmp_path / "out") / "sub-01" / "anat" / "sub-01_desc-protected_T1w.json"
     assert json.loads(sidecar.read_text())["Manufacturer"] == "Maker"
+
+
+def test_the_plan_counts_what_goes_along_with_the_images(tree, tmp_path):
+    cohort = load_cohort(tree, spatial_dims=3)
+    plan = make_plan(cohort, tmp_path / "out", spatial_dims=3, window="auto", budget="2 stored", mask_ratio=0.4)
+    folder = release(tree, tmp_path / "out")
+    written = {path for path in folder.rglob("*") if path.is_file() and path.name != "labels.csv"}
+    beside = written - set(folder.rglob("*_desc-protected_*.nii.gz"))
+    assert plan.files["bids", "companion"] == (len(beside), sum(path.stat().st_size for path in beside))
+    assert any(path.name.endswith("_mask.nii.gz") for path in beside)
 
 
 def test_names_of_images():

@@ -21,6 +21,7 @@ from monai_salm.io import formats
 from monai_salm.io.base import Case, Outline, RefusedError, StoredImage, Window
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import smallest_type
+from monai_salm.release import bids
 from monai_salm.release.companions import belonging
 from monai_salm.release.gates import tally
 from monai_salm.release.identity import UidMap
@@ -233,7 +234,11 @@ def _states(cohort: Cohort, units: Sequence[Sequence[Case]]) -> dict[tuple[str, 
     for case in cohort.cases:
         if case.split == "test":
             found[case.format, HELD_OUT] |= set(case.files) - released
-    return {key: (len(paths), sum(path.stat().st_size for path in paths)) for key, paths in found.items() if paths}
+    states = {key: (len(paths), sum(path.stat().st_size for path in paths)) for key, paths in found.items() if paths}
+    if units and bids.is_tree(cohort.root):
+        beside = bids.derivative(cohort.root, cohort.released)
+        states["bids", "companion"] = len(beside), sum(map(len, beside.values()))
+    return states
 
 
 def _size(count: float) -> str:
