@@ -154,6 +154,7 @@ def test_dicom_is_written_under_new_uids_and_read_back(tmp_path, spatial_dims):
         np.testing.assert_array_equal(protected.stored, clean.stored + bank[case.sample_id])
     table = (tmp_path / "out" / "protected" / "labels.csv").read_text().splitlines()
     assert len(table) == len(cohort.cases) + 1
+    assert table[1:] == sorted(table[1:]), "the order of the export's names would tell who comes after whom"
     for line in table[1:]:
         named = tmp_path / "out" / "protected" / line.split(",")[0]
         assert named.is_dir() if spatial_dims == 3 else named.is_file()

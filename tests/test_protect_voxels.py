@@ -102,7 +102,7 @@ def test_the_released_dataset_json_lists_what_is_released(tmp_path):
 
 
 def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
-    cohort, out = decathlon(tmp_path / "in", 4, "ttvx"), tmp_path / "out"
+    cohort, out = decathlon(tmp_path / "in", 7, "tttttvx"), tmp_path / "out"
     table = tmp_path / "in" / "dataset.json"
     content = json.loads(table.read_text())
     content["training"][0]["patient"] = content["name"] = "v0, whose name is kept apart"
@@ -117,6 +117,8 @@ def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
     for name in ("labels.csv", "dataset.json"):
         assert "v0" not in (out / "protected" / name).read_text()
     written = json.loads((out / "protected" / "dataset.json").read_text())
+    images = [pair["image"] for pair in written["training"]]
+    assert len(images) == 6 and images == sorted(images), "the order of the old names would tell"
     assert written["labels"] == content["labels"] and written["modality"] == {"0": "MRI"}
     check_twins(cohort, out, 3)
     again = load_cohort((out / "protected").rename(tmp_path / "shared"), spatial_dims=3)

@@ -27,22 +27,25 @@ Written = Mapping[str, Sequence[ManifestRow]]
 def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str:
     """``labels.csv``: labels of cases under their new names; empty for archives, which carry their own.
 
+    Sorted by these names, so that nothing is told by the order.
+
     Args:
-        cases: what was written, in order.
+        cases: what was written.
         written: the files of each case and of each label file.
         cohort: what the labels mean.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "mask" if cohort.voxelwise else "label", "split"])
+    rows = []
     labelled = {owner_id(case): case for case in cases if case.format != "npz"}
     for owner, case in labelled.items():
         files = written[owner]
         folders = {PurePosixPath(row.file).parent for row in files}
         name = folders.pop().as_posix() if len(files) > 1 and len(folders) == 1 else files[0].file
         label = written[mask_id(case.mask)][0].file if case.mask else cohort.classes[case.label]
-        table.writerow([name, label, case.split])
-    return text.getvalue() if labelled else ""
+        rows.append([name, label, case.split])
+    text = io.StringIO()
+    header = ["case", "mask" if cohort.voxelwise else "label", "split"]
+    csv.writer(text, lineterminator="\n").writerows([header, *sorted(rows)])
+    return text.getvalue() if rows else ""
 
 
 def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) -> str:
@@ -67,7 +70,8 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
         content = {key: value for key, value in content.items() if key in _KEPT or not isinstance(value, list | dict)}
         for key in LISTS:
             if key in content:
-                content[key] = [{part: entry[part] for part in _PAIR if part in entry} for entry in content[key]]
+                pairs = [{part: entry[part] for part in _PAIR if part in entry} for entry in content[key]]
+                content[key] = sorted(pairs, key=lambda pair: pair["image"])  # theirs would tell the order of the names
     for key, count in (("numTraining", len(content.get("training", ()))), ("numTest", 0)):
         if key in content:
             content[key] = count
