@@ -41,6 +41,17 @@ def test_files_are_known_by_content_and_not_by_ending(tmp_path):
     assert len({case.sample_id for case in catalog.cases}) == len(catalog.cases)
 
 
+@pytest.mark.parametrize("form", ["zip", "tar", "gztar"])
+def test_an_archive_of_files_is_to_be_unpacked_first(tmp_path, form):
+    write_nifti(tmp_path / "files" / "a.nii")
+    write_nifti(tmp_path / "in" / "b.nii")
+    archive = shutil.make_archive(str(tmp_path / "in" / "all"), form, tmp_path / "files")
+    (refusal,) = scan(tmp_path / "in", 3).refusals
+    assert refusal.reason == "unknown_file" and "unpack it first" in refusal.detail
+    with pytest.raises(ValueError, match="unpack it first"):
+        scan(archive, 3)
+
+
 def test_a_refusal_names_nothing_personal(tmp_path):
     write_nifti(tmp_path / "ok.nii")
     (tmp_path / "Jane_Doe.txt").write_text("hello")

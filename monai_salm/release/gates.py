@@ -17,6 +17,8 @@ from monai_salm.release.manifest import LEFT_BY_SYSTEMS, PROTECTED, IntegrityErr
 
 IGNORED = ("dicomdir", "labels.csv", *LEFT_BY_SYSTEMS)
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
+_ARCHIVES = (b"PK\3\4", b"PK\5\6", b"7z\xbc\xaf\x27\x1c", b"Rar!")
+"""How they begin: zip (the second is an empty one), 7z, rar; tar is known by what stands at byte 257."""
 Refused = tuple[Sequence[str], RefusedError, str]
 """Real names of what is refused, why, and its ``sample_id`` (empty for what is no case, and for several)."""
 
@@ -76,6 +78,8 @@ def unknown(path: Path, head: bytes) -> RefusedError:
         return RefusedError("nifti_pair", "the voxels of a .hdr/.img pair; convert it to a single .nii file")
     if head[:3] == b"\xff\xd8\xff":
         return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
+    if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
+        return RefusedError("unknown_file", "an archive of files; unpack it first, and protect the folder")
     return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
 
 
