@@ -33,6 +33,7 @@ from monai_salm.release.manifest import (
     public_text,
     read_chain,
     read_manifest,
+    rows_of,
     sweep,
 )
 from monai_salm.release.shards import Shard, shards_of
@@ -64,7 +65,7 @@ class Journal:
         if path.is_file():
             door.write(output_dir, {shard.journal: text}, shard.part)  # without a line that a killed run wrote in part
         self.done: dict[str, list[ManifestRow]] = {}
-        for row in read_manifest(output_dir, [shard.journal]):
+        for row in rows_of(records):
             self.done.setdefault(row.sample_id, []).append(row)
 
     def append(self, rows: Sequence[ManifestRow]) -> None:

@@ -124,8 +124,12 @@ def read_manifest(output_dir: Path | str, journals: Iterable[str] | None = None)
     """
     folder = Path(output_dir)
     paths = sorted((folder / door.PRIVATE).glob(door.MANIFESTS)) if journals is None else map(folder.joinpath, journals)
+    return rows_of(record for path in paths for record in read_chain(path)[0])
+
+
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[ManifestRow]:
+    """Rows of the records of journals; of two of one file the later."""
     known = {field.name for field in fields(ManifestRow)}
-    records = (record for path in paths for record in read_chain(path)[0])
     rows = (ManifestRow(**{key: value for key, value in record.items() if key in known}) for record in records)
     return list({row.file: row for row in rows}.values())
 
