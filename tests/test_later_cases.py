@@ -248,6 +248,20 @@ class TestCommand:
         assert reason in capsys.readouterr().err
         assert not (tmp_path / "out/protected").exists()
 
+    def test_a_patient_who_is_tested_in_one_release_and_released_in_another_is_warned_of(
+        self, earlier, export, tmp_path, caplog
+    ):
+        write_series(export / "s9", "s9", 1, patient="P9")
+        write_labels(export, ["s7,b,train", "s9,a,test"])
+        assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == DONE
+        third = tmp_path / "third"
+        for name, patient in (("s10", "P9"), ("s11", "P1"), ("s12", "P12")):
+            write_series(third / name, name, 1, patient=patient)
+        write_labels(third, ["s10,a,train", "s11,b,test", "s12,b,train"])
+        caplog.clear()
+        load_cohort(third, like=tmp_path / "out")
+        assert "2 patients have cases both in split test and released" in caplog.text
+
     def test_other_classes_are_an_error(self, earlier, export, tmp_path, capsys):
         write_labels(export, ["s7,z"])
         assert protect(export, tmp_path / "out", "--like", str(earlier[1])) == BAD_INPUT

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from monai_salm.release.manifest import read_manifest
 CLASSES = f"{door.PRIVATE}/classes.json"
 FOLLOWED = f"{door.PRIVATE}/like.json"
 """Names the folder of the release that this one followed."""
+PATIENTS = f"{door.PRIVATE}/patients.json"
+"""Pseudonyms of the patients who have cases of split test, and of those who have released ones."""
 _MODEL = "models/model.pt"
 
 
@@ -62,6 +64,19 @@ class EarlierRelease:
             yield out
             followed = out / FOLLOWED
             out = Path(json.loads(followed.read_text())["like"]) if followed.is_file() else None
+
+    def shared_patients(self, patients: Mapping[str, Collection[str]]) -> int:
+        """How many patients have cases of split test on one side and released ones on the other.
+
+        Args:
+            patients: of the later cases, as ``Cohort.patients``.
+        """
+        shared: set[str] = set()
+        for out in self._chain():
+            if (out / PATIENTS).is_file():
+                its = json.loads((out / PATIENTS).read_text())
+                shared |= {*patients["test"]} & {*its["released"]} | {*patients["released"]} & {*its["test"]}
+        return len(shared)
 
     def without_its_cases(self, catalog: Catalog) -> Catalog:
         """Refuse what it has protected already: under one key two versions of an image would share their UIDs."""

@@ -65,6 +65,12 @@ class Cohort:
         return tuple(case for case in self.cases if case.split != "test")
 
     @property
+    def patients(self) -> dict[str, list[str]]:
+        """Pseudonyms of the patients who have cases of split ``"test"``, and of those who have ``"released"`` ones."""
+        test = {case.group for case in self.cases if case.split == "test"}
+        return {"test": sorted(test), "released": sorted({case.group for case in self.released})}
+
+    @property
     def held_out(self) -> tuple[Case, ...]:
         """Cases the study tests its victims on, always on their clean files."""
         return tuple(case for case in self.cases if case.sample_id in self.held_out_ids)
@@ -165,6 +171,8 @@ def load_cohort(
     cohort = label_cases(others, found, seed=seed, classes=earlier.classes)
     if not cohort.released:
         raise ValueError(f"no case is left: {len(cohort.cases)} are of split test, others refused or released earlier")
+    if shared := earlier.shared_patients(cohort.patients):
+        logger.warning("%d patients have cases both in split test and released, here or in the earlier release", shared)
     return replace(cohort, follows=earlier.folder)
 
 

@@ -36,7 +36,7 @@ from monai_salm.records import OtherSettingsError
 from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
 from monai_salm.release.custody import KEY, Journal, clear_key_parts, close, read_refusals, start_time
-from monai_salm.release.earlier import CLASSES, FOLLOWED
+from monai_salm.release.earlier import CLASSES, FOLLOWED, PATIENTS
 from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
 from monai_salm.release.labels import Cohort
@@ -111,7 +111,7 @@ def protect_cohort(
     with lock.holding(output_dir, shard.lock):
         with lock.holding(output_dir, wait_s=_WAIT_S):
             writer = _Writer(bank, budget, root, output_dir, spatial_dims, window, key_file, gate, shard, rename)
-            kept = {CLASSES: json.dumps(cohort.classes) + "\n"}
+            kept = {CLASSES: json.dumps(cohort.classes) + "\n", PATIENTS: json.dumps(cohort.patients) + "\n"}
             if cohort.follows:
                 kept[FOLLOWED] = json.dumps({"like": str(cohort.follows)}) + "\n"
             door.write(output_dir, kept, shard.part)
