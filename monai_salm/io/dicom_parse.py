@@ -227,11 +227,11 @@ def read_uids(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     try:
         with refusing("unreadable", "the file is broken"), _open_regular(Path(path)) as file:
-            data = io.BytesIO(file.read(_UIDS_WITHIN))
-            kind = _kind(data.getvalue())
+            content = file.read(_UIDS_WITHIN)
+            kind = _kind(content)
             if kind == "other":
                 return ()
-            data.seek(132 if kind == "dicom" else 0)
+            data = io.BytesIO(content[132:] if kind == "dicom" else content)
             meta = read_dataset(data, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
             syntax = meta.get("TransferSyntaxUID")
             if syntax == uid.DeflatedExplicitVRLittleEndian:
