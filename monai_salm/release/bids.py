@@ -139,13 +139,15 @@ def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
     for name in _companions(root, subjects):
         if name not in taken and _wanted(name, near.get(subject(name), ()) if subject(name) else images):
             with suppress(RefusedError):  # told by the scan
-                found[name] = _copied(root / name, name, subjects)
+                found[name] = _copied(root / name, name)
     raw = _description(root)
     # Required of a derivative; an image of a raw data set is as the scanner made it.
     stripped = {} if raw.get("DatasetType") == "derivative" else {"SkullStripped": False}
     for name, copy in images.items():
         own = found.pop(_sidecar(name), b"{}")
         found[_sidecar(copy)] = _sidecar_of_copy(own, name, near[subject(name)], stripped)
+    if PARTICIPANTS in found:
+        found[PARTICIPANTS] = _of_subjects(found[PARTICIPANTS], subjects)
     found[DESCRIPTION] = _bytes(_derived(raw))
     found[IGNORE] = found.get(IGNORE, b"").rstrip(b"\n") + b"\nlabels.csv\n"
     return found
@@ -187,16 +189,14 @@ def _sidecar(image: str) -> str:
 
 
 @worker.isolated
-def _copied(path: Path, name: str, subjects: Collection[str]) -> bytes:
-    """What the copy has of a companion: its bytes, without what names a person, device or day, or another subject.
+def _copied(path: Path, name: str) -> bytes:
+    """What the copy has of a companion: its bytes, of a sidecar without the keys that name a person, device or day.
 
     Raises:
         RefusedError: As :py:func:`check_companion`.
     """
     check_companion(path, name)
     content = path.read_bytes()
-    if name == PARTICIPANTS:
-        return _of_subjects(content, subjects)
     if not name.endswith(".json"):
         return content
     told = _json(content.decode("utf-8-sig"))
@@ -249,6 +249,7 @@ def _with_new_names(sidecar: dict[str, Any], name: str, copies: Mapping[str, str
     return sidecar | {"IntendedFor": list(map(new, said)) if isinstance(said, list) else new(said)}
 
 
+@worker.isolated
 def _of_subjects(table: bytes, subjects: Collection[str]) -> bytes:
     """``participants.tsv`` with the rows of some subjects."""
     lines = table.splitlines(keepends=True)
