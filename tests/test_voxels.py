@@ -420,7 +420,7 @@ def test_segment_labels_that_differ_in_case_only_are_warned_of(tmp_path, caplog)
     paths = [path for path in (tmp_path / "B").iterdir() if path.name != "seg"]
     write_segmentation(tmp_path / "B" / "seg", paths, np.ones((4, SIZE, SIZE, 1), np.uint8), labels=("liver",))
     assert load_cohort(tmp_path, spatial_dims=3).classes == ("background", "Liver", "Tumor", "liver")
-    assert "count as different: liver" in caplog.text
+    assert "count as different: Liver, liver" in caplog.text
 
 
 def test_fractions_are_warned_of(tmp_path, caplog):
