@@ -41,7 +41,7 @@ demo-seg: $(STAMP)  ## the same with lesions to segment in slices (40 minutes): 
 	$(call run_demo,2,segmentation,salm_3d_segmentation,build/demo-seg)
 
 test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA names them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
