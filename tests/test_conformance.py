@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_salm import perturbations
-from monai_salm.perturbations.base import Objective, Perturbation
+from monai_salm.perturbations.base import Batch, Objective, Perturbation
 from monai_salm.perturbations.budget import Budget, Lattice
 from monai_salm.perturbations.classwise import ClasswiseErrorMinimizing, OnePixelShortcut
 from monai_salm.perturbations.masks import SparsityMask
@@ -109,7 +109,7 @@ class Setting:
     ) -> Tensor:
         """Survey and call, as the trainer does."""
         objective = objective or self.objective
-        method.survey(objective, iter([(self.image, self.label, self.lattice)]), generator=gen(seed + 100))
+        method.survey(objective, iter([Batch(self.image, self.label, self.lattice)]), generator=gen(seed + 100))
         return method(objective, self.image, self.label, self.lattice, start, generator=gen(seed))
 
 
@@ -248,7 +248,7 @@ def test_a_class_is_read_from_the_perturbations_of_images_that_were_labeled_at_r
     torch.manual_seed(0)
     objective = Objective(Surrogate(SmallCNN(len(shape), 1, 2, (4, 4)), [8] * len(shape)), CROSS_ENTROPY)
     known = build(method)
-    known.survey(objective, iter([(image, label, lattice)]), generator=gen(3))
+    known.survey(objective, iter([Batch(image, label, lattice)]), generator=gen(3))
     delta = known(objective, image, label, lattice, generator=gen(4)).float()
     spectrum = torch.fft.fftn(delta, dim=tuple(range(2, delta.ndim))).abs()
     features = torch.cat([delta.flatten(1), spectrum.flatten(1)], 1)

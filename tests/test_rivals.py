@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_salm.perturbations.autoregression import REACH, processes, run
-from monai_salm.perturbations.base import Objective
+from monai_salm.perturbations.base import Batch, Objective
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.classwise import ClasswiseErrorMinimizing, OnePixelShortcut
 from monai_salm.perturbations.linear import PerturbationInducedLinearization
@@ -116,7 +116,7 @@ class TestRobustObjective:
 class TestPatterns:
     def applied(self, method, image: Tensor, label: Tensor) -> Tensor:
         objective = Objective(Surrogate(nn.Identity()), CROSS_ENTROPY)
-        method.survey(objective, iter([(image, label, lattice(image))]), generator=gen(1))
+        method.survey(objective, iter([Batch(image, label, lattice(image))]), generator=gen(1))
         return method(objective, image, label, lattice(image), generator=gen(2)).float()
 
     def test_noise_is_the_same_in_all_batches_and_another_in_each_class(self):
@@ -175,7 +175,9 @@ class TestOnePixel:
     def test_the_most_telling_voxel_becomes_the_far_extreme(self):
         image, objective = self.images(), Objective(Surrogate(nn.Identity()), CROSS_ENTROPY)
         method, box = OnePixelShortcut(), lattice(image, 255)
-        method.survey(objective, iter([(image[:3], FOUR[:3], box), (image[3:], FOUR[3:], box)]), generator=gen())
+        method.survey(
+            objective, iter([Batch(image[:3], FOUR[:3], box), Batch(image[3:], FOUR[3:], box)]), generator=gen()
+        )
         delta = method(objective, image, FOUR, box, generator=gen())
         assert ((delta != 0).flatten(1).sum(1) == 1).all()
         stored = (image * 255).round() + delta
@@ -187,7 +189,7 @@ class TestOnePixel:
     def test_no_two_classes_get_the_same_voxel_and_extreme(self):
         image = torch.zeros(4, 1, 4, 4)  # every voxel is as telling as any other
         method = OnePixelShortcut(ratio=0.25)
-        method.survey(Objective(nn.Identity(), CROSS_ENTROPY), iter([(image, FOUR, None)]), generator=gen())
+        method.survey(Objective(nn.Identity(), CROSS_ENTROPY), iter([Batch(image, FOUR, None)]), generator=gen())
         rows = [{tuple(row) for row in method.learned[index].tolist()} for index in (0, 1)]
         assert len(rows[0]) == len(rows[1]) == 4 and not rows[0] & rows[1]
 
@@ -195,7 +197,7 @@ class TestOnePixel:
         image = 0.2 + 0.6 * torch.rand(4, 3, 5, 5, generator=gen())
         image[:, :, 1, 2] = torch.tensor([0.0, 1.0, 0.0])
         method, objective = OnePixelShortcut(), Objective(nn.Identity(), CROSS_ENTROPY)
-        method.survey(objective, iter([(image, torch.zeros(4).long(), None)]), generator=gen())
+        method.survey(objective, iter([Batch(image, torch.zeros(4).long(), None)]), generator=gen())
         assert method.learned[0].tolist() == [pytest.approx([1.5 / 5, 2.5 / 5, 1.0, 0.0, 1.0])]
 
 
@@ -204,7 +206,7 @@ class TestClasswiseErrorMinimizing:
         weight = torch.randn(1, 6, 5, generator=gen(9))
         image = torch.full((4, 1, 6, 5), 0.5)
         objective, method = linear(weight), ClasswiseErrorMinimizing(step_size=0.5)
-        batches = [(image[at : at + 2], FOUR[at : at + 2], lattice(image[:2])) for at in (0, 2)]
+        batches = [Batch(image[at : at + 2], FOUR[at : at + 2], lattice(image[:2])) for at in (0, 2)]
         method.survey(objective, iter(batches), generator=gen())
         assert objective.passes == 4
         delta = method(objective, image, FOUR, lattice(image), generator=gen())
@@ -214,7 +216,7 @@ class TestClasswiseErrorMinimizing:
         objective = Objective(Surrogate(SmallCNN(2, 1, 2, (4, 4)), (8, 8)), CROSS_ENTROPY, view=RandomView(2))
         small, large = torch.full((2, 1, 8, 8), 0.5), torch.full((2, 1, 16, 24), 0.5)
         method = ClasswiseErrorMinimizing(step_size=0.3)
-        batches = [(image, FOUR[:2], lattice(image)) for image in (small, large)]
+        batches = [Batch(image, FOUR[:2], lattice(image)) for image in (small, large)]
         method.survey(objective, iter(2 * batches), generator=gen())
         one, other = (method(objective, each, label, box, generator=gen()) for each, label, box in batches)
         assert torch.equal(one.repeat_interleave(2, 2).repeat_interleave(3, 3), other) and one.any()

@@ -93,10 +93,10 @@ class Cases:
             values = torch.stack(stored).to(self.device)
             steps = torch.full((len(batch), *[1] * (values.ndim - 1)), codecs[0].unit_step, device=self.device)
             lattice = Lattice(*codecs[0].bounds(values, budget), steps)
-            return codecs[0].to_unit(values), self.labels(batch), lattice
+            return Batch(codecs[0].to_unit(values), self.labels(batch), lattice)
         stored = [values.to(self.device) for values in stored]
         image = torch.stack([codec.to_unit(values) for codec, values in zip(codecs, stored, strict=True)])
-        return image, self.labels(batch), lattice_of(stored, codecs, budget)
+        return Batch(image, self.labels(batch), lattice_of(stored, codecs, budget))
 
     def label(self, at: int) -> Tensor:
         """Class index, or (1, *spatial) class indices, where they were loaded."""

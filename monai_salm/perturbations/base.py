@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,14 @@ from monai_salm.perturbations.budget import Lattice
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, label) -> one loss per image, (B,)."""
-Batch = tuple[Tensor, Tensor, Lattice]
-"""Images, labels and the changes that the images allow, as a call of a method takes them."""
+
+
+class Batch(NamedTuple):
+    """What a call of a method is about: images, their labels, and the changes that the images allow."""
+
+    image: Tensor
+    label: Tensor
+    lattice: Lattice
 
 
 @contextmanager
@@ -114,29 +120,14 @@ class Perturbation(ABC):
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "learned")
         return f"{type(self).__name__}({settings})"
 
-    def gradient(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        steps: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def gradient(self, objective: Objective, batch: Batch, steps: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of the objective by lattice steps, at the perturbation that would be stored."""
-        gradient = objective.gradient(image, steps.round().mul_(lattice.unit_step), label, generator)
-        return gradient * lattice.unit_step.sign()
+        unit_step = batch.lattice.unit_step
+        gradient = objective.gradient(batch.image, steps.round().mul_(unit_step), batch.label, generator)
+        return gradient * unit_step.sign()
 
     @abstractmethod
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, *spatial) real-valued lattice steps, from float ``start``; the caller projects and rounds."""
 
     def learn(self, objective: Objective, batches: Iterator[Batch], generator: torch.Generator) -> Any:
@@ -191,7 +182,7 @@ class Perturbation(ABC):
             raise ValueError("an image has values that are not finite; StoredCodec.to_unit replaces them")
         begin = torch.zeros_like(image) if start is None else start.to(image.dtype)
         with frozen(objective.network):
-            steps = self.compute(objective, image.detach(), label, lattice, begin, generator).detach()
+            steps = self.compute(objective, Batch(image.detach(), label, lattice), begin, generator).detach()
         if not torch.isfinite(steps).all():
             raise ValueError(
                 f"{type(self).__name__} returned values that are not finite; the surrogate may have diverged"

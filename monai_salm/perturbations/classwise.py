@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_salm.perturbations.base import Batch, Objective, Perturbation
-from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.patterns import ClassPattern, require_class_labels
 
 
@@ -40,13 +39,14 @@ class ClasswiseErrorMinimizing(ClassPattern):
 
     def learn(self, objective: Objective, batches: Iterator[Batch], generator: torch.Generator) -> dict[int, Tensor]:
         self.learned = dict(self.learned or {})
-        for image, label, lattice in batches:
+        for batch in batches:
+            image, label, lattice = batch
             require_class_labels(label)
             for index in label.unique().tolist():
                 first = next(iter(self.learned.values()), image[0])
                 self.learned.setdefault(index, torch.zeros_like(first))
-            steps = lattice.project(self.compute(objective, image, label, lattice, image, generator))
-            gradient = self.gradient(objective, image, label, lattice, steps, generator) * lattice.unit_step.sign()
+            steps = lattice.project(self.compute(objective, batch, image, generator))
+            gradient = self.gradient(objective, batch, steps, generator) * lattice.unit_step.sign()
             for index in label.unique().tolist():
                 pattern, own = self.learned[index], gradient[label == index].mean(0, keepdim=True)
                 step = self.step_size * _resized(own, pattern.shape[1:])[0].sign()
@@ -106,15 +106,8 @@ class OnePixelShortcut(Perturbation):
         fractions = (places + 0.5) / torch.tensor(best.shape, device=places.device)
         return torch.cat([fractions, extremes[chosen]], 1)
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         require_class_labels(label)
         size, goal = torch.tensor(image.shape[2:], device=image.device), image.clone()
         for index in label.unique().tolist():

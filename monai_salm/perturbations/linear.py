@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_salm.perturbations.base import Objective
-from monai_salm.perturbations.budget import Lattice
+from monai_salm.perturbations.base import Batch, Objective
 from monai_salm.perturbations.patterns import require_class_labels
 from monai_salm.perturbations.salm import SALM
 
@@ -38,30 +37,16 @@ class PerturbationInducedLinearization(SALM):
         super().__init__(**settings)
         self.num_classes, self.alone = num_classes, alone
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         require_class_labels(label)
         noise = (2 * torch.rand(image.shape, generator=generator) - 1).to(image.device)
         begin = lattice.project(start + noise * lattice.levels * (start == 0))
-        return super().compute(objective, image, label, lattice, begin, generator)
+        return super().compute(objective, batch, begin, generator)
 
-    def gradient(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        steps: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def gradient(self, objective: Objective, batch: Batch, steps: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, _ = batch
         uniform = torch.full((len(label), self.num_classes), 1 / self.num_classes, device=image.device)
-        noise = super().gradient(objective, torch.zeros_like(image), label, lattice, -steps, generator)
-        rest = super().gradient(objective, image, uniform, lattice, steps, generator)
+        noise = super().gradient(objective, batch._replace(image=torch.zeros_like(image)), -steps, generator)
+        rest = super().gradient(objective, batch._replace(label=uniform), steps, generator)
         return (1 - self.alone) * rest - self.alone * noise

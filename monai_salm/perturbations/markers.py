@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_salm.perturbations.base import Objective, Perturbation
-from monai_salm.perturbations.budget import Lattice
+from monai_salm.perturbations.base import Batch, Objective, Perturbation
 from monai_salm.perturbations.voxels import require_voxel_labels
 
 
@@ -41,15 +40,8 @@ class LabelMarker(Perturbation):
             raise ValueError(f"cell is {cell}; use 1 voxel or more")
         self.cell = cell
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         require_voxel_labels(image, label)
         return checkerboard(image, self.cell) * lattice.levels * (label > 0)
 
@@ -70,21 +62,14 @@ class ContourInterior(Perturbation):
     def __init__(self, *, steps: int = 8, step_size: float = 0.25, interior: float = 0.25) -> None:
         self.steps, self.step_size, self.interior = steps, step_size, interior
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         require_voxel_labels(image, label)
         contour, inside = self._regions(label)
         bound = (contour + inside * self._texture(image).clamp(min=self.interior)) * lattice.levels
         steps = start
         for _ in range(self.steps):
-            gradient = self.gradient(objective, image, label, lattice, steps, generator)
+            gradient = self.gradient(objective, batch, steps, generator)
             steps = steps - self.step_size * lattice.levels * gradient.sign()
             steps = lattice.project(torch.maximum(torch.minimum(steps, bound), -bound))
         return steps
@@ -122,15 +107,8 @@ class SliceSpectrum(Perturbation):
     def __init__(self, *, steps: int = 8, step_size: float = 0.25, spectrum: float = 0.2, logits: float = 0.05) -> None:
         self.steps, self.step_size, self.spectrum, self.logits = steps, step_size, spectrum, logits
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         if image.ndim != 5:
             raise ValueError(f"slices differ in volumes only, (B, C, H, W, D); the images are {tuple(image.shape)}")
         require_voxel_labels(image, label)
@@ -142,7 +120,7 @@ class SliceSpectrum(Perturbation):
         for _ in range(self.steps):
             diversity = self._diversity_gradient(objective, image, steps.round() * lattice.unit_step, before)
             objective.passes += len(image)  # the second one of this step, through the network itself
-            gradient = self.gradient(objective, image, label, lattice, steps, generator)
+            gradient = self.gradient(objective, batch, steps, generator)
             gradient = gradient + diversity * lattice.unit_step.sign()
             steps = steps - self.step_size * lattice.levels * gradient.sign() * labeled
             steps = lattice.project(steps)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_salm.perturbations.autoregression import processes, run
-from monai_salm.perturbations.base import Objective, Perturbation
-from monai_salm.perturbations.budget import Lattice
+from monai_salm.perturbations.base import Batch, Objective, Perturbation
 
 
 def require_class_labels(label: Tensor) -> None:
@@ -37,15 +36,8 @@ class ClassPattern(Perturbation):
             generator: of what differs from image to image.
         """
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         require_class_labels(label)
         patterns = torch.empty_like(image)
         for index in label.unique():

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from monai_salm.perturbations.base import Objective, Perturbation, mean_size
+from monai_salm.perturbations.base import Batch, Objective, Perturbation, mean_size
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.similarity import structural_similarity
@@ -77,15 +77,8 @@ class SALM(Perturbation):
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
         self.look, self.refresh, self.psnr, self.ssim = min(look, steps), refresh, psnr, ssim
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         # Bounds and mask in the images' own type: every step of mixed types would convert them again.
         lower, upper = lattice.lower.to(image.dtype), lattice.upper.to(image.dtype)
         movable = lower < upper
@@ -93,9 +86,9 @@ class SALM(Perturbation):
         chosen = self.refresh == "once" and bool(start.any())
         keep = (start != 0 if chosen else movable).to(image.dtype)
         steps, mean = start.clone(), torch.zeros_like(start)
-        seen = objective.network.view(image)  # the same in every step
+        seen = batch._replace(image=objective.network.view(image))  # the same in every step
         for step in range(1, self.steps + 1):
-            gradient = self.gradient(objective, seen, label, lattice, steps * keep, generator)
+            gradient = self.gradient(objective, seen, steps * keep, generator)
             mean.mul_(self.momentum).add_(gradient.div_(mean_size(gradient)))
             if not chosen and step >= self.look:
                 keep = self.mask(image, mean, label=label, movable=movable, generator=generator).to(image.dtype)
@@ -151,15 +144,8 @@ class RandomSign(Perturbation):
     def __init__(self, *, mask: SparsityMask) -> None:
         self.mask = mask
 
-    def compute(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        start: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
+        image, label, lattice = batch
         mask = self.mask(image, label=label, movable=lattice.lower < lattice.upper, generator=generator)
         up = (torch.rand(image.shape, generator=generator) < 0.5).to(image.device)
         return torch.where(up, lattice.upper, lattice.lower) * mask

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_salm.perturbations.base import Objective
-from monai_salm.perturbations.budget import Lattice
+from monai_salm.perturbations.base import Batch, Objective
 from monai_salm.perturbations.salm import SALM
 
 
@@ -37,29 +36,14 @@ class TargetedAdversarial(SALM):
         super().__init__(**settings)
         self.num_classes = num_classes
 
-    def gradient(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        steps: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        return super().gradient(objective, image, (label + 1) % self.num_classes, lattice, steps, generator)
+    def gradient(self, objective: Objective, batch: Batch, steps: Tensor, generator: torch.Generator) -> Tensor:
+        aim = (batch.label + 1) % self.num_classes
+        return super().gradient(objective, batch._replace(label=aim), steps, generator)
 
 
 class ErrorMaximizing(SALM):
     """Untargeted adversarial examples: signed ascent of the loss. Works with labels of both kinds; arguments as of
     :py:class:`monai_salm.perturbations.salm.SALM`."""
 
-    def gradient(
-        self,
-        objective: Objective,
-        image: Tensor,
-        label: Tensor,
-        lattice: Lattice,
-        steps: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        return -super().gradient(objective, image, label, lattice, steps, generator)
+    def gradient(self, objective: Objective, batch: Batch, steps: Tensor, generator: torch.Generator) -> Tensor:
+        return -super().gradient(objective, batch, steps, generator)
