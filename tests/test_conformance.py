@@ -10,6 +10,7 @@ import pkgutil
 
 import pytest
 import torch
+from lattices import CROSS_ENTROPY, free, gen
 from torch import Tensor, nn
 
 from monai_salm import perturbations
@@ -23,17 +24,12 @@ from monai_salm.perturbations.voxels import VoxelObjective
 from monai_salm.stored import StoredCodec, lattice_of
 from monai_salm.surrogates import PaddedNetwork, RandomView, SmallCNN, Surrogate
 
-CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 FOLLOWS_THE_CLASS = (ClassPattern, OnePixelShortcut)
 """What their perturbations look like depends on the class given, hardly or not at all on the image."""
 BLIND = ("ClasswiseNoise", "SeparablePatches", "AutoregressiveNoise", "RandomSign", "LabelMarker", "OnePixelShortcut")
 """They ask no network."""
 NOTHING_RANDOM = ("ContourInterior", "LabelMarker", "OnePixelShortcut")
 """Functions of images, labels and network."""
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def every_method() -> list[type[Perturbation]]:
@@ -211,10 +207,9 @@ def test_another_seed_gives_other_perturbations(method):
 def test_inverted_images_move_the_other_way(method):
     """A negative slope turns stored steps around: what the network sees is the same."""
     setting = Setting(3, refuses(method, 3, False))
-    bounds = torch.full(setting.image.shape, 6, dtype=torch.int16)
     found = []
     for sign in (1, -1):
-        setting.lattice = Lattice(-bounds, bounds, torch.full((2, 1, 1, 1, 1), sign / 255))
+        setting.lattice = free(setting.image.shape, 6, sign / 255)
         found.append(setting.apply(build(method, voxelwise=setting.voxelwise)))
     if method.__name__ in ("RandomSign", "LabelMarker"):  # they do not look
         assert torch.equal(found[0], found[1])
@@ -243,8 +238,7 @@ def test_a_class_is_read_from_the_perturbations_of_images_that_were_labeled_at_r
     count = 48
     image = torch.rand(count, 1, *shape, generator=gen(1))
     label = torch.randint(0, 2, (count,), generator=gen(2))
-    bounds = torch.full(image.shape, 8, dtype=torch.int16)
-    lattice = Lattice(-bounds, bounds, torch.full((count, *[1] * (image.ndim - 1)), 1 / 255))
+    lattice = free(image.shape)
     torch.manual_seed(0)
     objective = Objective(Surrogate(SmallCNN(len(shape), 1, 2, (4, 4)), [8] * len(shape)), CROSS_ENTROPY)
     known = build(method)

@@ -6,22 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from lattices import CROSS_ENTROPY, free, gen
 from torch import Tensor, nn
 
 from monai_salm.perturbations.base import Perturbation
-from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.markers import ContourInterior, LabelMarker, SliceSpectrum, checkerboard
 from monai_salm.perturbations.voxels import VoxelObjective
 from monai_salm.surrogates import Surrogate
 
-CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 LEVELS = 8
 SIZES = {2: (16, 14), 3: (12, 11, 9)}
 BLOCK = slice(3, 9)
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def labels(dims: int) -> Tensor:
@@ -36,11 +31,6 @@ def images(dims: int) -> Tensor:
     return torch.rand(2, 1, *SIZES[dims], generator=gen(1))
 
 
-def free(image: Tensor, levels: int = LEVELS) -> Lattice:
-    bound = torch.full(image.shape, levels, dtype=torch.int16)
-    return Lattice(-bound, bound, torch.full((len(image), *[1] * (image.ndim - 1)), 1 / 255))
-
-
 def objective(dims: int) -> VoxelObjective:
     torch.manual_seed(0)
     conv = (nn.Conv2d, nn.Conv3d)[dims - 2]
@@ -51,7 +41,7 @@ def objective(dims: int) -> VoxelObjective:
 def run(method: Perturbation, dims: int, *, image: Tensor | None = None, label: Tensor | None = None, seed=0) -> Tensor:
     image = images(dims) if image is None else image
     label = labels(dims) if label is None else label
-    return method(objective(dims), image, label, free(image), generator=gen(seed))
+    return method(objective(dims), image, label, free(image.shape, LEVELS), generator=gen(seed))
 
 
 def grown(label: Tensor) -> Tensor:
@@ -106,7 +96,7 @@ class TestSupport:
         for method in methods(dims):
             for label in (torch.tensor([0, 1, 2, 1]), torch.ones(4, 1, *[1] * dims, dtype=torch.uint8)):
                 with pytest.raises(ValueError, match="voxel labels"):
-                    method(objective(dims), image, label, free(image), generator=gen())
+                    method(objective(dims), image, label, free(image.shape, LEVELS), generator=gen())
 
 
 class TestMarker:
@@ -120,12 +110,12 @@ class TestMarker:
     def test_it_asks_no_network(self):
         unused = VoxelObjective(Surrogate(Never()), CROSS_ENTROPY, tile_size=(16, 14))
         image = images(2)
-        delta = LabelMarker(cell=1)(unused, image, labels(2), free(image), generator=gen())
+        delta = LabelMarker(cell=1)(unused, image, labels(2), free(image.shape, LEVELS), generator=gen())
         assert torch.equal(delta, run(LabelMarker(cell=1), 2, seed=7)) and unused.passes == 0
 
     def test_where_the_range_is_narrow_it_goes_as_far_as_it_can(self):
         image, label = images(2), torch.ones(2, 1, 16, 14, dtype=torch.uint8)
-        lattice = free(image)
+        lattice = free(image.shape, LEVELS)
         lattice.upper[..., :4] = 0
         lattice.lower[0] = -3
         delta = LabelMarker(cell=2)(objective(2), image, label, lattice, generator=gen())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lattices import CROSS_ENTROPY, gen
 from torch import Tensor, nn
 
 from monai_salm.perturbations.autoregression import REACH, processes, run
@@ -19,13 +20,8 @@ from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.targeted import ErrorMaximizing, TargetedAdversarial
 from monai_salm.surrogates import LinearClassifier, RandomView, SmallCNN, Surrogate
 
-CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 DENSE = {"mask": SparsityMask(ratio=1.0), "momentum": 0.0}
 FOUR = torch.tensor([0, 1, 0, 1])
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def lattice(image: Tensor, levels: int = 8) -> Lattice:

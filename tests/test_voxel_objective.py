@@ -12,26 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lattices import CROSS_ENTROPY, free, gen
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from monai_salm.convolution import mean_nearby
 from monai_salm.perturbations.base import frozen
-from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
 from monai_salm.surrogates import PaddedNetwork, RandomView, Surrogate, TextureReader
 
-CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 LARGE = 10**6  # a tile that holds every volume
 
 SIZES = {2: (45, 38), 3: (21, 18, 13)}
 """Divided neither by the tile nor by the stride."""
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def local_network(dims: int, classes: int = 3) -> Surrogate:
@@ -129,8 +124,7 @@ class TestTiles:
     def test_final_perturbations_are_equal_too(self, dims, scope):
         network = strided_network(dims)
         image, _, label = volumes(SIZES[dims])
-        bound = torch.full(image.shape, 8, dtype=torch.int16)
-        lattice = Lattice(-bound, bound, torch.full((2, *[1] * (dims + 1)), 1 / 255))
+        lattice = free(image.shape)
         method = SALM(mask=SparsityMask(ratio=0.2, scope=scope), steps=4)
         found = []
         for tile, halo in (((LARGE,) * dims, 0), ((8,) * dims, 16), ((8,) * dims, 0)):
@@ -256,12 +250,10 @@ class TestGuard:
     def test_perturbations_harm_it_less(self):
         network = self.networks()
         image, _, label = volumes(SIZES[2])
-        bound = torch.full(image.shape, 8, dtype=torch.int16)
-        lattice = Lattice(-bound, bound, torch.full((2, 1, 1, 1), 1 / 255))
         losses = []
         for weight in (0.0, 2.0):
             objective = VoxelObjective(network, CROSS_ENTROPY, tile_size=(64, 64), halo=2, guard_weight=weight)
-            delta = SALM(mask=SparsityMask(ratio=0.5))(objective, image, label, lattice, generator=gen())
+            delta = SALM(mask=SparsityMask(ratio=0.5))(objective, image, label, free(image.shape), generator=gen())
             losses.append(objective.guard_loss(image + delta / 255, label, gen()).sum())
         assert losses[1] < losses[0]
 
