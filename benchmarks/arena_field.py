@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from arena_cells import AGAIN, ELSEWHERE, NO_DEFENSE, WITHOUT_FIT, Cell
 from arena_data import DataSet, Part
-from kept_rows import Rows
 from methods import METHODS, UNBOUNDED, Fitted, fit, victims
 from releases import RELEASES, TURNED, Copies, separable, turned
 from setting import configured, versions
@@ -26,7 +25,7 @@ from monai_salm.verification.arms import Arm, ArmWriter, generator_of
 from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.description import described
 from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
-from monai_salm.verification.jobs import Job, run_jobs
+from monai_salm.verification.jobs import Job, Ledger, run_jobs
 from monai_salm.verification.training import Recipe, victim_digest
 from monai_salm.verification.victims import Classification
 
@@ -230,6 +229,19 @@ class Field:
             "linear_images": separable(protected, part.labels),
             "linear_delta": separable(protected - self._clean, part.labels),
         }
+
+
+class Rows(Ledger):
+    """Finished trainings with their names, without curves and weights, so that a run that was killed goes on."""
+
+    def __init__(self, path: Path, names: Mapping[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(path.parent, path.name)
+        self._names = names
+
+    def add(self, key: str, row: Mapping[str, Any], weights: bytes | None, **told: str) -> None:
+        kept = {name: value for name, value in row.items() if name != "curve"}
+        super().add(key, kept, None, training=self._names[key], **told)
 
 
 def _estimate(jobs: Mapping[Cell, Job], done: Rows, workers: int) -> str:
