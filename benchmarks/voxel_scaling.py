@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
+from unittest import mock
 
 import torch
 from monai.networks.nets import UNet
@@ -160,29 +162,18 @@ def in_fresh_process(function: Any, *arguments: Any, exact: bool = False) -> Any
     ``exact``: every larger block of memory goes back to the system when it is freed, so that the peak does not depend
     on what the allocator keeps. That costs time.
     """
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.pop(name, None)
-    if exact:
-        os.environ[name] = str(2**16)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
+    name, spawn = "MALLOC_MMAP_THRESHOLD_", multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, {name: str(2**16)}), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        if not exact:
+            del os.environ[name]
+        return pool.submit(function, *arguments).result()
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Least squares ``y = intercept + slope * x``, and the largest residual."""
-    across = torch.stack([torch.ones(len(x), dtype=torch.double), torch.tensor(x, dtype=torch.double)], 1)
-    target = torch.tensor(y, dtype=torch.double)
-    intercept, slope = torch.linalg.pinv(across) @ target
-    return {
-        "intercept": float(intercept),
-        "slope": float(slope),
-        "largest_residual": float((target - intercept - slope * across[:, 1]).abs().max()),
-    }
+    slope, intercept = linear_regression(x, y)
+    residuals = (abs(there - intercept - slope * here) for here, there in zip(x, y, strict=True))
+    return {"intercept": intercept, "slope": slope, "largest_residual": max(residuals)}
 
 
 def power(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
