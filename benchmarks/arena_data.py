@@ -25,7 +25,7 @@ from monai_salm.transforms import LoadStoredd
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas, perturbed
 
-__all__ = ["DataSet", "Part", "drawn", "load", "stratified"]
+__all__ = ["DataSet", "Part", "drawn", "load", "part_of", "stratified"]
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,16 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     if others is cohort and spare_split in ("train", split):
         raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
     tested = [case for case in cohort.cases if case.split == split]
-    train = _part(drawn(cohort, settings["train"], "train"), size)
-    test = _part(tested, size)
-    own = _part(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size)
+    train = part_of(drawn(cohort, settings["train"], "train"), size)
+    test = part_of(tested, size)
+    own = part_of(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size)
     return DataSet(tuple(cohort.classes), train, test, own)
 
 
 def _seen(cohort: Cohort, split: str, *parts: Part) -> set[str]:
     """Ids of the cases of a split whose pixels some other part has too: archives hold images twice."""
     known = {image_digest(image.stored) for part in parts for image in part.images.values()}
-    own = _part([case for case in cohort.cases if case.split == split], parts[0].size)
+    own = part_of([case for case in cohort.cases if case.split == split], parts[0].size)
     return {name for name, image in own.images.items() if image_digest(image.stored) in known}
 
 
@@ -174,7 +174,8 @@ def _colors(work: Path, settings: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _part(cases: Sequence[Case], size: tuple[int, ...]) -> Part:
+def part_of(cases: Sequence[Case], size: tuple[int, ...]) -> Part:
+    """Some cases, read once; their images have as many axes as ``size``."""
     items = [{"image": case, "label": case.label} for case in cases]
     dataset = CacheDataset(items, LoadStoredd("image", spatial_dims=len(size)), copy_cache=False, progress=False)
     return Part(dataset, size)

@@ -13,23 +13,20 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import CacheDataset
+from arena_data import Part, part_of
 from monai.utils import set_determinism
 from setting import command_line, configured, write
+from torch import Tensor
 
 from monai_salm.cohorts.demo import write_demo_export
 from monai_salm.engines import PerturbationTrainer
-from monai_salm.io import formats
 from monai_salm.io.base import Case
 from monai_salm.release.labels import Cohort, load_cohort
-from monai_salm.transforms import LoadStoredd
-from monai_salm.verification.arms import Deltas, perturbed
 from monai_salm.verification.strength import closed_gap, summarize
 from monai_salm.verification.training import train_network
 from monai_salm.verification.victims import METRIC, Classification
@@ -54,13 +51,9 @@ def halves(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     return [case for case in cases if case.group in first], [case for case in cases if case.group not in first]
 
 
-def fit(
-    work: Path, cases: Sequence[Case], values: Mapping[str, Any], surrogate: Path | None = None
-) -> PerturbationTrainer:
+def fit(work: Path, part: Part, values: Mapping[str, Any], surrogate: Path | None = None) -> PerturbationTrainer:
     """The trainer of a finished fit; what is in ``work`` is used again."""
-    items = [{"image": case, "label": case.label} for case in cases]
-    dataset = CacheDataset(items, LoadStoredd("image", spatial_dims=2), copy_cache=False, progress=False)
-    given = {"output_dir": str(work), "train::dataset": dataset}
+    given = {"output_dir": str(work), "train::dataset": part.dataset}
     given["train::trainer::surrogate_file"] = None if surrogate is None else str(surrogate)
     set_determinism(seed=values["seed"])
     trainer = configured(BUNDLE, {**values, **given}).get_parsed_content("train::trainer")
@@ -68,25 +61,18 @@ def fit(
     return trainer
 
 
-def arms(work: Path, cases: Sequence[Case], values: Mapping[str, Any]) -> tuple[dict[str, Deltas], dict[str, float]]:
-    """Perturbations of each arm, and what the fits took."""
-    (old, new), seed = halves(cases), values["seed"]
-    whole = fit(work / f"whole-{seed}", cases, values)
+def arms(
+    work: Path, train: Part, old: Part, new: Part, values: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What victims see of all training cases in each arm, and what the fits of all and of the halves took."""
+    seed, nothing = values["seed"], {name: np.zeros_like(image.stored, int) for name, image in new.images.items()}
+    whole = fit(work / f"whole-{seed}", train, values)
     first = fit(work / f"first-{seed}", old, values)
     second = fit(work / f"second-{seed}", new, values, work / f"first-{seed}" / "models" / "model.pt")
     seconds = {"one_fit": whole.seconds, "first_half": first.seconds, "second_half": second.seconds}
-    deltas = {"clean": {}, "one_fit": whole.bank, "later": {**first.bank, **second.bank}}
-    return {**deltas, "later_unprotected": first.bank}, seconds
-
-
-def seen(task: Classification, cases: Sequence[Case], deltas: Deltas) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a victim sees of the cases, with the perturbations that there are."""
-    images = []
-    for case in cases:
-        image = formats.read(case, 2)
-        delta = deltas[case.sample_id] if case.sample_id in deltas else np.zeros_like(image.stored, int)
-        images.append(task.view(perturbed(image, delta)))
-    return torch.stack(images), torch.tensor([case.label for case in cases])
+    deltas = {"clean": None, "one_fit": whole.bank, "later": {**first.bank, **second.bank}}
+    deltas["later_unprotected"] = {**first.bank, **nothing}
+    return {arm: train.seen(own) for arm, own in deltas.items()}, seconds
 
 
 def measure(cohort: Cohort, work: Path) -> dict[str, Any]:
@@ -99,26 +85,25 @@ def measure(cohort: Cohort, work: Path) -> dict[str, Any]:
     victims = {name: shipped.get_parsed_content(f"study::victims::{name}") for name in shipped["study::victims"]}
     size = tuple(shipped.get_parsed_content("spatial_size"))
     task = Classification(cohort.classes, shipped.get_parsed_content("view"), size)
-    test = seen(task, cohort.held_out, {})
+    train, test, old, new = (part_of(each, size) for each in (cohort.train, cohort.held_out, *halves(cohort.train)))
+    tested = test.seen(), test.labels
     for seed in range(SEEDS):
-        deltas, spent[seed] = arms(work, cohort.train, {**values, "seed": seed})
-        for arm, own in deltas.items():
-            train = partial(train_network, task, seed=seed, curve_points=1, **recipe)
-            data = seen(task, cohort.train, own)
+        shown, spent[seed] = arms(work, train, old, new, {**values, "seed": seed})
+        for arm, images in shown.items():
+            options = {"seed": seed, "curve_points": 1, **recipe}
             for victim, make in victims.items():
-                row = {"arm": arm, "victim": victim, "seed": seed, **train(make, data, test).row}
-                print(*(row[name] for name in COLUMNS), flush=True)
-                rows.append(row)
-    old, new = halves(cohort.train)
+                found = train_network(task, make, (images, train.labels), tested, **options)
+                rows.append({"arm": arm, "victim": victim, "seed": seed, **found.row})
+                print(*(rows[-1][name] for name in COLUMNS), flush=True)
     described, chance = summarize(rows, METRIC), task.chance
     return {
         "task": "embedded 2D cohort, brain MR slices with or without a simulated lesion",
-        "images": {"first_half": len(old), "second_half": len(new), "test": len(cohort.held_out)},
+        "images": {"first_half": len(old.labels), "second_half": len(new.labels), "test": len(test.labels)},
         "seeds": {"victims": SEEDS, "fits": SEEDS},
         "budget": str(shipped["epsilon"]),
         "chance": chance,
-        "arms": {arm: described[arm] for arm in deltas},
-        "closed_gap": {arm: closed_gap(rows, METRIC, arm, chance=chance) for arm in deltas if arm != "clean"},
+        "arms": {arm: described[arm] for arm in shown},
+        "closed_gap": {arm: closed_gap(rows, METRIC, arm, chance=chance) for arm in shown if arm != "clean"},
         "fit_seconds": spent,
         "victim_recipe": {**recipe, "augment": str(task.augment)},
         "rows": {"columns": COLUMNS, "values": [[row[name] for name in COLUMNS] for row in rows]},
