@@ -421,20 +421,8 @@ def test_study_of_voxel_labels_end_to_end(released, out, capsys):
     assert results["cohort"]["per_class"] == {"bright": 12, "dark": 12}
     assert any("leakage" in text for text in results["not_tested"])
     html = (out / "report.html").read_text()
-    for words in (
-        "Dice per class",
-        "HD95 per class",
-        "HD95 (mm)",
-        "Closed gap per class",
-        "Label leakage",
-        "Label marker",
-        "PSNR inside the foreground",
-        "borders of the labels in color",
-        "Training loss".lower(),
-        "gives away where they lie",
-        "utility_within",
-    ):
-        assert words in html, words
+    for words in ("HD95 (mm)", "PSNR inside the foreground", "borders of the labels in color", "utility_within"):
+        assert words in html, words  # what else such a report shows: test_report.py
     assert html.count("Signed difference of") == 4
     assert html.count("· bright") == len(results["utility"])
     assert "Segmentation of 12 volumes into 2 classes" in html and "Recall" not in html

@@ -215,12 +215,15 @@ def _panels(example: Example, side: int) -> dict[str, Any]:
 
 def _all_panels(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Panels of all examples at the largest size that keeps the file small."""
-    panels: list[dict[str, Any]] = []
+
+    def small(panels: list[dict[str, Any]]) -> bool:
+        return sum(len(uri) for panel in panels for _, uri, _ in panel["images"]) <= _IMAGE_BYTES
+
     for side in _SIDES:
         panels = [_panels(example, side) for example in examples]
-        if sum(len(uri) for panel in panels for _, uri, _ in panel["images"]) <= _IMAGE_BYTES:
-            return panels
-    while panels and sum(len(uri) for panel in panels for _, uri, _ in panel["images"]) > _IMAGE_BYTES:
+        if small(panels):
+            break
+    while not small(panels):
         panels.pop()
     return panels
 
