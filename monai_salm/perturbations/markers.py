@@ -16,11 +16,9 @@ from monai_salm.perturbations.voxels import require_voxel_labels
 
 def checkerboard(image: Tensor, cell: int) -> Tensor:
     """+1 and -1 in cells of ``cell`` voxels, of the shape of (B, C, *spatial) images."""
-    parity = torch.zeros(image.shape[2:], dtype=torch.long, device=image.device)
-    for axis, size in enumerate(image.shape[2:]):
-        cells = torch.arange(size, device=image.device) // cell
-        parity = parity + cells.reshape([-1 if at == axis else 1 for at in range(parity.ndim)])
-    return (1.0 - 2.0 * (parity % 2)).expand(image.shape)
+    places = (torch.arange(size, device=image.device) for size in image.shape[2:])
+    cells = torch.meshgrid(*(place // cell for place in places), indexing="ij")
+    return (1.0 - 2.0 * (sum(cells) % 2)).expand(image.shape)
 
 
 class LabelMarker(Perturbation):
