@@ -205,12 +205,8 @@ def _header(series: _Series, kind: str, physical: NDArray[np.float32]) -> Datase
     header.SpacingBetweenSlices = series.geometry.spacing[2] * series.geometry.level_step
     header.ImageOrientationPatient, header.PixelSpacing = [1, 0, 0, 0, 1, 0], [y, x]
     header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
-    header.BitsAllocated, header.BitsStored, header.PixelRepresentation = (
-        16,
-        12 if kind == "u2" else 16,
-        int(kind == "i2"),
-    )
-    header.HighBit = header.BitsStored - 1
+    header.BitsAllocated, header.BitsStored = 16, 12 if kind == "u2" else 16
+    header.HighBit, header.PixelRepresentation = header.BitsStored - 1, int(kind == "i2")
     header.RescaleSlope, header.RescaleIntercept, header.RescaleType = slope, intercept, "US"
     header.WindowCenter, header.WindowWidth = round(float(low + high) / 2), round(float(high - low))
     return header
@@ -219,10 +215,8 @@ def _header(series: _Series, kind: str, physical: NDArray[np.float32]) -> Datase
 def _identify(header: Dataset, series: _Series) -> None:
     """Whose study it is: a person who does not exist, with a name and a number as in a hospital."""
     header.SpecificCharacterSet = "ISO_IR 100"
-    header.PatientName, header.PatientID = (
-        f"Demo^Patient{series.patient:03d}",
-        f"DEMO{series.seed}-{series.patient:05d}",
-    )
+    header.PatientName = f"Demo^Patient{series.patient:03d}"
+    header.PatientID = f"DEMO{series.seed}-{series.patient:05d}"
     header.PatientBirthDate = f"{1940 + series.patient * 7 % 60}{1 + series.patient % 12:02d}15"
     header.PatientSex = "FM"[series.patient % 2]
     header.StudyDate = f"{2021 + series.study}{1 + series.patient % 12:02d}{1 + series.patient % 28:02d}"

@@ -23,6 +23,7 @@ from monai_salm.cohorts.lesions import add_lesions
 
 __all__ = ["plan", "simulate"]
 
+LESIONS = {"radius": (8, 18), "contrast": (0.22, 0.42), "noise": 0.03, "scalp": True}  # alike in slices and volumes
 GEOMETRY = {
     2: Geometry(
         dim=2,
@@ -30,10 +31,7 @@ GEOMETRY = {
         shape=(80, 96, 26),
         spacing=(2.1, 2.125, 3.0),
         level_step=4,
-        radius=(8, 18),
-        contrast=(0.22, 0.42),
-        noise=0.03,
-        scalp=True,
+        **LESIONS,
     ),
     3: Geometry(
         dim=3,
@@ -41,10 +39,7 @@ GEOMETRY = {
         shape=(48, 56, 48),
         spacing=(2.0, 2.0, 2.0),
         level_step=1,
-        radius=(8, 18),
-        contrast=(0.22, 0.42),
-        noise=0.03,
-        scalp=True,
+        **LESIONS,
     ),
 }
 DEFAULT_PATIENTS = {2: 96, 3: 160}
