@@ -34,6 +34,17 @@ def gap(cell: dict[str, Any] | None) -> str:
     return "" if not cell or cell["mean"] is None else f"{cell['mean']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
 
 
+def line(*cells: str) -> None:
+    """One line of a table."""
+    print(f"| {' | '.join(cells)} |")
+
+
+def head(*names: str) -> None:
+    """The lines that a table begins with."""
+    line(*names)
+    print(f"|{' --- |' * len(names)}")
+
+
 def demo(path: Path) -> None:
     """Arms of one kept report."""
     results = json.loads(path.read_text())
@@ -49,10 +60,10 @@ def demo(path: Path) -> None:
     columns = of_voxels(results) if results["metric"] == "dice" else of_cases()
     by_auc = results.get("closed_gap_auc")
     heads = [*columns, "closed gap", *(["closed gap, AUC"] if by_auc else [])]
-    print(f"| arm | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
+    head("arm", *heads)
     for arm, cells in results["summary"].items():
         shown = [*(show(cells) for show in columns.values()), gap(gaps.get(arm))]
-        print(f"| {arm} | {' | '.join([*shown, *([gap(by_auc.get(arm))] if by_auc else [])])} |")
+        line(arm, *shown, *([gap(by_auc.get(arm))] if by_auc else []))
 
 
 def fits(paths: Sequence[Path]) -> None:
@@ -77,7 +88,7 @@ def methods(path: Path) -> None:
     costs = ["leakage", "PSNR (in the label)", "SSIM", "passes", "s per case", "peak MiB"]
     scored = [f"{what}, {name}" for name in networks for what in ("Dice by class", "HD95")]
     heads = ["method", *networks, *scored, *costs]
-    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    head(*heads)
     for name, found in gaps.items():
         row = [name, *(gap(found["by_victim"][network]) for network in networks)]
         for network in networks:
@@ -91,7 +102,7 @@ def methods(path: Path) -> None:
             row += ["{psnr:.1f} ({psnr_foreground:.1f})".format(**kept), f"{kept['ssim']:.3f}"]
             row += [f"{fit['passes_per_case']['total']:.0f}", f"{fit['seconds_per_case']:.1f}"]
             row.append("" if fit["peak_memory_mib"] is None else f"{fit['peak_memory_mib']:.0f}")
-        print("| " + " | ".join(row + [""] * (len(heads) - len(row))) + " |")
+        line(*row, *[""] * (len(heads) - len(row)))
 
 
 def of_cases() -> dict[str, Column]:
@@ -119,16 +130,17 @@ def arena(board: Board, level: str) -> None:
     """Closed gaps of each method by victim at one budget."""
     clean = board.of(method="clean", defense=NO_DEFENSE, release=PLAIN)
     victims = list(dict.fromkeys(row["victim"] for row in clean))
-    print(f"\n| method | {' | '.join(victims)} | PSNR | passes |\n|{' --- |' * (len(victims) + 3)}")
+    print()
+    head("method", *victims, "PSNR", "passes")
     learned = [[row[METRIC] for row in clean if row["victim"] == victim] for victim in victims]
     shown = (spread({"mean": mean(each), "std": stdev(each)}) for each in learned)
-    print(f"| clean | {' | '.join(shown)} |  |  |")
+    line("clean", *shown, "", "")
     for row in board.ranking:
         if row["level"] == level and (found := board.gap(level, row["method"])):
             gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
-            print(f"| {row['method']} | {' | '.join(gaps)} | {row['psnr']:.1f} | {row['passes']:.1f} |")
+            line(row["method"], *gaps, f"{row['psnr']:.1f}", f"{row['passes']:.1f}")
             gaps = (gap(found["by_auc"].get("by_victim", {}).get(victim)) for victim in victims)
-            print(f"| {row['method']}, by AUC | {' | '.join(gaps)} |  |  |")
+            line(f"{row['method']}, by AUC", *gaps, "", "")
 
 
 def resistance(board: Board, method: str) -> None:
@@ -142,12 +154,12 @@ def resistance(board: Board, method: str) -> None:
     victims = list(dict.fromkeys(victim for part in others for victim in part["by_victim"]))
     if not victims:
         return
-    heads = [*victims, *(f"{victim}, AUC" for victim in victims)]
-    print(f"\n| third party | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
+    print()
+    head("third party", *victims, *(f"{victim}, AUC" for victim in victims))
     for name, part in found.items():
         unsure = "" if part["conclusive"] else "?"
         gaps = [kind["by_victim"][victim] for kind in (part, part["by_auc"]) for victim in victims]
-        print(f"| {name} | {' | '.join(unsure + gap(each) for each in gaps)} |")
+        line(name, *(unsure + gap(each) for each in gaps))
     standard = [found[each.name] for each in DEFENSES if each.standard and each.name in found]
     if standard:
         means = (
