@@ -31,14 +31,18 @@ class Killed(BaseException):
     """Stands for a kill between two rounds."""
 
 
+def stored(image: torch.Tensor, name: str, codec: StoredCodec | None = None) -> MetaTensor:
+    """A stored image as LoadStored gives it."""
+    codec = codec or StoredCodec("uint8", (0.0, 255.0))
+    return MetaTensor(image, meta={"sample_id": name, "stored_codec": codec.to_meta(), "intensity": "stored"})
+
+
 def cases(count: int = 10, shapes=((12, 12), (10, 14)), label=lambda at: at % 2) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
-    codec = StoredCodec("uint8", (0.0, 255.0)).to_meta()
     items = []
     for at in range(count):
-        stored = torch.randint(120, 136, (1, *shapes[at % len(shapes)]), generator=generator).to(torch.uint8)
-        meta = {"sample_id": f"case-{at}", "stored_codec": codec, "intensity": "stored"}
-        items.append({"image": MetaTensor(stored, meta=meta), "label": label(at)})
+        image = torch.randint(120, 136, (1, *shapes[at % len(shapes)]), generator=generator).to(torch.uint8)
+        items.append({"image": stored(image, f"case-{at}"), "label": label(at)})
     return items
 
 
@@ -258,9 +262,8 @@ def test_cases_that_are_stored_alike_are_read_together_as_one_by_one(dtype):
     codec = StoredCodec(dtype, (20.0, 200.0), padding=(90.0, 95.0))
     items = cases(3, shapes=((5, 7),))
     for at, item in enumerate(items):
-        stored = torch.randint(0, 256, (1, 5, 7), generator=torch.Generator().manual_seed(at))
-        meta = item["image"].meta | {"stored_codec": codec.to_meta()}
-        item["image"] = MetaTensor(stored.to(getattr(torch, dtype)), meta=meta)
+        image = torch.randint(0, 256, (1, 5, 7), generator=torch.Generator().manual_seed(at))
+        item["image"] = stored(image.to(getattr(torch, dtype)), f"case-{at}", codec)
     read = Cases(items, Budget.parse("8/255"), torch.device("cpu"))
     image, label, lattice = read.read([0, 2], Budget.parse("8/255"))
     assert label.tolist() == [0, 0] and lattice.lower.any()
@@ -431,12 +434,7 @@ class TestVoxelLabels:
 
 
 def patches(image: torch.Tensor, label: torch.Tensor, size: tuple[int, ...], *, coded: bool = False) -> Patches:
-    meta = {
-        "sample_id": "one",
-        "stored_codec": StoredCodec("uint8", (0.0, 255.0)).to_meta(),
-        "intensity": "stored",
-    }
-    dataset = [{"image": MetaTensor(image, meta=meta), "label": label}]
+    dataset = [{"image": stored(image, "one"), "label": label}]
     return Patches(Cases(dataset, Budget.parse("8/255"), torch.device("cpu")), size, coded=coded, seed=0)
 
 
@@ -521,13 +519,12 @@ def sliced_cases(count: int = 6) -> list[dict]:
     """Volumes of three slices with slopes of their own, the brightest slice with the finest steps."""
     generator = torch.Generator().manual_seed(0)
     slices = SliceScaling(2, (0.05, 0.1, 0.5), (0.0, 0.0, 10.0))
-    codec = StoredCodec("int16", (0.0, 200.0), 0.05, slices=slices).to_meta()
+    codec = StoredCodec("int16", (0.0, 200.0), 0.05, slices=slices)
     items = []
     for at in range(count):
         physical = 60 + 20 * torch.rand((1, 8, 9, 3), generator=generator)
-        stored = (physical / torch.tensor([0.05, 0.1, 0.5])).round().to(torch.int16)
-        meta = {"sample_id": f"case-{at}", "stored_codec": codec, "intensity": "stored"}
-        items.append({"image": MetaTensor(stored, meta=meta), "label": at % 2})
+        image = (physical / torch.tensor([0.05, 0.1, 0.5])).round().to(torch.int16)
+        items.append({"image": stored(image, f"case-{at}", codec), "label": at % 2})
     return items
 
 

@@ -73,6 +73,13 @@ def make_results(rows: list[dict[str, Any]] | None = None, **changes: Any) -> di
     return build_results(**{**parts, **changes})
 
 
+def set_metric(rows: list[dict[str, Any]], value: float, **which: str) -> None:
+    """Give all rows of an arm, a victim, or both, another value."""
+    for row in rows:
+        if which.items() <= row.items():
+            row[METRIC] = value
+
+
 def verdict_of(rows: list[dict[str, Any]], **changes: Any) -> tuple[str, str]:
     parts = {"chance": 0.5, "fidelity": FIDELITY, "budget": BUDGET, **changes}
     decision = decide(rows, METRIC, **parts)
@@ -102,9 +109,7 @@ def test_closed_gap_averages_blind_per_victim() -> None:
 def test_closed_gap_weighs_victims_equally() -> None:
     rows = make_rows({"protected": 0.9})
     rows += [{**r, "victim": "many", "seed": s} for s in range(30) for r in rows[:: len(rows) // 5][:5]]
-    for row in rows:
-        if row["victim"] == "many" and row["arm"] == "protected":
-            row[METRIC] = 0.5
+    set_metric(rows, 0.5, victim="many", arm="protected")
     assert closed_gap(rows, METRIC)["mean"] == pytest.approx(1 / 3)
 
 
@@ -141,9 +146,7 @@ def test_interval_contains_mean_and_is_deterministic() -> None:
 
 def test_interval_covers_disagreement_between_victims() -> None:
     rows = make_rows()
-    for row in rows:
-        if row["arm"] == "protected" and row["victim"] == "net1":
-            row[METRIC] = 0.9
+    set_metric(rows, 0.9, victim="net1", arm="protected")
     found = closed_gap(rows, METRIC)
     assert found["mean"] == pytest.approx(0.5)
     assert found["low"] == pytest.approx(0.0) and found["high"] == pytest.approx(1.0)
@@ -221,9 +224,7 @@ def test_verdict_follows_levels(levels: dict[str, float], verdict: str, words: s
 def test_the_verdict_names_who_loses_least() -> None:
     rows = make_rows()
     assert {row["victim"] for row in rows} == {"net0", "net1"}
-    for row in rows:
-        if (row["arm"], row["victim"]) == ("protected", "net1"):
-            row[METRIC] = 0.6
+    set_metric(rows, 0.6, victim="net1", arm="protected")
     verdict, reason = verdict_of(rows)
     assert verdict == "protected" and "lose 88 % of what clean images teach them on average, net1 75 % (" in reason
     helped = make_rows({"clean": 0.8, "random_noise": 0.8, "protected": 0.9})
@@ -232,9 +233,7 @@ def test_the_verdict_names_who_loses_least() -> None:
 
 def test_one_victim_that_did_not_learn_makes_it_inconclusive() -> None:
     rows = make_rows(victims=4)
-    for row in rows:
-        if row["arm"] == "clean" and row["victim"] == "net3":
-            row[METRIC] = 0.55
+    set_metric(rows, 0.55, victim="net3", arm="clean")
     verdict, reason = verdict_of(rows)
     assert verdict == "inconclusive"
     assert "net3" in reason
@@ -254,9 +253,7 @@ def test_missing_control_is_inconclusive_unless_switched_off() -> None:
 
 def test_good_mean_with_wide_interval_is_inconclusive() -> None:
     rows = make_rows(victims=3)
-    for row in rows:
-        if row["arm"] == "protected" and row["victim"] == "net2":
-            row[METRIC] = 0.84
+    set_metric(rows, 0.84, victim="net2", arm="protected")
     rules = {"protected_above_chance": None}
     verdict, reason = verdict_of(rows, rules=VerdictRules(**rules, closed_gap_per_victim=None))
     assert verdict == "inconclusive" and "lower bound" in reason
@@ -265,11 +262,10 @@ def test_good_mean_with_wide_interval_is_inconclusive() -> None:
 
 
 def test_metric_above_chance_is_not_protected() -> None:
-    verdict, reason = verdict_of(make_rows({"protected": 0.66, "blind": 0.65, "clean": 0.95, "random_noise": 0.95}))
+    rows = make_rows({"protected": 0.66, "blind": 0.65, "clean": 0.95, "random_noise": 0.95})
+    verdict, reason = verdict_of(rows)
     assert verdict == "not protected" and "chance" in reason
-    assert verdict_of(make_rows({"protected": 0.66, "blind": 0.65, "clean": 0.95, "random_noise": 0.95}), chance=None)[
-        0
-    ] == ("protected")
+    assert verdict_of(rows, chance=None)[0] == "protected"
 
 
 @pytest.mark.parametrize(
