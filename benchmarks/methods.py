@@ -34,16 +34,14 @@ CNN = {
 }
 """A convolutional network as surrogate: what methods are published with that minimize or maximize a network's loss."""
 NO_SURROGATE = {"mask_ratio": 1.0, "rounds": 1, "surrogate_steps": 0, "transplant": False}
+PLAIN_STEPS = {**CNN, "mask_ratio": 1.0, "psnr": None, "transplant": False, "perturbation::momentum": 0.0}
+"""Signed steps in every voxel against such a network, which sees the images themselves."""
 EM_AS_PUBLISHED = {
-    **CNN,
-    "mask_ratio": 1.0,
-    "psnr": None,
-    "transplant": False,
+    **PLAIN_STEPS,
     "rounds": 15,
     "surrogate_steps": 20,
     "perturbation_steps": 20,
     "perturbation::step_size": 0.1,
-    "perturbation::momentum": 0.0,
     "perturbation::refresh": "call",
 }
 """Alternating min-min steps with the 20 plain sign steps of a tenth of the budget of arXiv 2101.04898; surrogate and
@@ -69,22 +67,9 @@ def _pattern(name: str, **options: Any) -> Method:
 
 
 def _on_clean_images(name: str, steps: int, step_size: float, **overrides: Any) -> Method:
-    """Plain signed steps in every voxel, against a surrogate that one round trained on the clean images."""
-    return Method(
-        {
-            **CNN,
-            "mask_ratio": 1.0,
-            "psnr": None,
-            "transplant": False,
-            "rounds": 1,
-            "surrogate_steps": 600,
-            "perturbation_steps": steps,
-            "perturbation::_target_": f"monai_salm.perturbations.{name}",
-            "perturbation::step_size": step_size,
-            "perturbation::momentum": 0.0,
-            **overrides,
-        }
-    )
+    """Plain steps against a surrogate that one round trained on the clean images."""
+    fit = {"rounds": 1, "surrogate_steps": 600, "perturbation_steps": steps, "perturbation::step_size": step_size}
+    return Method({**PLAIN_STEPS, **fit, "perturbation::_target_": f"monai_salm.perturbations.{name}", **overrides})
 
 
 LINEAR = {
