@@ -109,7 +109,7 @@ def removed(copies: Copies, steps: int = 400, batch: int = 16) -> Tensor:
 
 
 def turned(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of the images with their first two axes swapped, and whether they are: another labelling of the same images.
+    """Half of the images with their first two axes swapped, and whether they are: another labeling of the same images.
 
     Flips, which victims are augmented with, do not change the answer.
     """

@@ -44,7 +44,7 @@ Deltas = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """Labelled images in a scratch file, so that worker processes share them and memory need not hold all arms.
+    """Labeled images in a scratch file, so that worker processes share them and memory need not hold all arms.
 
     Args:
         path: raw float32 values.
@@ -100,7 +100,7 @@ class ArmWriter:
 
 @dataclass(frozen=True)
 class Volume:
-    """One labelled image.
+    """One labeled image.
 
     Args:
         image: (1, *spatial) unit intensities.
@@ -151,7 +151,7 @@ class VolumeArm:
 
 
 class VolumeWriter:
-    """Writes an arm of labelled images of any size, one at a time.
+    """Writes an arm of labeled images of any size, one at a time.
 
     Args:
         path: file to create; labels go to a second one beside it.

@@ -218,7 +218,7 @@ def image_panel(image: np.ndarray, side: int, label: np.ndarray | None = None) -
 
 
 def _outline(classes: np.ndarray) -> np.ndarray:
-    """True in labelled pixels that have a neighbor of another class, or none."""
+    """True in labeled pixels that have a neighbor of another class, or none."""
     padded = np.pad(classes, 1, constant_values=0)
     height, width = classes.shape
     around = [padded[1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0))]

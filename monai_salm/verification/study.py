@@ -69,7 +69,7 @@ class VictimStudy:
     arm.
 
     Args:
-        cohort: the labelled cases.
+        cohort: the labeled cases.
         output_dir: folder of the release: ``protected/`` and its manifest are read, the report is written.
         spatial_dims: 2 or 3.
         spatial_size: size of the victims' input in voxels. In classification images are resized to it once; in
@@ -81,7 +81,7 @@ class VictimStudy:
         epochs, batch_size, learning_rate, weight_decay: see
             :py:func:`monai_salm.verification.training.train_network`.
         augment: random views of the training images; classification.
-        transforms: makes training patches of a labelled image, such as a ``Compose`` of random crops and MONAI's usual
+        transforms: makes training patches of a labeled image, such as a ``Compose`` of random crops and MONAI's usual
             augmentation; segmentation, see :py:class:`monai_salm.verification.segmenters.Segmentation`.
         resample: voxel size of the study relative to the files'; segmentation.
         controls: further arms, as perturbations by ``sample_id``, such as ``{"random_mask": bank}``.

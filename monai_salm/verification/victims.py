@@ -26,7 +26,7 @@ __all__ = ["METRIC", "Classification", "evaluate", "scores"]
 METRIC = "balanced_accuracy"
 """Headline metric of classification."""
 
-Labelled = tuple[Tensor, Tensor]
+Labeled = tuple[Tensor, Tensor]
 """(N, C, *spatial) unit intensities and (N,) class indices."""
 
 
@@ -73,23 +73,23 @@ class Classification(Task):
     def truth(self, case: Case, mask: np.ndarray | None, spacing: tuple[float, ...]) -> int:
         return case.label
 
-    def probe(self, data: Labelled) -> Tensor:
+    def probe(self, data: Labeled) -> Tensor:
         return data[0][:2]
 
-    def count(self, data: Labelled) -> int:
+    def count(self, data: Labeled) -> int:
         return len(data[0])
 
-    def part(self, data: Labelled, cases: Sequence[int]) -> Labelled:
+    def part(self, data: Labeled, cases: Sequence[int]) -> Labeled:
         index = torch.as_tensor(cases, dtype=torch.long)
         return data[0][index], data[1][index]
 
-    def joined(self, data: Labelled, more: Labelled) -> Labelled:
+    def joined(self, data: Labeled, more: Labeled) -> Labeled:
         return torch.cat([data[0], more[0]]), torch.cat([data[1], more[1]])
 
-    def mapped(self, data: Labelled, change: Callable[[Tensor], Tensor]) -> Labelled:
+    def mapped(self, data: Labeled, change: Callable[[Tensor], Tensor]) -> Labeled:
         return torch.stack([change(image) for image in data[0]]), data[1]
 
-    def batches(self, data: Labelled, seed: int, device: torch.device) -> Batches:
+    def batches(self, data: Labeled, seed: int, device: torch.device) -> Batches:
         images, labels = data[0].to(device), data[1].to(device)
 
         def batch(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class Classification(Task):
         right = (output.detach().argmax(1) == truth).float().mean()
         return {"train_loss": F.cross_entropy(output, truth), "train_accuracy": right}
 
-    def evaluate(self, network: nn.Module, data: Labelled, batch_size: int, *, full: bool = True) -> dict[str, Any]:
+    def evaluate(self, network: nn.Module, data: Labeled, batch_size: int, *, full: bool = True) -> dict[str, Any]:
         return scores(evaluate(network, data[0], batch_size), data[1], self.classes)
 
 
