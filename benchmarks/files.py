@@ -33,6 +33,7 @@ from monai_salm.io import worker
 from monai_salm.release.catalog import scan
 from monai_salm.release.labels import Cohort
 from monai_salm.release.protect import ManifestRow, protect_cohort
+from monai_salm.verification.results import write_atomically
 
 CODECS: dict[str, tuple[str, dict[str, str]]] = {
     "native": (uid.ExplicitVRLittleEndian, {}),
@@ -332,8 +333,7 @@ def main() -> None:
     codec_versions = {name: version(name) for name in ("pydicom", "pyjpegls", "pylibjpeg-openjpeg", "pylibjpeg-rle")}
     kept |= {"machine": machine(), "versions": versions() | codec_versions}
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(kept, indent=1) + "\n")
+        write_atomically(json.dumps(kept, indent=1) + "\n", options.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from monai_salm.verification.results import build_results
+from monai_salm.verification.results import build_results, write_atomically
 from monai_salm.verification.verdict import VerdictRules
 
 
@@ -32,8 +32,7 @@ def write(results: dict[str, Any], output: Path) -> None:
     for row in results["arms"]:
         row.pop("curve", None)
     results["cohort"].pop("refused", None)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    write_atomically(json.dumps(results, indent=1) + "\n", output)
 
 
 if __name__ == "__main__":
