@@ -205,6 +205,17 @@ def test_inspect_shows_names_without_control_codes(run, export):
     assert "\x1b" not in out and "evil" in out
 
 
+def test_inspect_needs_neither_an_open_screen_nor_one_that_has_all_letters(export):
+    (export / "prénom.txt").write_text("x")
+    command = [sys.executable, "-m", "monai_salm", "inspect", export, "--dim", "3", "--names"]
+    ascii_only = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}, "cwd": ROOT, "timeout": 120}
+    done = subprocess.run(command, capture_output=True, text=True, **ascii_only)
+    assert done.returncode == cli.NOT_PROTECTED and r"pr\xe9nom.txt" in done.stdout and not done.stderr
+    closed = ["bash", "-c", '"$@" >&-', "-", *command]
+    done = subprocess.run(closed, capture_output=True, text=True, **ascii_only)
+    assert (done.returncode, done.stdout, done.stderr) == (cli.NOT_PROTECTED, "", "")
+
+
 def test_inspect_works_without_labels_and_says_so(run, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "CT").write_bytes(Path(get_testdata_file("CT_small.dcm", download=False)).read_bytes())

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -45,6 +46,7 @@ __all__ = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    _open_streams()
     options = parser().parse_args(arguments)
     _quiet_logs(options.debug)
     umask = os.umask(0o077)
@@ -65,6 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     finally:
         os.umask(umask)
+
+
+def _open_streams() -> None:
+    """Standard streams that take all that is written: a closed one leads nowhere, and a letter that the screen's
+    encoding does not have is written as its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
