@@ -18,6 +18,7 @@ from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
 from monai_salm.cli.arguments import setting
+from monai_salm.cli.codes import UNREAD
 from monai_salm.release import labels, lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,6 +215,27 @@ def test_inspect_needs_neither_an_open_screen_nor_one_that_has_all_letters(expor
     closed = ["bash", "-c", '"$@" >&-', "-", *command]
     done = subprocess.run(closed, capture_output=True, text=True, **ascii_only)
     assert (done.returncode, done.stdout, done.stderr) == (cli.NOT_PROTECTED, "", "")
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly_and_as_no_bad_result(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    shown = "at_verify=$__import__('rich.console').console.Console().print('x')"  # as the study does
+    protect = ("protect", export, tmp_path / "new", "--bundle", stub, "--set", shown)
+    inspect, verify = ("inspect", export, "--dim", "3"), ("verify", out, "--files-only")
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    for unbuffered, commands in (("", (["--help"], verify)), ("1", (inspect, verify, protect))):
+        for command in commands:
+            reads, writes = os.pipe()
+            os.close(reads)
+            done = subprocess.run(
+                [sys.executable, "-m", "monai_salm", *command],
+                **{"stdout": writes, "stderr": subprocess.PIPE, "text": True, "timeout": 240},
+                **{"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered}},
+            )
+            os.close(writes)
+            assert done.returncode == UNREAD, (command, done.stderr)
+            assert "Traceback" not in done.stderr and "monai-salm: " not in done.stderr
 
 
 def test_inspect_works_without_labels_and_says_so(run, tmp_path):

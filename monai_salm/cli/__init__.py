@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import os
@@ -25,7 +26,9 @@ from monai_salm.cli.codes import (
     INTERRUPTED,
     LOCKED,
     NOT_PROTECTED,
+    UNREAD,
     exit_code,
+    pipe_broke,
     say,
     say_where,
     sentence,
@@ -47,12 +50,27 @@ __all__ = [
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     _open_streams()
-    options = parser().parse_args(arguments)
+    try:
+        try:
+            return _run(parser().parse_args(arguments))
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        if not pipe_broke(error):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        return UNREAD
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a command; the exit code, also of an error."""
     _quiet_logs(options.debug)
     umask = os.umask(0o077)
     try:
         with _ending_as_interrupted():
             return options.command(options)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         say("interrupted; what is finished is kept. Run the same command again to go on")
         return INTERRUPTED

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, LOCKED, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 5, 130, 141
 EXIT_CODES = """\
 exit codes:
   0    done: everything is protected, and verified where asked
@@ -19,6 +19,7 @@ exit codes:
   4    a file of OUT is not what was written, is missing, or does not belong; share nothing of the folder
   5    another process writes into OUT
   130  interrupted; the same command goes on
+  141  what reads the output (such as 'head') has ended before the command; the same command goes on
 """
 
 
@@ -44,6 +45,11 @@ def sentence(error: Exception, options: argparse.Namespace) -> str:
         named = {str(value) for value in vars(options).values() if isinstance(value, Path)}
         return f"{error.strerror}: {error.filename}" if str(error.filename) in named else error.strerror
     return str(error)
+
+
+def pipe_broke(error: BaseException) -> bool:
+    """Whether nobody reads the output any more; rich makes an exit of that."""
+    return isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
 
 
 def say_where(error: Exception) -> None:

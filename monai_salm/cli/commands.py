@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monai_salm.cli.codes import DONE, FAILED, INTEGRITY, NOT_PROTECTED, say
+from monai_salm.cli.codes import DONE, FAILED, INTEGRITY, NOT_PROTECTED, pipe_broke, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -273,6 +273,8 @@ def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> in
     try:
         run_bundle(bundle, stages, overrides)
     except SystemExit as stop:
+        if pipe_broke(stop):
+            raise
         if isinstance(stop.code, str):
             say(stop.code)
             return FAILED
