@@ -343,6 +343,23 @@ def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, st
     assert_refused(run("protect", export, out, "--bundle", stub, "--set", "train::nope=1"), "'train::nope'")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "option"),
+    [
+        ("epsilon=1/255", ("--epsilon", "1/255")),
+        ("mask_ratio=0.1", ("--mask-ratio", "0.2")),
+        ("rename=false", ("--rename",)),
+        ("window=[0, 1]", ("--window", "0", "2")),
+        ("require_deidentified=false", ("--require-deidentified",)),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused(run, started, export, tmp_path, chosen, option):
+    command = ("protect", export, tmp_path / "out", "--no-verify", "--set", chosen)
+    assert run(*command)[0] == cli.DONE
+    assert_refused(run(*command, *option), chosen.partition("=")[0], "by --set and by an option")
+    assert len(started) == 1
+
+
 def test_constant_and_broken_images_are_refused_with_a_reason(run, tmp_path):
     import nibabel as nib
 
@@ -383,6 +400,7 @@ def test_verify_hands_the_defenses_to_the_study(run, export, stub, tmp_path, mon
         run("verify", out, *arguments)
     assert given == [None, "standard"]
     assert run("verify", out, "--defenses", "some")[0] == cli.BAD_INPUT
+    assert_refused(run("verify", out, "--defenses", "full", "--set", "defenses=blur"), "leave one of the two out")
 
 
 def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path):

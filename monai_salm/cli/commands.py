@@ -97,7 +97,7 @@ def protect(options: argparse.Namespace) -> int:
     voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
     spatial_dims = _dim(options, voxelwise)
     bundle = options.bundle or workflows.bundle_for(spatial_dims, voxelwise)
-    overrides = dict(options.set) | workflows.protect_overrides(
+    said = workflows.protect_overrides(
         options.export,
         options.out,
         labels=options.labels,
@@ -109,6 +109,7 @@ def protect(options: argparse.Namespace) -> int:
         require_deidentified=options.require_deidentified or None,
         rename=options.rename or None,
     )
+    overrides = _both(options, said)
     if options.like:
         bundle, overrides = workflows.like_overrides(options.like, overrides)
     workflows.check_same_fit(options.out, bundle, overrides)
@@ -137,6 +138,18 @@ def protect(options: argparse.Namespace) -> int:
     if options.push:
         say("not sent, for the reasons above; 'monai-salm push' sends what is there")
     return code
+
+
+def _both(options: argparse.Namespace, said: dict[str, Any]) -> dict[str, Any]:
+    """What ``--set`` says, and what options of their own ``said``.
+
+    Raises:
+        ValueError: When both say the same setting.
+    """
+    chosen = dict(options.set)
+    if twice := sorted(chosen.keys() & said.keys()):
+        raise ValueError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of the two out")
+    return chosen | said
 
 
 def _name_settings(error: BaseException, out: Path, bundle: str, overrides: dict[str, Any]) -> None:
@@ -222,8 +235,8 @@ def verify(options: argparse.Namespace) -> int:
     export = options.export or Path(overrides.get("dataset_dir", ""))
     if not export.exists():
         raise ValueError(f"the export is not at {export}; name its folder with --export")
-    overrides |= dict(options.set) | workflows.protect_overrides(export, options.out, labels=options.labels)
-    overrides |= {"defenses": options.defenses} if options.defenses else {}
+    said = workflows.protect_overrides(export, options.out, labels=options.labels)
+    overrides |= _both(options, said | ({"defenses": options.defenses} if options.defenses else {}))
     return _outcome(options.out, _stages(bundle, workflows.VERIFY, overrides), verified=True)
 
 
