@@ -31,6 +31,7 @@ ROOMS = (
     "perturbations",
     "similarity",
     "convolution",
+    "errors",
     "cohorts",
 )
 """From the top floor down: a room may import from itself and from those below it."""
@@ -44,6 +45,7 @@ UNKNOWN_TO = {
     "surrogates": ("pydicom", "nibabel", "pathlib"),
     "similarity": ("monai", "pydicom", "nibabel", "pathlib"),
     "convolution": ("monai", "pydicom", "nibabel", "pathlib"),
+    "errors": ("monai", "torch", "numpy", "pydicom", "nibabel", "pathlib"),
     "stored": ("monai", "pydicom", "nibabel"),
     "perturbations": ("monai", "pydicom", "nibabel", "pathlib"),
 }

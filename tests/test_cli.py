@@ -18,7 +18,7 @@ from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
 from monai_salm.cli.arguments import setting
-from monai_salm.cli.codes import UNREAD
+from monai_salm.cli.codes import BAD_INPUT, DONE, FAILED, INTEGRITY, INTERRUPTED, LOCKED, NOT_PROTECTED, UNREAD
 from monai_salm.release import labels, lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def assert_refused(result: tuple[int, str, str], *words: str) -> None:
     """Bad input: code 2 and one sentence that has the words, without a traceback."""
     code, _, err = result
     said = [line for line in err.splitlines() if line.startswith("monai-salm: ")]
-    assert code == cli.BAD_INPUT, err
+    assert code == BAD_INPUT, err
     assert "Traceback" not in err and len(said) == 1, err
     for word in words:
         assert word in said[0]
@@ -140,9 +140,9 @@ def test_answers_without_heavy_imports(arguments, tmp_path):
 
 def test_usage_errors_exit_with_2(run, export):
     for arguments in ([], ["fly"], ["protect", export], ["protect", export, "out", "--dim", "4"]):
-        assert run(*arguments)[0] == cli.BAD_INPUT
+        assert run(*arguments)[0] == BAD_INPUT
     code, _, err = run("protect", export, "out", "--dim", "2", "--bundle", "salm_2d_classification")
-    assert code == cli.BAD_INPUT and "not allowed with" in err
+    assert code == BAD_INPUT and "not allowed with" in err
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_set_reads_values_as_json_or_python_else_as_text(text, value):
 
 @pytest.mark.parametrize("text", ["epochs", "=3", "output_dir=/tmp/x", "dataset_dir=/tmp/x"])
 def test_set_refuses_what_is_no_setting(run, export, tmp_path, text):
-    assert run("protect", export, tmp_path / "out", "--set", text)[0] == cli.BAD_INPUT
+    assert run("protect", export, tmp_path / "out", "--set", text)[0] == BAD_INPUT
 
 
 # ----------------------------------------------------------------------- inspect
@@ -163,10 +163,10 @@ def test_set_refuses_what_is_no_setting(run, export, tmp_path, text):
 
 def test_inspect_counts_cases_by_class_and_split(run, export):
     code, out, _ = run("inspect", export, "--dim", 3)
-    assert code == cli.DONE
+    assert code == DONE
     assert "4 cases of 4 patients: 4 nifti, in 4 files; no test split, verification holds 2 back" in out
     code, out, _ = run("inspect", write_npz(export.parent / "m.npz"))
-    assert code == cli.DONE and [cell.strip() for cell in out.splitlines()[2].split("┃")[1:-1]] == [
+    assert code == DONE and [cell.strip() for cell in out.splitlines()[2].split("┃")[1:-1]] == [
         "class",
         "train",
         "val",
@@ -179,9 +179,9 @@ def test_inspect_lists_refusals_with_reason_name_and_fix(run, export):
     (export / "Notes on Jane.txt").write_text("x")
     write_series(export / "S1", "one")
     code, out, err = run("inspect", export, "--dim", 3)
-    assert code == cli.NOT_PROTECTED and "Jane" not in out + err and "case-" in out
+    assert code == NOT_PROTECTED and "Jane" not in out + err and "case-" in out
     code, out, err = run("inspect", export, "--dim", 3, "--names")
-    assert code == cli.NOT_PROTECTED
+    assert code == NOT_PROTECTED
     assert "2 refused: 1 no_label, 1 unknown_file" in out
     assert (
         "Notes on Jane.txt" in out and "neither DICOM nor NIfTI" in out and "has no row for this case; add one" in out
@@ -211,15 +211,15 @@ def test_inspect_needs_neither_an_open_screen_nor_one_that_has_all_letters(expor
     command = [sys.executable, "-m", "monai_salm", "inspect", export, "--dim", "3", "--names"]
     ascii_only = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}, "cwd": ROOT, "timeout": 120}
     done = subprocess.run(command, capture_output=True, text=True, **ascii_only)
-    assert done.returncode == cli.NOT_PROTECTED and r"pr\xe9nom.txt" in done.stdout and not done.stderr
+    assert done.returncode == NOT_PROTECTED and r"pr\xe9nom.txt" in done.stdout and not done.stderr
     closed = ["bash", "-c", '"$@" >&-', "-", *command]
     done = subprocess.run(closed, capture_output=True, text=True, **ascii_only)
-    assert (done.returncode, done.stdout, done.stderr) == (cli.NOT_PROTECTED, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (NOT_PROTECTED, "", "")
 
 
 def test_output_that_nobody_reads_ends_a_command_quietly_and_as_no_bad_result(run, export, stub, tmp_path):
     out = tmp_path / "out"
-    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
     shown = "at_verify=$__import__('rich.console').console.Console().print('x')"  # as the study does
     protect = ("protect", export, tmp_path / "new", "--bundle", stub, "--set", shown)
     inspect, verify = ("inspect", export, "--dim", "3"), ("verify", out, "--files-only")
@@ -230,8 +230,12 @@ def test_output_that_nobody_reads_ends_a_command_quietly_and_as_no_bad_result(ru
             os.close(reads)
             done = subprocess.run(
                 [sys.executable, "-m", "monai_salm", *command],
-                **{"stdout": writes, "stderr": subprocess.PIPE, "text": True, "timeout": 240},
-                **{"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered}},
+                stdout=writes,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=240,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered},
             )
             os.close(writes)
             assert done.returncode == UNREAD, (command, done.stderr)
@@ -242,7 +246,7 @@ def test_inspect_works_without_labels_and_says_so(run, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "CT").write_bytes(Path(get_testdata_file("CT_small.dcm", download=False)).read_bytes())
     code, out, _ = run("inspect", tmp_path / "in")
-    assert code == cli.DONE and "1 cases of 1 patients: 1 dicom" in out and "No label table" in out
+    assert code == DONE and "1 cases of 1 patients: 1 dicom" in out and "No label table" in out
 
 
 def test_inspect_shows_what_was_found_before_it_complains_of_labels(run, export):
@@ -254,9 +258,9 @@ def test_inspect_shows_what_was_found_before_it_complains_of_labels(run, export)
 
 def test_inspect_reads_real_files(run, data_dir):
     code, out, _ = run("inspect", data_dir / "pneumoniamnist.npz", "--labels", data_dir / "nope.csv")
-    assert code == cli.BAD_INPUT
+    assert code == BAD_INPUT
     code, out, _ = run("inspect", data_dir / "dicom_awkward")
-    assert code == cli.NOT_PROTECTED and "duplicate_uid" in out and "unsupported_photometric" in out
+    assert code == NOT_PROTECTED and "duplicate_uid" in out and "unsupported_photometric" in out
 
 
 # --------------------------------------------------------------------- bad input
@@ -355,7 +359,7 @@ def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, st
 )
 def test_a_setting_that_is_given_twice_is_refused(run, started, export, tmp_path, chosen, option):
     command = ("protect", export, tmp_path / "out", "--no-verify", "--set", chosen)
-    assert run(*command)[0] == cli.DONE
+    assert run(*command)[0] == DONE
     assert_refused(run(*command, *option), chosen.partition("=")[0], "by --set and by an option")
     assert len(started) == 1
 
@@ -368,7 +372,7 @@ def test_constant_and_broken_images_are_refused_with_a_reason(run, tmp_path):
     nib.save(nib.Nifti1Image(np.full((5, 5, 5), 7, np.int16), np.eye(4)), folder / "flat.nii")
     (folder / "torn.nii").write_bytes((folder / "good.nii").read_bytes()[:500])
     code, out, _ = run("inspect", folder, "--dim", 3, "--names")
-    assert code == cli.NOT_PROTECTED and "flat.nii" in out and "torn.nii" in out and "1 cases" in out
+    assert code == NOT_PROTECTED and "flat.nii" in out and "torn.nii" in out and "1 cases" in out
 
 
 # --------------------------------------------------- protect and verify, end to end
@@ -378,13 +382,13 @@ def test_protect_writes_and_verify_alone_works_from_what_it_kept(run, export, st
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
     code, said, err = run("protect", "in", "out", "--bundle", "stub", "--no-verify", "--set", "seed=7")
-    assert code == cli.DONE, err
+    assert code == DONE, err
     assert (out / "protected" / "labels.csv").is_file() and not (out / "report.json").exists()
     kept = json.loads((out / "private" / "run-config.json").read_text())
     assert kept["overrides"] == {"seed": 7, "dataset_dir": str(export), "output_dir": str(out)}
     monkeypatch.chdir("/")
     code, said, _ = run("verify", out)
-    assert code == cli.DONE and "verdict: protected" in said and "report.html" in said
+    assert code == DONE and "verdict: protected" in said and "report.html" in said
 
 
 def test_a_setting_of_null_is_no_longer_the_one_of_the_bundle(run, export, stub, tmp_path):
@@ -394,12 +398,12 @@ def test_a_setting_of_null_is_no_longer_the_one_of_the_bundle(run, export, stub,
 
 def test_verify_hands_the_defenses_to_the_study(run, export, stub, tmp_path, monkeypatch):
     out, given = tmp_path / "out", []
-    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
     monkeypatch.setattr(workflows, "run_bundle", lambda name, ids, overrides: given.append(overrides.get("defenses")))
     for arguments in ((), ("--defenses", "standard")):
         run("verify", out, *arguments)
     assert given == [None, "standard"]
-    assert run("verify", out, "--defenses", "some")[0] == cli.BAD_INPUT
+    assert run("verify", out, "--defenses", "some")[0] == BAD_INPUT
     assert_refused(run("verify", out, "--defenses", "full", "--set", "defenses=blur"), "leave one of the two out")
 
 
@@ -407,7 +411,7 @@ def test_a_verdict_other_than_protected_exits_with_3(run, export, stub, tmp_path
     for verdict in ("not protected", "inconclusive"):
         arguments = ("protect", export, tmp_path / verdict, "--bundle", stub, "--set", f"verdict={verdict}")
         code, out, _ = run(*arguments)
-        assert code == cli.NOT_PROTECTED and f"verdict: {verdict}" in out
+        assert code == NOT_PROTECTED and f"verdict: {verdict}" in out
 
 
 def test_a_refused_file_exits_with_3_and_says_where_the_reasons_are(run, export, stub, tmp_path):
@@ -415,9 +419,9 @@ def test_a_refused_file_exits_with_3_and_says_where_the_reasons_are(run, export,
     code, out, _ = run("protect", export, tmp_path / "out", "--bundle", stub)
     said = f"1 refused (1 unknown_file), 4 files protected: see {tmp_path / 'out' / 'private' / 'refusals.jsonl'}"
     hint = "'monai-salm inspect EXPORT --all --names'"
-    assert code == cli.NOT_PROTECTED and out.count(said) == out.count("refused (") == out.count(hint) == 1
+    assert code == NOT_PROTECTED and out.count(said) == out.count("refused (") == out.count(hint) == 1
     code, out, _ = run("verify", tmp_path / "out")
-    assert code == cli.NOT_PROTECTED and f"\n{said}\n" in out and hint in out
+    assert code == NOT_PROTECTED and f"\n{said}\n" in out and hint in out
 
 
 def test_the_code_that_a_stage_exits_with_is_kept(run, export, stub, tmp_path):
@@ -436,12 +440,12 @@ def test_the_code_that_a_stage_exits_with_is_kept(run, export, stub, tmp_path):
 
 def test_a_changed_file_exits_with_4(run, export, stub, tmp_path):
     out = tmp_path / "out"
-    assert run("protect", export, out, "--bundle", stub)[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub)[0] == DONE
     (out / "protected" / "images" / "v0.nii.gz").write_bytes(b"other")
     code, said, err = run("verify", out)
-    assert code == cli.INTEGRITY and "changed: the file of line 2 of manifest.jsonl" in said and "v0" not in said + err
+    assert code == INTEGRITY and "changed: the file of line 2 of manifest.jsonl" in said and "v0" not in said + err
     code, said, _ = run("verify", out, "--names")
-    assert code == cli.INTEGRITY and "protected/images/v0.nii.gz" in said
+    assert code == INTEGRITY and "protected/images/v0.nii.gz" in said
 
 
 @pytest.fixture
@@ -456,7 +460,7 @@ def ordinary_signals():
 def test_a_signal_that_is_ignored_stays_so(run, export, stub, tmp_path, ordinary_signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     hangup = "$__import__('os').kill(__import__('os').getpid(), 1)"
-    assert run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={hangup}")[0] == cli.DONE
+    assert run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={hangup}")[0] == DONE
     assert signal.signal(signal.SIGHUP, signal.SIG_DFL) is signal.SIG_IGN
 
 
@@ -470,16 +474,16 @@ def test_a_signal_that_is_ignored_stays_so(run, export, stub, tmp_path, ordinary
 )
 def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_path, stop, ordinary_signals):
     code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"at_verify={stop}")
-    assert code == cli.INTERRUPTED and "same command again" in err
+    assert code == INTERRUPTED and "same command again" in err
     code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub)
-    assert code == cli.DONE, err
+    assert code == DONE, err
 
 
 def test_a_fault_of_the_program_says_where_but_not_what_it_read(run, export, stub, tmp_path):
     arguments = ["protect", export, tmp_path / "out", "--bundle", stub, "--set"]
     for fault in ("torch.dot(torch.ones(2), torch.ones(3))", "{}['Jane Doe']"):
         code, out, err = run(*arguments, f"at_fit=${fault}")
-        assert code == cli.FAILED and "Traceback" in err and "--debug" in err
+        assert code == FAILED and "Traceback" in err and "--debug" in err
         assert "inconsistent tensor size" not in out + err and "Jane" not in out + err
     with pytest.raises(KeyError, match="Jane"):
         cli.main(["--debug", *map(str, arguments), "at_fit=${}['Jane Doe']"])
@@ -492,36 +496,36 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_verify_of_a_folder_without_a_release_is_inconclusive(run, tmp_path):
     code, out, _ = run("verify", tmp_path)
-    assert code == cli.NOT_PROTECTED and "inconclusive" in out
+    assert code == NOT_PROTECTED and "inconclusive" in out
     assert_refused(run("verify", tmp_path / "nope"), "there is no folder")
 
 
 def test_verify_without_the_settings_of_protect_checks_the_files_or_says_what_to_do(run, export, stub, tmp_path):
     out = tmp_path / "out"
-    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
     (out / "private" / "run-config.json").write_text("{")
     assert_refused(run("verify", out), "cannot be understood")
-    assert run("verify", out, "--files-only")[0] == cli.DONE
+    assert run("verify", out, "--files-only")[0] == DONE
     (out / "private" / "run-config.json").unlink()
     code, said, _ = run("verify", out)
-    assert code == cli.DONE and "only files were checked" in said
+    assert code == DONE and "only files were checked" in said
     assert_refused(run("verify", out, "--export", export), "run-config.json is missing", "monai-salm protect")
 
 
 def test_verify_wants_the_export_where_it_was_or_its_new_place(run, export, stub, tmp_path):
     out = tmp_path / "out"
-    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
     export.rename(tmp_path / "moved")
     assert_refused(run("verify", out), "--export")
-    assert run("verify", out, "--export", tmp_path / "moved")[0] == cli.DONE
+    assert run("verify", out, "--export", tmp_path / "moved")[0] == DONE
 
 
 def test_a_label_table_outside_the_export_is_found_from_anywhere(run, export, stub, tmp_path, monkeypatch):
     (export / "labels.csv").rename(tmp_path / "table.csv")
     monkeypatch.chdir(tmp_path)
-    assert run("protect", "in", "out", "--labels", "table.csv", "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", "in", "out", "--labels", "table.csv", "--bundle", stub, "--no-verify")[0] == DONE
     monkeypatch.chdir("/")
-    assert run("verify", tmp_path / "out")[0] == cli.DONE
+    assert run("verify", tmp_path / "out")[0] == DONE
 
 
 def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path):
@@ -529,27 +533,27 @@ def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path
     command = ("protect", export, out, "--bundle", stub)
     assert_refused(run(*command, "--shard", "1/2"), "no perturbations yet", "--fit-only")
     assert_refused(run(*command, "--fit-only", "--push", "A@localhost:4242"), "--push sends a whole release")
-    assert run(*command, "--shard", "3/2")[0] == cli.BAD_INPUT
+    assert run(*command, "--shard", "3/2")[0] == BAD_INPUT
     prepare = "at_fit=$monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
     command = (*command, "--set", prepare)
-    assert run(*command, "--fit-only")[0] == cli.DONE
+    assert run(*command, "--fit-only")[0] == DONE
     assert not (out / "protected").exists()
     (out / "private" / "bank.sqlite").write_text("")  # the stub's fit makes none
     assert_refused(run(*command, "--shard", "2/2", "--epsilon", "3 stored"), "other settings")
     code, said, err = run(*command, "--shard", "2/2")
-    assert code == cli.DONE, err
+    assert code == DONE, err
     code, said, _ = run("verify", out)
-    assert code == cli.INTEGRITY and "missing_shard: shard 1 of 2" in said
-    assert run(*command, "--shard", "1/2")[0] == cli.DONE
-    assert run("verify", out, "--files-only")[0] == cli.DONE
+    assert code == INTEGRITY and "missing_shard: shard 1 of 2" in said
+    assert run(*command, "--shard", "1/2")[0] == DONE
+    assert run("verify", out, "--files-only")[0] == DONE
     code, said, _ = run("verify", out)
-    assert code == cli.DONE and "4 protected" in said and "verdict: protected" in said
+    assert code == DONE and "4 protected" in said and "verdict: protected" in said
 
 
 def test_a_dry_run_tells_and_writes_nothing(run, export, tmp_path):
     (export / "note.txt").write_text("x")
     code, said, _ = run("protect", export, tmp_path / "out", "--dim", 3, "--dry-run")
-    assert code == cli.NOT_PROTECTED and "nifti protected: 4 cases in 4 files" in said and "1 unknown_file" in said
+    assert code == NOT_PROTECTED and "nifti protected: 4 cases in 4 files" in said and "1 unknown_file" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -573,11 +577,11 @@ def test_a_plan_needs_to_know_the_budget(run, export, stub, tmp_path):
     train.write_text(train.read_text().replace("epsilon: 2 stored", "epsilon: $str(2) + ' stored'"))
     plan = ("protect", export, tmp_path / "out", "--bundle", stub, "--set", "spatial_dims=3", "--dry-run")
     assert_refused(run(*plan), "give --epsilon")
-    assert run(*plan, "--epsilon", "2 stored")[0] == cli.DONE
+    assert run(*plan, "--epsilon", "2 stored")[0] == DONE
 
 
 def test_the_gate_reaches_the_bundle(run, started, export, tmp_path):
-    assert run("protect", export, tmp_path / "out", "--no-verify", "--require-deidentified")[0] == cli.DONE
+    assert run("protect", export, tmp_path / "out", "--no-verify", "--require-deidentified")[0] == DONE
     assert started[0][2]["require_deidentified"] is True
     folder = write_series(tmp_path / "dcm", "A")[0].parent
     assert_refused(run("inspect", folder, "--require-deidentified"), "4 not_deidentified")
@@ -585,19 +589,19 @@ def test_the_gate_reaches_the_bundle(run, started, export, tmp_path):
 
 def test_a_folder_that_another_process_writes_exits_with_5(run, export, stub, tmp_path):
     out = tmp_path / "out"
-    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
     parent = json.dumps(lock._myself() | {"pid": os.getppid(), "started": lock._started(os.getppid())})
     (out / "private" / "lock").write_text(parent)
     code, _, err = run("protect", export, out, "--bundle", stub, "--no-verify")
-    assert code == cli.LOCKED and f"process {os.getppid()}" in err
+    assert code == LOCKED and f"process {os.getppid()}" in err
     (out / "private" / "lock").write_text(parent.replace(str(os.getppid()), "999999999"))
-    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == cli.DONE
+    assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
 
 
 def test_other_settings_for_the_same_folder_are_refused_and_change_nothing(run, export, stub, tmp_path):
     out = tmp_path / "out"
     command = ("protect", export, out, "--bundle", stub, "--no-verify")
-    assert run(*command)[0] == cli.DONE
+    assert run(*command)[0] == DONE
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     changed = ("--epsilon", "3 stored", "--set", "seed=1", "--set", "rename=false")
     named = "Of the settings, epsilon was 2 stored and is 3 stored, seed was 0 and is 1"
@@ -606,7 +610,7 @@ def test_other_settings_for_the_same_folder_are_refused_and_change_nothing(run, 
     assert "rename was" not in err, "that is what it was"
     assert_refused(run(*command, "--rename"), "rename was False and is True")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert run(*command)[0] == cli.DONE
+    assert run(*command)[0] == DONE
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -614,7 +618,7 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     out = tmp_path / "out"
     command = ("protect", export, out, "--no-verify", "--dim", 3)
     (out / "private").mkdir(parents=True)
-    assert run(*command, "--mask-ratio", 0.2)[0] == cli.DONE
+    assert run(*command, "--mask-ratio", 0.2)[0] == DONE
     (out / workflows.BANK).touch()  # the fit is not run here
     (out / "manifest.jsonl").touch()
     started.clear()
@@ -623,14 +627,14 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     assert_refused(other, "epsilon was 8/255 and is 5 stored")
     assert_refused(run(*command, "--dim", 2), "bundle was salm_3d_classification and is salm_2d_classification")
     assert not started
-    assert run(*command, "--mask-ratio", 0.2, "--epsilon", "8/255 window", "--set", "epochs=1")[0] == cli.DONE
+    assert run(*command, "--mask-ratio", 0.2, "--epsilon", "8/255 window", "--set", "epochs=1")[0] == DONE
 
 
 def test_settings_that_nothing_was_made_with_are_forgotten(run, export, stub, tmp_path):
     prepare = "monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
     command = ("protect", export, tmp_path / "out", "--bundle", stub)
     for seed in (1, 2):
-        assert run(*command, "--set", f"at_fit=$[{prepare}, {{}}['no']]", "--set", f"seed={seed}")[0] == cli.FAILED
+        assert run(*command, "--set", f"at_fit=$[{prepare}, {{}}['no']]", "--set", f"seed={seed}")[0] == FAILED
     assert workflows.load_run(tmp_path / "out")[1]["seed"] == 2
 
 
@@ -660,7 +664,7 @@ def started(monkeypatch) -> list[tuple[str, tuple[str, ...], dict[str, object]]]
 def test_voxel_labels_choose_the_segmentation_bundle(run, started, tmp_path, arguments, bundle, spatial_dims):
     export, out = write_decathlon(tmp_path / "in"), tmp_path / "out"
     code, _, err = run("protect", export, out, "--no-verify", *arguments)
-    assert code == cli.DONE, err
+    assert code == DONE, err
     overrides = {"dataset_dir": str(export), "output_dir": str(out)}
     overrides |= {} if spatial_dims is None else {"spatial_dims": spatial_dims}
     assert started == [(bundle, workflows.WITHOUT_VERIFY, overrides)]
@@ -669,17 +673,17 @@ def test_voxel_labels_choose_the_segmentation_bundle(run, started, tmp_path, arg
 @pytest.mark.parametrize(("arguments", "dim"), [([], 2), (["--dim", 2], 2), (["--dim", 3], 3)])
 def test_labels_of_whole_cases_choose_a_classification_bundle(run, started, export, tmp_path, arguments, dim):
     (export / "dataset.json").write_text("{}")  # a table case,label has the last word
-    assert run("protect", export, tmp_path / "out", "--no-verify", *arguments)[0] == cli.DONE
+    assert run("protect", export, tmp_path / "out", "--no-verify", *arguments)[0] == DONE
     overrides = {"dataset_dir": str(export), "output_dir": str(tmp_path / "out")}
     assert started == [(f"salm_{dim}d_classification", workflows.WITHOUT_VERIFY, overrides)]
 
 
 def test_inspect_takes_volumes_where_voxels_have_labels(run, tmp_path):
     code, out, _ = run("inspect", write_decathlon(tmp_path / "in", 3))
-    assert code == cli.DONE and "3 cases of 3 patients" in out
+    assert code == DONE and "3 cases of 3 patients" in out
     (tmp_path / "in" / "a.txt").write_text("x")
     code, out, err = run("inspect", tmp_path / "in", "--dim", 2)
-    assert code == cli.BAD_INPUT and "holds no 2D image" in err
+    assert code == BAD_INPUT and "holds no 2D image" in err
     assert "1 unknown_file; not_2d: " in err and "use --dim 3" in err, "what befell most files is explained"
 
 

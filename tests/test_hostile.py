@@ -26,6 +26,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from monai_salm import cli
+from monai_salm.cli.codes import NOT_PROTECTED
 from monai_salm.io import dicom, formats, nifti, worker
 from monai_salm.io.dicom_parse import LARGE_PRIVATE_BYTES, MAX_DEPTH
 from monai_salm.release import pixel_check
@@ -209,7 +210,7 @@ def test_the_command_tells_reasons_and_nothing_from_inside_the_files(tmp_path, c
         warnings.simplefilter("always")
         code = cli.main(["inspect", str(tmp_path), "--dim", "2", "--all"])
     seen = capfd.readouterr()
-    assert code == cli.NOT_PROTECTED and "Traceback" not in seen.err + seen.out
+    assert code == NOT_PROTECTED and "Traceback" not in seen.err + seen.out
     assert CANARY not in seen.err + seen.out + "".join(str(each.message) for each in told)
     assert not [each for each in told if "pydicom" in each.filename]
 

@@ -11,6 +11,7 @@ from exports import class_map, write_decathlon, write_label, write_labels
 from test_voxels import SHAPE, edit_dataset, write_segmented
 
 from monai_salm import cli
+from monai_salm.cli.codes import BAD_INPUT, DONE, NOT_PROTECTED
 from monai_salm.release.labels import load_cohort
 
 
@@ -35,7 +36,7 @@ def test_inspect_counts_cases_and_voxels_of_each_class_by_split(inspect, tmp_pat
     splits = ["train", "train", "val", "test"]
     write_labels(tmp_path, [f"imagesTr/v0{index}.nii.gz,,{split}" for index, split in enumerate(splits)], "mask")
     code, out, _ = inspect(tmp_path, "--dim", 3)
-    assert code == cli.DONE and "4 cases of 4 patients" in out
+    assert code == DONE and "4 cases of 4 patients" in out
     counts = [np.bincount(class_map(SHAPE, index, 2 if index == 3 else 3).ravel(), minlength=3) for index in range(4)]
     rows = table(out)
     assert rows[0] == [
@@ -60,7 +61,7 @@ def test_inspect_lists_masks_that_do_not_fit(inspect, tmp_path):
     write_decathlon(tmp_path, 3, test=1)
     write_label(tmp_path / "labelsTr" / "v00.nii.gz", class_map((6, 7, 4)))
     code, out, _ = inspect(tmp_path, "--dim", 3, "--all", "--names")
-    assert code == cli.NOT_PROTECTED and "1 refused: 1 mask_shape" in out
+    assert code == NOT_PROTECTED and "1 refused: 1 mask_shape" in out
     assert "labelsTr/v01.nii.gz" in out and "(6, 7, 4)" in out
 
 
@@ -68,19 +69,19 @@ def test_inspect_lists_masks_that_do_not_fit(inspect, tmp_path):
 def test_inspect_finds_segmentations(inspect, tmp_path, spatial_dims):
     write_segmented(tmp_path)
     code, out, _ = inspect(tmp_path, "--dim", spatial_dims)
-    assert code == cli.DONE and [row[0] for row in table(out)] == ["class", "background", "Liver", "Tumor"]
+    assert code == DONE and [row[0] for row in table(out)] == ["class", "background", "Liver", "Tumor"]
     assert "verification holds" in out
 
 
 def test_inspect_tells_what_protect_will_end_with(inspect, tmp_path):
     write_decathlon(tmp_path, 4)
     code, out, _ = inspect(tmp_path, "--dim", 3)
-    assert code == cli.DONE and "--no-verify" not in out
+    assert code == DONE and "--no-verify" not in out
     edit_dataset(tmp_path, labels={"0": "background", "1": "Core", "2": "Rim", "3": "Never"})
     with pytest.raises(ValueError) as caught:
         load_cohort(tmp_path, spatial_dims=3).tested()
     code, out, _ = inspect(tmp_path, "--dim", 3)
-    assert code == cli.DONE and "no case has a voxel of class Never" in str(caught.value)
+    assert code == DONE and "no case has a voxel of class Never" in str(caught.value)
     assert f"'protect' will need --no-verify, or end with: {caught.value}\n" in out
 
 
@@ -88,9 +89,9 @@ def test_inspect_tells_a_broken_dataset_json(inspect, tmp_path):
     write_decathlon(tmp_path, 2)
     (tmp_path / "dataset.json").write_text("{")
     code, _, err = inspect(tmp_path, "--dim", 3)
-    assert code == cli.BAD_INPUT and "dataset.json" in err and "Traceback" not in err
+    assert code == BAD_INPUT and "dataset.json" in err and "Traceback" not in err
 
 
 def test_inspect_reads_real_hippocampi(inspect, data_dir: Path):
     code, out, _ = inspect(data_dir / "Task04_Hippocampus", "--dim", 3)
-    assert code == cli.DONE and table(out)[2] == ["Anterior", "130", "221323", "130", "221323"]
+    assert code == DONE and table(out)[2] == ["Anterior", "130", "221323", "130", "221323"]

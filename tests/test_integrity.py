@@ -17,6 +17,7 @@ from exports import write_decathlon
 from test_protect import bank_of, protect
 
 from monai_salm import cli
+from monai_salm.cli.codes import NOT_PROTECTED
 from monai_salm.release import commit as door
 from monai_salm.release import signature
 from monai_salm.release.integrity import check
@@ -239,7 +240,7 @@ def test_an_unfinished_release_is_not_in_order(out):
 
 def test_nothing_to_check_is_inconclusive(out, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert cli.main(["verify", str(tmp_path / "empty")]) == cli.NOT_PROTECTED
+    assert cli.main(["verify", str(tmp_path / "empty")]) == NOT_PROTECTED
     assert "inconclusive" in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no folder"):
         check(tmp_path / "nope")

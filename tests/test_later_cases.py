@@ -23,7 +23,8 @@ from exports import (
 from test_engines import cases, trainer
 
 from monai_salm.bank import PerturbationBank
-from monai_salm.cli import BAD_INPUT, DONE, NOT_PROTECTED, main
+from monai_salm.cli import main
+from monai_salm.cli.codes import BAD_INPUT, DONE, NOT_PROTECTED
 from monai_salm.io.masks import read_mask
 from monai_salm.release.catalog import scan
 from monai_salm.release.earlier import CLASSES

@@ -26,7 +26,8 @@ from pynetdicom.sop_class import CTImageStorage, StudyRootQueryRetrieveInformati
 from test_later_cases import BUNDLE, SETTINGS
 from test_protect import DATA, bank_of
 
-from monai_salm.cli import BAD_INPUT, DONE, INTEGRITY, NOT_PROTECTED, main
+from monai_salm.cli import main
+from monai_salm.cli.codes import BAD_INPUT, DONE, INTEGRITY, NOT_PROTECTED
 from monai_salm.release import pacs
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.manifest import PROTECTED, IntegrityError, read_manifest

@@ -8,7 +8,8 @@ import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
-from monai_salm.cli import BAD_INPUT, main
+from monai_salm.cli import main
+from monai_salm.cli.codes import BAD_INPUT
 from monai_salm.io.base import Case
 from monai_salm.io.dicom import read
 from monai_salm.perturbations.budget import Budget

@@ -17,34 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from monai_salm.cli.arguments import parser
-from monai_salm.cli.codes import (
-    BAD_INPUT,
-    DONE,
-    EXIT_CODES,
-    FAILED,
-    INTEGRITY,
-    INTERRUPTED,
-    LOCKED,
-    NOT_PROTECTED,
-    UNREAD,
-    exit_code,
-    pipe_broke,
-    say,
-    say_where,
-    sentence,
-)
+from monai_salm.cli.codes import FAILED, INTERRUPTED, UNREAD, exit_code, pipe_broke, say, say_where, sentence
 
-__all__ = [
-    "BAD_INPUT",
-    "DONE",
-    "EXIT_CODES",
-    "FAILED",
-    "INTEGRITY",
-    "INTERRUPTED",
-    "LOCKED",
-    "NOT_PROTECTED",
-    "main",
-]
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from monai_salm.errors import is_ours
+
 DONE, FAILED, BAD_INPUT, NOT_PROTECTED, INTEGRITY, LOCKED, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 5, 130, 141
 EXIT_CODES = """\
 exit codes:
@@ -27,16 +29,8 @@ def exit_code(error: Exception) -> int | None:
     """Code of an error that its own text explains; None for a fault of the program."""
     if type(error).__module__.startswith("monai_salm."):
         return {"IntegrityError": INTEGRITY, "LockedError": LOCKED}.get(type(error).__name__, BAD_INPUT)
-    explained = isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error))
+    explained = isinstance(error, OSError) or (isinstance(error, ValueError) and is_ours(error))
     return BAD_INPUT if explained else None
-
-
-def _raised_by_us(error: Exception) -> bool:
-    """A ValueError of torch or NumPy is a fault of ours; one that we raise is about the input."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("monai_salm.")
 
 
 def sentence(error: Exception, options: argparse.Namespace) -> str:

@@ -30,6 +30,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from monai_salm.errors import is_ours
 from monai_salm.io.base import Case, RefusedError
 from monai_salm.io.worker_wire import ClosedError, receive, send
 
@@ -298,17 +299,9 @@ def _told(error: BaseException) -> tuple[Any, ...]:
         return "refused", *_LARGE
     if isinstance(error, OSError):
         return "system", error.errno, error.strerror
-    if isinstance(error, ValueError) and _is_ours(error):
+    if isinstance(error, ValueError) and is_ours(error):
         return "value", str(error)
     return "refused", "unreadable", f"the file is broken ({type(error).__name__}); export it again"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, whose texts are safe to show."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("monai_salm.")
 
 
 def _limit() -> None:
