@@ -8,11 +8,14 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
     from monai_salm.release.labels import Cohort
 
 ALL = ("run",)
@@ -212,7 +215,7 @@ def check_study(bundle: str, overrides: Mapping[str, Any], cohort: Cohort) -> No
         cohort.tested()
         return
     config = bundle_path(bundle) / "configs" / "train.yaml"
-    _check_ids(config, [*overrides])
+    _check_settings(config, overrides)
     parser = ConfigParser()
     parser.read_config(str(config))
     parser.update({**overrides, "cohort": cohort})
@@ -287,7 +290,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
     from monai.bundle import create_workflow
 
     configs = bundle_path(name) / "configs"
-    _check_ids(configs / "train.yaml", [*run_ids, *overrides])
+    _check_settings(configs / "train.yaml", overrides, run_ids)
     said = {key: "$None" if value is None else value for key, value in overrides.items()}  # MONAI drops a plain None
     with warnings.catch_warnings():
         if name in bundle_names():  # ours; of a copy MONAI rightly warns that a config can run any code
@@ -311,18 +314,35 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
             raise inner from inner.__cause__
 
 
-def _check_ids(config_file: Path, ids: Sequence[str]) -> None:
-    """MONAI adds an id that the config does not have, so a typing error would go unnoticed."""
+def _check_settings(config_file: Path, overrides: Mapping[str, Any], run_ids: Sequence[str] = ()) -> None:
+    """Whether the config has all these ids (MONAI adds one that it has not, so a typing error would go unnoticed), and
+    none that is a number, or true or false, is given a word, which would be a fault deep inside of a library."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
     parser.read_config(str(config_file))
-    for name in ids:
+    for name in (*run_ids, *overrides):
         if name not in parser:
             known = [key for key in parser.get() if not key.startswith("_")]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"{config_file.parent.parent.name} has no setting {name!r}; {hint}")
+    for name, value in overrides.items():
+        if isinstance(value, str) and not value.startswith(("$", "@", "%")) and name != "epsilon":  # takes both
+            usual = _usual(parser, name)
+            if isinstance(usual, (int, float)):
+                kind = "true or false" if isinstance(usual, bool) else "a number"
+                raise ValueError(f"{name} is {value!r}; it takes {kind}, such as {usual}")
+
+
+def _usual(parser: ConfigParser, name: str) -> Any:
+    """Value of a setting in the bundle; None for an expression that needs the input, or a part of something."""
+    value = parser[name]
+    if not str(value).startswith("$"):
+        return value
+    with suppress(Exception):  # an edited bundle may compute anything
+        return None if "::" in name else parser.get_parsed_content(name)
+    return None
 
 
 def _unwrapped(error: BaseException) -> BaseException:

@@ -348,6 +348,30 @@ def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, st
 
 
 @pytest.mark.parametrize(
+    ("chosen", "takes"),
+    [
+        ("learning_rate=abc", "a number, such as 0.005"),
+        ("seed=x", "a number, such as 0"),
+        ("surrogate_steps=many", "a number, such as 120"),  # an expression in the bundle
+        ("transplant=no", "true or false, such as True"),
+    ],
+)
+def test_a_word_for_a_setting_that_takes_none_is_told_with_what_it_takes(run, export, tmp_path, chosen, takes):
+    name, _, value = chosen.partition("=")
+    command = ("protect", export, tmp_path / "out", "--dim", 3, "--no-verify", "--set", chosen)
+    assert_refused(run(*command), f"{name} is {value!r}; it takes {takes}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_are_taken_where_a_bundle_has_a_number_or_computes_what_they_replace(run, export, stub, tmp_path):
+    train = Path(stub) / "configs" / "train.yaml"
+    computed = "labels: $@dataset_dir + '/labels.csv'"
+    train.write_text(train.read_text().replace("labels: null", computed).replace("epsilon: 2 stored", "epsilon: 0.1"))
+    said = ("--labels", export / "labels.csv", "--epsilon", "2 stored", "--set", "at_fit=$1")
+    assert run("protect", export, tmp_path / "out", "--bundle", stub, *said)[0] == DONE
+
+
+@pytest.mark.parametrize(
     ("chosen", "option"),
     [
         ("epsilon=1/255", ("--epsilon", "1/255")),
