@@ -197,10 +197,11 @@ def test_training_and_inference_agree(name):
     )
     meta = json.loads(Path(config_file(name, "metadata.json")).read_text())
     size = "tile_size" if name == VOXELS else "spatial_size"  # of what the surrogate sees
-    shared = {*train} & {*inference} - {"imports", "run", "batch_size"}
+    shared = {*train} & {*inference} - {"imports", "initialize", "run", "batch_size"}
     assert shared >= {"network_def", "cohort", "protect_cohort", "epsilon", size}
     for key in shared:
         assert train[key] == inference[key], f"{name}: {key} differs"
+    assert inference["initialize"] == [*train["initialize"], *train["protect"]]
     parsed = ConfigParser(train).get_parsed_content(size)
     assert parsed == meta["network_data_format"]["inputs"]["image"]["spatial_shape"]
     assert train["study"]["config"]["bundle"] == name
@@ -215,7 +216,7 @@ def test_training_and_inference_agree(name):
 @pytest.mark.parametrize("kind", ["train", "infer"])
 @pytest.mark.filterwarnings("ignore:parsing config_file")
 def test_no_property_is_missing(request, tmp_path, name, kind):
-    """MONAI evaluates each property for this, so an inference needs a run that was fitted and written."""
+    """MONAI evaluates each property for this, so an inference needs a run that was fitted."""
     made = request.getfixturevalue({FLAT: "whole", VOLUME: "volumes", VOXELS: "voxels"}[name])
     workflow = ConfigWorkflow(
         config_file=config_file(name, {"train": "train.yaml", "infer": "inference.yaml"}[kind]),
@@ -226,7 +227,7 @@ def test_no_property_is_missing(request, tmp_path, name, kind):
         output_dir=str(made.out if kind == "infer" else tmp_path / "out"),
         device="cpu",
         **SIZES[name],
-        **({"rounds": 2} if kind == "train" else {}),
+        **({"rounds": 2} if kind == "train" else {"key_file": made.key} if name == FLAT else {}),
     )
     workflow.initialize()
     lock.give_back(Path(workflow.parser["output_dir"]))  # or this process would keep it from all that follow
@@ -372,6 +373,30 @@ def test_inference_says_how_well_the_surrogate_reads_the_written_files(whole):
     said = [line for line in result.stdout.splitlines() if line.startswith("accuracy of the surrogate")]
     assert len(said) == 1 and 0 <= float(said[0].rsplit(":")[1]) <= 1
     assert contents(whole.out / "protected") == before
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+def test_inference_after_a_fit_alone_can_be_asked_for_its_properties_first(whole, tmp_path, capsys):
+    shutil.copytree(whole.out / "models", tmp_path / "out" / "models")
+    (tmp_path / "out" / "private").mkdir()
+    for name in ("bank.sqlite", "run.json"):
+        shutil.copy(whole.out / "private" / name, tmp_path / "out" / "private")
+    workflow = ConfigWorkflow(
+        config_file=config_file(FLAT, "inference.yaml"),
+        meta_file=config_file(FLAT, "metadata.json"),
+        logging_file=False,
+        workflow_type="infer",
+        dataset_dir=str(whole.export),
+        output_dir=str(tmp_path / "out"),
+        key_file=str(whole.key),
+        **SIZES[FLAT],
+        device="cpu",
+    )
+    workflow.initialize()
+    lock.give_back(tmp_path / "out")
+    assert workflow.check_properties() == []
+    workflow.run()
+    assert "accuracy of the surrogate on the written files:" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- the whole job, 3D
