@@ -146,6 +146,23 @@ def test_paths_and_cases_give_the_same_image_and_name(export: Catalog) -> None:
         assert equal(image, load(case)) and image.meta["sample_id"] == case.sample_id
 
 
+def test_a_path_names_the_same_case_whichever_way_it_leads_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_nifti(tmp_path / "in" / "deep" / "x.nii")
+    (name,) = (case.sample_id for case in scan(tmp_path / "in", 3).cases)
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path / "in")
+    for root in ("../in", tmp_path / "link", ".", tmp_path / "in"):
+        for way in (path, tmp_path / "link" / "deep" / "x.nii", "deep/../deep/x.nii"):
+            assert LoadStored(spatial_dims=3, root=root)(way).meta["sample_id"] == name
+    (alone,) = (case.sample_id for case in scan(path, 3).cases)
+    assert LoadStored(spatial_dims=3, root=path)(path).meta["sample_id"] == alone
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"x.nii does not lie in .*other; root must be the export"):
+        LoadStored(spatial_dims=3, root=tmp_path / "other")(path)
+
+
 def test_a_dicom_slice_is_a_2d_image(export: Catalog, tmp_path: Path) -> None:
     file = next(case for case in export.cases if case.format == "dicom").files[0]
     image = LoadStored(spatial_dims=2)(file)

@@ -220,12 +220,13 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
 
     Raises:
         FileNotFoundError: When there is nothing.
+        ValueError: When it does not lie in ``root``.
         RefusedError: When it is of another kind, or a folder does not hold exactly one series.
     """
     path = Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"there is no image at {path}; check the path")
-    name = path.name if root is None else path.relative_to(Path(root).absolute()).as_posix()
+    name = path.name if root is None else _name_in(Path(root).resolve(), path.resolve())
     if path.is_file() and nifti.sniff(nifti.read_head(path)):
         if worker.call(nifti.count_volumes, path, spatial_dims) > 1:
             raise RefusedError("several_images", "the file holds several; hand over cases from release.catalog.scan")
@@ -254,3 +255,10 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
         files = [files[index] for index in dicom.order_files(headers)]
     uid = str(headers[0].SeriesInstanceUID if spatial_dims == 3 else headers[0].SOPInstanceUID)
     return Case(pseudonym(uid), "dicom", tuple(files), (name, uid), pseudonym(uid))
+
+
+def _name_in(root: Path, path: Path) -> str:
+    """Name of a file as a scan of the export gives it; both without links and ``..``, which a scan does not follow."""
+    if not path.is_relative_to(root):
+        raise ValueError(f"{path} does not lie in {root}; root must be the export that the image belongs to")
+    return path.name if path == root else path.relative_to(root).as_posix()
