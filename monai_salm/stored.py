@@ -322,9 +322,11 @@ class StoredCodec:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> StoredCodec:
-        """Inverse of :py:meth:`to_meta`, also after batches were collated and taken apart again."""
+        """Inverse of :py:meth:`to_meta`, also after collation and decollation; a part of it raises ValueError."""
+        if lacks := sorted(cls.__dataclass_fields__.keys() - meta.keys()):
+            raise ValueError(f"the codec lacks {', '.join(lacks)}; give all that to_meta() made, as LoadStored does")
         fields: dict[str, Any] = {key: _plain(value) for key, value in meta.items()}
-        slices = json.loads(fields.get("slices") or "null")
+        slices = json.loads(fields["slices"] or "null")
         if slices:
             slices = SliceScaling(slices["axis"], tuple(slices["slopes"]), tuple(slices["intercepts"]))
         padding = None if np.isnan(fields["padding"][0]) else fields["padding"]

@@ -136,6 +136,11 @@ class TestCodec:
         codec = StoredCodec("uint16", (1.0, 9.0), 0.5, -3.0, (0, 4095), (7, 9), True, "HU")
         assert StoredCodec.from_meta(codec.to_meta()) == codec
 
+    def test_a_part_of_the_meta_is_told_by_what_it_lacks(self):
+        part = {"dtype": "int16", "window": (0.0, 3.0), "slope": 1.0, "intercept": 0.0, "inverted": False}
+        with pytest.raises(ValueError, match=r"lacks modality, padding, slices, stored_range, unit; .*to_meta\(\)"):
+            StoredCodec.from_meta(part)
+
     @pytest.mark.parametrize(
         "arguments", [{"window": (1.0, 1.0)}, {"window": (0.0, 1.0), "slope": 0.0}, {"window": (0.0, float("nan"))}]
     )
