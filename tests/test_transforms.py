@@ -23,6 +23,8 @@ from monai.transforms import (
     LoadImaged,
     Orientationd,
     Rotate90d,
+    SaveImage,
+    SaveImaged,
     Spacingd,
 )
 from monai.utils import TransformBackends
@@ -457,6 +459,31 @@ def test_a_pipeline_with_spatial_transforms_inverts_to_the_stored_values(
         out = pipeline(item)
         assert out["image"].shape == (1, 16, 16, 4)
         assert equal(pipeline.inverse(out)["image"], formats.read(item["image"], 3).stored)
+
+
+def test_saved_images_are_named_after_their_cases_by_every_worker(
+    export: Catalog, bank: PerturbationBank, tmp_path: Path
+) -> None:
+    options = {"print_log": False, "separate_folder": False}
+    names = sorted(case.sample_id for case in export.cases)
+
+    def saved(folder: str) -> list[str]:
+        return sorted(path.name for path in (tmp_path / folder).iterdir())
+
+    start = [LoadStoredd("image", spatial_dims=3), ApplyPerturbationd("image", bank), StoredToUnitd("image")]
+    in_workers = Compose([*start, SaveImaged("image", output_dir=tmp_path / "workers", **options)])
+    pipeline = Compose([*start, Flipd("image", spatial_axis=0)])
+    list(DataLoader(Dataset(items(export), in_workers), batch_size=1, num_workers=2))
+    assert saved("workers") == [f"{name}_trans.nii.gz" for name in names]
+    after = Compose([Invertd("pred", pipeline, "image"), SaveImaged("pred", output_dir=tmp_path / "pred", **options)])
+    for batch in DataLoader(Dataset(items(export), pipeline), batch_size=2):
+        for item in decollate_batch({**batch, "pred": batch["image"]}):
+            after(item)
+    assert saved("pred") == saved("workers")
+    steps = [LoadStored(spatial_dims=3), SaveImage(output_dir=tmp_path / "array", **options)]
+    for case in export.cases:
+        Compose(steps)(case)
+    assert saved("array") == saved("workers")
 
 
 def test_a_pipeline_that_ends_in_unit_intensity_inverts_to_the_protected_image(

@@ -36,8 +36,10 @@ class LoadStored(Transform):
 
     Unlike ``monai.transforms.LoadImage`` it applies no rescale slope and loses no bit; ``uint16`` becomes ``int32``,
     which torch can compute with. The metadata get ``sample_id``, ``stored_codec`` and ``intensity="stored"``; their
-    affine has the voxels' size on these axes (RAS+ for volumes), so that ``Spacing`` and ``Orientation`` know them, but
-    no origin and no rotation: to bring images of other readers onto this grid, load those with MONAI.
+    ``filename_or_obj``, after which ``SaveImage`` names files, is the ``sample_id`` too, for the file's own name may be
+    personal; their affine has the voxels' size on these axes (RAS+ for volumes), so that ``Spacing`` and
+    ``Orientation`` know them, but no origin and no rotation: to bring images of other readers onto this grid, load
+    those with MONAI.
 
     Args:
         spatial_dims: 2 for images, 3 for volumes.
@@ -81,8 +83,8 @@ class LoadStored(Transform):
         image = formats.read(case, self.spatial_dims, self.window)
         stored = convert_to_tensor(image.stored, track_meta=get_track_meta())
         if isinstance(stored, MetaTensor):
-            meta = {"sample_id": case.sample_id, "stored_codec": image.codec.to_meta(), "intensity": "stored"}
-            stored.meta = {**stored.meta, **meta, "affine": affine_of(image.spacing)}
+            meta = {"stored_codec": image.codec.to_meta(), "intensity": "stored"}
+            stored.meta = {**stored.meta, **_named(case), **meta, "affine": affine_of(image.spacing)}
         return stored
 
 
@@ -116,7 +118,7 @@ class LoadMask(Transform):
         mask = convert_to_tensor(read_mask(source, self.spatial_dims), track_meta=get_track_meta())
         if isinstance(mask, MetaTensor):
             affine = affine_of(formats.read_spacing(source, self.spatial_dims))
-            mask.meta = {**mask.meta, "sample_id": source.sample_id, "affine": affine}
+            mask.meta = {**mask.meta, **_named(source), "affine": affine}
         return mask
 
 
@@ -208,6 +210,11 @@ class SaveStored(Transform):
                 "or the lattice: use ApplyPerturbation, or SnapToStored before adding"
             )
         return delta, (codec.levels(self.budget) * codec.step, codec.physical_limit(self.budget))
+
+
+def _named(case: Case) -> dict[str, str]:
+    """Metadata that tell which case it is, to us and to MONAI."""
+    return {"sample_id": case.sample_id, "filename_or_obj": case.sample_id}
 
 
 def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.PathLike[str] | None = None) -> Case:
