@@ -658,11 +658,13 @@ def test_a_fit_can_be_tracked_with_mlflow(tmp_path):
     write_npz(tmp_path / "in.npz", (16, 16))
     arguments = {"dataset_dir": tmp_path / "in.npz", "output_dir": tmp_path / "out", "tracking": "mlflow"}
     run(FLAT, "fit", tmp_path, **arguments)
-    with sqlite3.connect(tmp_path / "out" / "mlruns.db") as db:
+    with sqlite3.connect(tmp_path / "out" / "private" / "mlruns.db") as db:
         assert db.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
         losses = db.execute("SELECT value FROM metrics WHERE key = 'train_loss'").fetchall()
     assert len(losses) == SMALL["rounds"] * SMALL["surrogate_steps"]
     assert {path.name for path in tmp_path.iterdir()} == {"in.npz", "out"}
+    shared = {path.name for path in (tmp_path / "out").iterdir()} - {"private", "models"}
+    assert not shared, "a tracker knows the seed and the owner's folders, which recipients must not get"
 
 
 def test_a_killed_fit_ends_with_the_same_perturbations(tmp_path):

@@ -30,8 +30,6 @@ STAGING = ".staging"
 DEMO_EXPORT = "export"
 _MARKERS = (MANIFEST, RUN)
 """Any of these says that an output folder is ours."""
-TRACKING = ("config_*.json", "mlruns*")
-"""What ``monai.bundle --tracking`` leaves in the output folder before anything of ours runs."""
 _CHUNK = 1 << 17
 """Bytes read at a time: memory for a whole file costs more than to read it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,7 +98,7 @@ def check_output(source: Path, output_dir: Path) -> None:
         return
     locks = all(path.name.startswith(PurePosixPath(LOCK).name) for path in (new / PRIVATE).glob("*"))
     ours = [new / PRIVATE, new / STAGING] if locks else []  # of a run that was killed at once
-    foreign = [e for e in new.iterdir() if not (old.is_relative_to(e) or any(map(e.match, TRACKING)) or e in ours)]
+    foreign = [entry for entry in new.iterdir() if not (old.is_relative_to(entry) or entry in ours)]
     if foreign:
         raise ValueError(
             f"output folder {output_dir} holds {len(foreign)} entries and no manifest of monai_salm; "

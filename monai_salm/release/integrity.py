@@ -28,7 +28,7 @@ from monai_salm.release.manifest import (
 from monai_salm.release.shards import shards_of
 
 BESIDE = (door.PROTECTED, door.PRIVATE, door.DEMO_EXPORT, "models", "report.html", "report.json", *signature.SIGNED)
-"""Names that a release's folder may hold, beside the manifests and what MONAI's tracking leaves."""
+"""Names that a release's folder may hold, beside the manifests."""
 MAX_SHOWN = 20
 
 
@@ -205,7 +205,7 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
     for path in sorted(output_dir.iterdir()):
         if path.name == door.STAGING and next(walk(path), None) is None:
             continue
-        ours = path.name in BESIDE or path.name in chains or any(map(path.match, door.TRACKING))
+        ours = path.name in BESIDE or path.name in chains
         if not ours and not (not chains and path.match(door.MANIFESTS)):
             problems.append(Problem("added", f"{_kind_of(path)} beside the protected files", path.name))
         elif path.is_symlink() or path.is_dir() == bool(path.suffix):  # what has an ending is a file here
