@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from monai_salm import __version__, workflows
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = ("salm_2d_classification", "salm_3d_classification", "salm_3d_segmentation")
+FILES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
+FOLDERS = ("monai_salm", "bundles", "tests", "docs", "benchmarks", ".ci")
 METADATA_KEYS = {
     *("schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version"),
     *("required_packages_version", "task", "description", "authors", "copyright", "network_data_format"),
@@ -47,13 +50,20 @@ def cli(*arguments: str, cwd: Path, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy so that no build folders appear in the working tree, and unpacked."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("monai_salm", "bundles"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+def source(tmp_path_factory) -> Path:
+    """A copy of the repository, so that no build folders appear in the working tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.rows.jsonl"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, source) -> Path:
+    """The wheel, unpacked."""
+    out = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
         "-m",
@@ -84,6 +94,17 @@ def test_the_wheel_holds_every_file_of_package_and_bundles_and_nothing_else(whee
     assert "monai-salm = monai_salm.cli:main" in (info / "entry_points.txt").read_text()
     head = (info / "METADATA").read_text()
     assert "License-Expression: Apache-2.0" in head and f"Version: {__version__}" in head
+
+
+def test_the_source_distribution_is_enough_for_what_the_readme_says(tmp_path, source):
+    """Installation with the pinned versions, make, tests, documents and benchmarks."""
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=source, check=True, capture_output=True, timeout=300)
+    with tarfile.open(tmp_path / f"monai_salm-{__version__}.tar.gz") as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    given = {path.relative_to(source).as_posix() for name in FOLDERS for path in (source / name).rglob("*")}
+    given = {name for name in given if (source / name).is_file()} | {*FILES}
+    assert given - found == set()
 
 
 @pytest.mark.parametrize("name", BUNDLES)
