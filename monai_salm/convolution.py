@@ -26,10 +26,10 @@ class Filters(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: channels of the input.
         features: number of filters.
-        kernel_size: odd side of a filter in voxels.
+        kernel_size: odd side of a filter in voxels, 3 or more.
 
     Raises:
-        ValueError: When the side is even.
+        ValueError: When the side is even, or 1.
 
     Example:
         >>> Filters(2, 1, 16, 7)(torch.rand(2, 1, 28, 30)).shape
@@ -38,8 +38,8 @@ class Filters(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, features: int, kernel_size: int) -> None:
         super().__init__()
-        if kernel_size % 2 != 1:
-            raise ValueError(f"kernel_size is {kernel_size}; filters have an odd side, so that images keep their size")
+        if kernel_size % 2 != 1 or kernel_size < 3:
+            raise ValueError(f"kernel_size is {kernel_size}; filters have an odd side of 3 or more")
         self.weight = nn.Parameter(torch.empty(features, in_channels, *[kernel_size] * spatial_dims))
         nn.init.kaiming_uniform_(self.weight, math.sqrt(5))  # as PyTorch's convolutions begin
 

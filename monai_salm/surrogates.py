@@ -201,7 +201,7 @@ class TextureReader(nn.Module):
         """Make random pieces of the textures the filters, each in both signs: learning then starts with what to find.
 
         Args:
-            textures: (n, in_channels or 1, *spatial), no smaller than a filter; those that are zero are passed over.
+            textures: (n, in_channels or 1, *spatial), no smaller than a filter; zeros and flat pieces change nothing.
             generator: decides the pieces.
 
         Raises:
@@ -218,9 +218,9 @@ class TextureReader(nn.Module):
             texture = textures[index // 2 % len(textures)]
             for axis, (length, size) in enumerate(zip(texture.shape[1:], weight.shape[2:], strict=True), 1):
                 texture = texture.narrow(axis, int(torch.randint(length - size + 1, (), generator=generator)), size)
-            piece = texture - texture.mean()
-            weight[index : index + 2] = piece / piece.norm()
-            weight[index + 1 : index + 2] *= -1
+            if (piece := texture - texture.mean()).any():
+                weight[index : index + 2] = piece / piece.norm()
+                weight[index + 1 : index + 2] *= -1
 
 
 class TextureClassifier(TextureReader):

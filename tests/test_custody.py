@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -135,6 +136,8 @@ def test_what_a_killed_process_held_is_taken_over(out):
     assert json.loads((out / door.LOCK).read_text())["pid"] != os.getpid()
     assert lock.take(out) and not lock.take(out)
     lock.give_back(out)
+    shutil.rmtree(out)
+    lock.give_back(out)  # of a folder that is gone by the end of the process
 
 
 @pytest.mark.parametrize(

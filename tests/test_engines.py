@@ -225,6 +225,11 @@ def test_what_a_method_learned_of_the_cohort_survives_a_kill_and_serves_other_ca
         trainer(tmp_path / "new", **options).perturb(cases(1, shapes=((12, 12),)), calls=1)
 
 
+def test_nothing_is_perturbed_by_a_surrogate_that_was_not_fitted(tmp_path):
+    with pytest.raises(ValueError, match="call run"):
+        trainer(tmp_path).perturb(cases(1))
+
+
 def test_a_finished_fit_is_not_repeated_but_restores_its_model(tmp_path):
     trainer(tmp_path).run()
     again = trainer(tmp_path, model_file=tmp_path / "model.pt")

@@ -184,6 +184,14 @@ class TestTextureReader:
             with pytest.raises(ValueError, match="no smaller than kernel_size"):
                 TextureReader(2, 1, 2, kernel_size=5).look_for(textures, torch.Generator())
 
+    def test_flat_pieces_of_a_texture_leave_filters_as_they_were(self):
+        network = TextureReader(2, 1, 2, kernel_size=3)
+        before = network.filters[0].weight.detach().clone()
+        network.look_for(torch.ones(1, 1, 9, 9), torch.Generator().manual_seed(0))
+        assert torch.equal(network.filters[0].weight, before)
+        with pytest.raises(ValueError, match="3 or more"):
+            TextureReader(2, 1, 2, kernel_size=1)
+
     @pytest.mark.parametrize("kernel_size", [3, 5, 7])
     def test_it_sees_no_farther_than_it_says(self, kernel_size):
         network = TextureReader(2, 1, 2, features=64, kernel_size=kernel_size).eval()

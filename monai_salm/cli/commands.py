@@ -14,7 +14,8 @@ from monai_salm.cli.codes import DONE, FAILED, INTEGRITY, NOT_PROTECTED, pipe_br
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from monai_salm.release.catalog import Catalog, Refusal
+    from monai_salm.release.catalog import Catalog
+    from monai_salm.release.gates import Refusal
 
 _SHOWN = 20
 """Rows of a list on the screen unless all are asked for."""
@@ -69,7 +70,7 @@ def _list_refusals(
     console: Console, refusals: Sequence[Refusal], catalog: Catalog, options: argparse.Namespace
 ) -> None:
     """Count what was refused, and list it, or the first ones."""
-    from monai_salm.release.catalog import tally
+    from monai_salm.release.gates import tally
     from monai_salm.release.listing import refusals_table
 
     shown = refusals if options.all else refusals[:_SHOWN]

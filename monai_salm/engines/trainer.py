@@ -171,10 +171,16 @@ class PerturbationTrainer(Trainer):
 
         Returns:
             (C, *spatial) integer lattice steps by sample id.
+
+        Raises:
+            ValueError: When there was no fit yet.
         """
+        calls = calls or self.state.epoch
+        if not calls:
+            raise ValueError("nothing was fitted that other cases could be perturbed by; call run() first")
         cases = Cases(dataset, self.budget, self._compute_device)
         deltas: dict[str, Tensor] = {}
-        for call in range(calls or self.state.epoch):
+        for call in range(calls):
             for batch in track(self._groups(cases), "perturbing"):
                 deltas |= self._perturb(cases, batch, deltas, ("other", call))
         return deltas

@@ -55,8 +55,8 @@ def take(output_dir: Path, name: str = door.LOCK, wait_s: float = 0.0) -> bool:
 
 
 def give_back(output_dir: Path, name: str = door.LOCK) -> None:
-    """End what :py:func:`take` began; nothing if this process does not hold the folder."""
-    with _held_still(output_dir / name) as handle:
+    """End what :py:func:`take` began; nothing if this process does not hold the folder, or the folder is gone."""
+    with contextlib.suppress(FileNotFoundError), _held_still(output_dir / name) as handle:
         if _holder(handle) == _myself():
             _say(handle, "")
 
