@@ -498,9 +498,11 @@ def test_a_real_mr_series_and_real_nifti_volumes_are_fitted_and_written(data_dir
 
 @pytest.mark.data
 def test_pneumoniamnist_is_fitted_and_written(data_dir, tmp_path):
-    arguments = {"dataset_dir": data_dir / "pneumoniamnist.npz", "output_dir": tmp_path / "out"}
-    run(FLAT, "both", tmp_path, both=BOTH, **arguments, batch_size=256, spatial_size=[28, 28])
-    check_archive(data_dir / "pneumoniamnist.npz", tmp_path / "out")
+    export, out = tmp_path / "part.npz", tmp_path / "out"
+    with np.load(data_dir / "pneumoniamnist.npz") as archive:
+        np.savez(export, **{key: archive[key][:400] for key in archive.files})
+    run(FLAT, "both", tmp_path, both=BOTH, dataset_dir=export, output_dir=out, batch_size=64, spatial_size=[28, 28])
+    check_archive(export, out)
 
 
 # ------------------------------------------------------------------------------------- the whole job, voxel labels
