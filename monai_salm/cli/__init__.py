@@ -17,7 +17,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from monai_salm.cli.arguments import parser
-from monai_salm.cli.codes import FAILED, INTERRUPTED, UNREAD, exit_code, pipe_broke, say, say_where, sentence
+from monai_salm.cli.codes import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    UNREAD,
+    exit_code,
+    give_up,
+    pipe_broke,
+    say,
+    say_where,
+    sentence,
+)
 
 __all__ = ["main"]
 
@@ -33,8 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BrokenPipeError, SystemExit) as error:
         if not pipe_broke(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        give_up(sys.stdout)
         return UNREAD
+    except OSError as error:  # of the flush: all others were told
+        give_up(sys.stdout)
+        say(f"the output cannot be written ({error.strerror})")
+        return BAD_INPUT
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from monai_salm.errors import is_ours
 
@@ -56,5 +57,12 @@ def say_where(error: Exception) -> None:
 
 def say(text: str) -> None:
     """A line for the user, beside what was asked for."""
-    with suppress(OSError):  # of a terminal that was closed
-        print(f"monai-salm: {text}", file=sys.stderr)
+    try:
+        print(f"monai-salm: {text}", file=sys.stderr, flush=True)
+    except OSError:  # of a terminal that was closed
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO) -> None:
+    """Lead a standard stream nowhere that cannot be written: Python writes what is left when it ends, and fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -147,8 +147,8 @@ def _both(options: argparse.Namespace, said: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: When both say the same setting.
     """
-    chosen = dict(options.set)
-    if twice := sorted(chosen.keys() & said.keys()):
+    chosen, dim = dict(options.set), getattr(options, "dim", None)  # which may be said by the choice of the bundle
+    if twice := sorted(chosen.keys() & (said.keys() | ({"spatial_dims"} if dim else set()))):
         raise ValueError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of the two out")
     return chosen | said
 

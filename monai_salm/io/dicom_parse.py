@@ -339,7 +339,7 @@ def _read_any(file: BinaryIO, stop: Stop | None) -> FileDataset:
     file.seek(0)
     dataset = read_partial(file, stop)
     if not dataset:  # what pydicom gives where it meets the end of the file too early
-        detail = "the file ends within an element, or goes on behind the last one; export it again"
+        detail = "the file has no elements, ends within one, or goes on behind the last; export it again"
         raise RefusedError("unreadable", detail)
     return dataset
 

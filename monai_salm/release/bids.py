@@ -39,6 +39,7 @@ _NAME = re.compile(
     r"(?P<entities>(?:[a-z]+-[A-Za-z0-9+]+_)*)(?P<suffix>[A-Za-z0-9]+)(?P<ending>\.nii|\.nii\.gz|\.json|\.bval|\.bvec|\.tsv|\.tsv\.gz)"
 )
 _TOP = re.compile(r"README(\.md|\.rst|\.txt)?|CHANGES|LICENSE|CITATION\.cff|participants\.(tsv|json)|\.bidsignore")
+_SUBJECT = re.compile(rb"sub-[A-Za-z0-9]+")
 _INHERITED = ("BIDSVersion", "License", "Authors", "Acknowledgements", "HowToAcknowledge", "Funding", "EthicsApprovals")
 _OF_ANY = (*LABEL_SUFFIXES, "events", "physio", "stim", "channels", "aslcontext")
 """Suffixes of what goes with images of any suffix, such as the events of a functional image."""
@@ -145,7 +146,9 @@ def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
     stripped = {} if raw.get("DatasetType") == "derivative" else {"SkullStripped": False}
     for name, copy in images.items():
         own = found.pop(_sidecar(name), b"{}")
-        found[_sidecar(copy)] = _sidecar_of_copy(own, name, near[subject(name)], stripped)
+        named = {subject(name), *map(bytes.decode, _SUBJECT.findall(own))}
+        copies = {before: after for each in named for before, after in near.get(each, {}).items()}
+        found[_sidecar(copy)] = _sidecar_of_copy(own, name, copies, stripped)
     if PARTICIPANTS in found:
         found[PARTICIPANTS] = _of_subjects(found[PARTICIPANTS], subjects)
     found[DESCRIPTION] = _bytes(_derived(raw))

@@ -156,6 +156,7 @@ class _Findings:
         self._mask_names = voxels.mask_names if voxels else frozenset()
         self._headers: dict[Path, Dataset] = {}
         self._broken: dict[Path, RefusedError] = {}
+        self._unread: dict[str, list[RefusedError]] = defaultdict(list)  # by the UIDs of files without a header
         self._series_in: dict[Path, set[str]] = defaultdict(set)
         self._owners: dict[str, str] = {}
         self._companions = CompanionFiles()
@@ -202,11 +203,18 @@ class _Findings:
             else:
                 self._add_other(path, head)
         except RefusedError as error:
-            self.refuse([self.name(path), *uids_of(path)], error)
+            self._refuse_file(path, error)
         except OSError as error:
             self.refuse(
                 [self.name(path)], RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})")
             )
+
+    def _refuse_file(self, path: Path, error: RefusedError) -> None:
+        """Refuse a file that gave no header; what belongs to it by its UIDs may not do without it."""
+        uids = uids_of(path)
+        self.refuse([self.name(path), *uids], error)
+        for uid in uids:
+            self._unread[uid].append(error)
 
     def _add_image(self, path: Path, form: str) -> None:
         name, count = check_name(self.name(path)), 1
@@ -320,11 +328,10 @@ class _Findings:
         headers = [self._headers[path] for path in paths]
         uid = _text(headers[0], "SeriesInstanceUID")
         try:
-            broken = [self._broken[path] for path in paths if path in self._broken]
-            if broken:
-                raise RefusedError(
-                    broken[0].reason, f"{len(broken)} of {len(paths)} files of a series: {broken[0].detail}"
-                )
+            unread = self._unread[uid]
+            if broken := [*unread, *(self._broken[path] for path in paths if path in self._broken)]:
+                told = f"{len(broken)} of {len(paths) + len(unread)} files of a series: {broken[0].detail}"
+                raise RefusedError(broken[0].reason, told)
             parts = [[path] for path in paths] if all(map(dicom.is_enhanced, headers)) else [paths]
             orders = [dicom.order_files([self._headers[path] for path in part]) for part in parts]
         except RefusedError as error:

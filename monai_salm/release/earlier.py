@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class EarlierRelease:
         """
         shared: set[str] = set()
         for out in self._chain():
-            if (out / PATIENTS).is_file():
+            with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is for a warning alone
                 its = json.loads((out / PATIENTS).read_text())
                 shared |= {*patients["test"]} & {*its["released"]} | {*patients["released"]} & {*its["test"]}
         return len(shared)

@@ -129,12 +129,13 @@ def alike(labels: Iterable[str]) -> str:
         >>> alike(["Ill", "ill", "1", "1.0", "2"])
         'names of classes differ ... count as different: Ill, ill, 1, 1.0'
     """
-    groups: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str | Decimal, list[str]] = defaultdict(list)
     for label in labels:
         try:
-            groups[str(Decimal(label).normalize())].append(label)
+            number = Decimal(label)
         except InvalidOperation:
-            groups[label.casefold()].append(label)
+            number = Decimal("NaN")
+        groups[number if number.is_finite() else label.casefold()].append(label)
     names = ", ".join(label for group in groups.values() if len(group) > 1 for label in group)
     told = "names of classes differ in capital letters or in the form of a number alone, and count as different"
     return names and f"{told}: {names}"

@@ -233,7 +233,7 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
     path = Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"there is no image at {path}; check the path")
-    name = path.name if root is None else _name_in(Path(root).resolve(), path.resolve())
+    name = path.name if root is None else _name_in(Path(root), path)
     if path.is_file() and nifti.sniff(nifti.read_head(path)):
         if worker.call(nifti.count_volumes, path, spatial_dims) > 1:
             raise RefusedError("several_images", "the file holds several; hand over cases from release.catalog.scan")
@@ -265,7 +265,9 @@ def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.P
 
 
 def _name_in(root: Path, path: Path) -> str:
-    """Name of a file as a scan of the export gives it; both without links and ``..``, which a scan does not follow."""
-    if not path.is_relative_to(root):
-        raise ValueError(f"{path} does not lie in {root}; root must be the export that the image belongs to")
-    return path.name if path == root else path.relative_to(root).as_posix()
+    """Name of a file as a scan of the export gives it: where it lies in truth, for a scan follows no links."""
+    folder, place = root.resolve(), path.resolve()
+    if not place.is_relative_to(folder):
+        leads = "" if place == path else f" leads to {place}, which"
+        raise ValueError(f"{path}{leads} does not lie in {folder}; root must be the export that the image belongs to")
+    return place.name if place == folder else place.relative_to(folder).as_posix()
