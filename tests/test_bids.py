@@ -252,7 +252,7 @@ def test_sidecars_name_the_copies_and_no_person_at_any_depth(tree, tmp_path, for
         note(
             path,
             {
-                "IntendedFor": [form.format(stem), "func/of-another.nii.gz"],
+                "IntendedFor": [form.format(stem), "func/of-another.nii.gz", "bids::sub-02/anat/sub-02_T1w.nii.gz"],
                 "global": {"const": {"PatientName": "CANARY", "EchoTime": 3}, "list": [{"OtherPatientIDs": "CANARY"}]},
                 "NameOfPhysiciansReadingStudy": "CANARY",
                 "ReferencedSOPInstanceUID": "CANARY",
@@ -265,7 +265,8 @@ def test_sidecars_name_the_copies_and_no_person_at_any_depth(tree, tmp_path, for
     folder = release(tree, tmp_path / "out")
     sidecar = json.loads((folder / "sub-01" / "anat" / "sub-01_desc-protected_T1w.json").read_text())
     expected = form.format("sub-01").replace("task-rest_bold", "task-rest_desc-protected_bold")
-    assert sidecar["IntendedFor"] == [expected, "func/of-another.nii.gz"]
+    other = "bids::sub-02/anat/sub-02_desc-protected_T1w.nii.gz"
+    assert sidecar["IntendedFor"] == [expected, "func/of-another.nii.gz", other]
     assert (folder / expected.removeprefix("bids::sub-01/").replace("func", "sub-01/func", 1)).is_file()
     assert sidecar["InstitutionName"] == "H\udcf4pital", "what UTF-8 cannot hold stays an escape of JSON"
     assert sidecar["global"] == {"const": {"EchoTime": 3}, "list": [{}]}

@@ -101,6 +101,14 @@ def test_one_truncated_slice_refuses_its_whole_series_and_no_other(tmp_path):
     assert len(scan(tmp_path, 2).cases) == 7, "in 2D only the broken slice is lost"
 
 
+def test_an_end_slice_without_a_header_that_can_be_read_refuses_its_series(tmp_path):
+    paths, _ = write_series(tmp_path / "A", "one", 4), write_series(tmp_path / "B", "two", 4)
+    paths[-1].write_bytes(paths[-1].read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.7\0", 1))
+    catalog = scan(tmp_path, 3)
+    assert [case.files[0].parent.name for case in catalog.cases] == ["B"], "not a shorter volume"
+    assert reasons(catalog) == {"unsupported_transfer_syntax": 2}, "the file, and its series"
+
+
 def test_a_missing_slice_refuses_its_series(tmp_path):
     gap, _ = write_series(tmp_path / "A", "one", 5), write_series(tmp_path / "B", "two", 5)
     gap[2].unlink()

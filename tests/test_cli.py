@@ -242,6 +242,19 @@ def test_output_that_nobody_reads_ends_a_command_quietly_and_as_no_bad_result(ru
             assert "Traceback" not in done.stderr and "monai-salm: " not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_a_full_disk_cannot_take_is_told_in_a_sentence():
+    for command, codes in ((["bundle", "list"], {BAD_INPUT}), (["inspect", "not-there"], {BAD_INPUT})):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "monai_salm", *command], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            )
+        assert done.returncode in codes and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    with open("/dev/full", "w") as full:  # nothing can be said at all
+        done = subprocess.run([sys.executable, "-m", "monai_salm", "inspect", "not-there"], stdout=full, stderr=full)
+    assert done.returncode == BAD_INPUT
+
+
 def test_inspect_works_without_labels_and_says_so(run, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "CT").write_bytes(Path(get_testdata_file("CT_small.dcm", download=False)).read_bytes())
@@ -379,6 +392,7 @@ def test_words_are_taken_where_a_bundle_has_a_number_or_computes_what_they_repla
         ("rename=false", ("--rename",)),
         ("window=[0, 1]", ("--window", "0", "2")),
         ("require_deidentified=false", ("--require-deidentified",)),
+        ("spatial_dims=2", ("--dim", "2")),
     ],
 )
 def test_a_setting_that_is_given_twice_is_refused(run, started, export, tmp_path, chosen, option):

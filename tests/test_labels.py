@@ -237,8 +237,8 @@ def test_names_that_differ_in_case_only_are_warned_of(caplog):
 
 
 def test_numbers_that_are_written_in_two_ways_are_warned_of(caplog):
-    told = [LabelRow(i, f"c{i}", label) for i, label in enumerate(["0", "1", "1.0", "2", "10", "nan"])]
-    assert label_cases(catalog(6), told).classes == ("0", "1", "2", "10", "1.0", "nan")
+    told = [LabelRow(i, f"c{i}", label) for i, label in enumerate(["0", "1", "1.0", "2", "10", "nan", "1E2345678"])]
+    assert label_cases(catalog(7), told).classes == ("0", "1", "2", "10", "1.0", "1E2345678", "nan")
     assert "count as different: 1, 1.0\n" in caplog.text
 
 

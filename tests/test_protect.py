@@ -152,6 +152,8 @@ def test_dicom_is_written_under_new_uids_and_read_back(tmp_path, spatial_dims):
     for case in cohort.released:
         clean, protected = formats.read(case, spatial_dims), formats.read(twins[case.sample_id], spatial_dims)
         np.testing.assert_array_equal(protected.stored, clean.stored + bank[case.sample_id])
+    times = {path.stat().st_mtime for path in (tmp_path / "out" / "protected").rglob("*")}
+    assert len(times) == 1, "the order of writing would tell it too"
     table = (tmp_path / "out" / "protected" / "labels.csv").read_text().splitlines()
     assert len(table) == len(cohort.cases) + 1
     assert table[1:] == sorted(table[1:]), "the order of the export's names would tell who comes after whom"

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 
@@ -188,6 +189,13 @@ def clear_staging(output_dir: Path, part: str = "") -> None:
     if part:
         with suppress(OSError):  # others may be at work
             (output_dir / STAGING).rmdir()
+
+
+def give_one_time(folder: Path, when: datetime) -> None:
+    """Give one time to all that a folder holds: files are written in the order of the export's names."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in (*names, "."):
+            os.utime(os.path.join(root, name), (when.timestamp(), when.timestamp()))
 
 
 def _stage(part: Path, content: bytes) -> str:

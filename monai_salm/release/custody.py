@@ -122,7 +122,7 @@ def close(
     """Write a shard's manifest in the cohort's order; sign all that is finished; with the last shard write companions
     and tables.
 
-    Then every file below ``protected/`` is held against the manifest.
+    Then every file below ``protected/`` is held against the manifest, and gets the time of the release's start.
 
     Args:
         output_dir: the output folder.
@@ -160,6 +160,7 @@ def close(
     door.clear_staging(output_dir, shard.part)
     if complete:
         sweep(output_dir / door.PROTECTED, [*rows, *table_rows, *rest])
+        door.give_one_time(output_dir / door.PROTECTED, start_time(output_dir))
     return [*rows, *table_rows]
 
 
