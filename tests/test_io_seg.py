@@ -229,6 +229,16 @@ def test_a_fraction_counts_above_half_of_its_maximum(tmp_path, series, largest):
     np.testing.assert_array_equal(read_mask(case_of(series[:1], seg), 2)[0, 0, :4], [2, 2, 0, 1])
 
 
+@pytest.mark.parametrize("largest", [1, 2, 3, 5])
+def test_of_a_small_maximum_the_steps_above_half_count(tmp_path, series, largest):
+    fractions = np.zeros((N, SIZE, SIZE, 1))
+    fractions[0, 0, : largest + 1, 0] = np.arange(largest + 1) / largest
+    options = {"kind": "FRACTIONAL", "max_fractional_value": largest}
+    seg = write_segmentation(tmp_path / "seg", series, fractions, ("Liver",), **options)
+    found = read_mask(case_of(series[:1], seg, (0, 1)), 2)[0, 0, : largest + 1]
+    np.testing.assert_array_equal(found, [2 * step > largest for step in range(largest + 1)])
+
+
 def test_classes_follow_the_export_and_not_the_numbers_of_segments(tmp_path, series):
     seg = write_segmentation(tmp_path / "seg", series, one_hot(truth()))
     classes = np.array([0, 3, 1], np.uint8)[truth()]

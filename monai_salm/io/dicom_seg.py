@@ -160,7 +160,8 @@ class _Segmentation:
         """(rows, columns) of one frame: 1 in the segment, or (LABELMAP) the segment number."""
         stored = self.dataset.get_stored_frame(index, as_index=True)
         if self.dataset.SegmentationType == "FRACTIONAL":
-            return 2 * stored.astype(np.int64) > int(self.dataset.MaximumFractionalValue) + 1  # 128 of 255 is a half
+            largest = int(self.dataset.MaximumFractionalValue)
+            return 2 * stored.astype(np.int64) > largest + (largest > 100)  # 128 of 255 is a half, 1 of 1 is none
         return stored
 
 
@@ -185,8 +186,8 @@ def _load(path: Path) -> _Segmentation:
 def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
     """Class index of each voxel of a slice or a series, on the axes of ``dicom.read``.
 
-    A fractional segment counts above half of its maximum (rounded up), so that probabilities which add up to 1 never
-    overlap.
+    A fractional segment counts above half of its maximum (of more than 100: rounded up, so that probabilities which add
+    up to 1 never overlap).
 
     Args:
         case: one file for 2D, all slices of the volume in any order for 3D.
