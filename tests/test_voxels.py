@@ -528,6 +528,27 @@ def test_missing_slices_refuse_the_whole_series(tmp_path, spatial_dims):
     assert "1 of 6 slices" in cohort.refusals[0].detail
 
 
+@pytest.mark.parametrize("shift", [0.02, 1.2, 2.5])
+@pytest.mark.parametrize("sources", [0, 2])
+def test_frames_that_find_no_slice_are_no_background(tmp_path, shift, sources):
+    """Slices are read one by one, and each takes such a frame for one of another slice."""
+    write_segmented(tmp_path)
+
+    def move(dataset: Any) -> None:
+        frame = dataset.PerFrameFunctionalGroupsSequence[-1]
+        frame.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 7.5 + shift]
+        named = dataset.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]
+        if sources:
+            frame.DerivationImageSequence[0].SourceImageSequence.append(named)
+        else:
+            del frame.DerivationImageSequence
+
+    edit_dicom(tmp_path / "B" / "seg", move)
+    cohort = load_cohort(tmp_path, spatial_dims=2)
+    assert len(cohort.cases) == 4 and reasons(cohort) == {"mask_affine" if sources else "mask_missing_slices": 4}
+    assert f"{shift} mm from the " in cohort.refusals[0].detail
+
+
 def test_slices_that_share_a_segmentation_are_refused_together(tmp_path):
     write_segmented(tmp_path)
     paths = write_series(tmp_path / "B", "B", 4, patient="B")

@@ -93,12 +93,20 @@ def _segments(header: Dataset) -> Iterator[tuple[int, str]]:
             yield number, label
 
 
-def missing_slices(missing: int, referred: int) -> RefusedError:
-    """The refusal of a segmentation of slices that are not there."""
+def missing_slices(missing: int, referred: int, apart: float = 0) -> RefusedError:
+    """The refusal of a segmentation of slices that are not there.
+
+    Args:
+        missing: how many they are.
+        referred: of how many.
+        apart: mm from a frame without source to the nearest slice, at most.
+    """
+    tolerated = f"{POSITION_TOLERANCE_MM:g} mm are tolerated"
+    lie = f" (frames without a source lie up to {apart:.4g} mm from the nearest one; {tolerated})" if apart else ""
     return RefusedError(
         "mask_missing_slices",
-        f"{missing} of {referred} slices that the segmentation refers to are not in the series; complete the series, "
-        "or pair the segmentation with the series it was made on",
+        f"{missing} of {referred} slices that the segmentation refers to are not in the series{lie}; complete the "
+        "series, or pair the segmentation with the series it was made on",
     )
 
 
@@ -209,12 +217,27 @@ def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
     headers = headers_of(case.files, spatial_dims)
     with refusing("mask_unreadable", _BROKEN):
         _check_grid(segmentation, headers[0])
-        slices = _place(segmentation, headers, complete=spatial_dims == 3)
+        slices = _place(segmentation, headers, _gap(headers), complete=spatial_dims == 3)
         classes = _classes(segmentation, mask.values)
         labels = _paint(segmentation, slices, classes, (len(headers), int(headers[0].Rows), int(headers[0].Columns)))
     if spatial_dims == 2:
         return labels
     return np.ascontiguousarray(to_canonical(labels, orientation_of(headers[0], headers[-1])))[None]
+
+
+def check_frames(file: Path, slices: Sequence[Path]) -> None:
+    """Raise when a frame finds no slice: one slice alone cannot tell whether a frame is of another one, or of none.
+
+    Args:
+        file: a SEG file.
+        slices: all slices that it is the label file of, in any order.
+
+    Raises:
+        RefusedError: As :py:func:`read`.
+    """
+    headers = headers_of(slices, 2)
+    with refusing("mask_unreadable", _BROKEN):
+        _place(_load(file), headers, _gap(headers[:1]), complete=True)
 
 
 def _check_grid(segmentation: _Segmentation, header: Dataset) -> None:
@@ -253,36 +276,43 @@ def _apart(own: Sequence[float] | None, frames: Sequence[NDArray[np.float64] | N
     return np.abs(np.stack(told) - np.array(own, np.float64)) if told and own else np.zeros((1, 1))
 
 
-def _place(segmentation: _Segmentation, headers: Sequence[Dataset], *, complete: bool) -> list[int | None]:
+def _place(segmentation: _Segmentation, headers: Sequence[Dataset], gap: float, *, complete: bool) -> list[int | None]:
     """Slice of each frame, None for frames of slices that are not asked for.
 
     Args:
         segmentation: the frames.
-        headers: of the slices, in order.
+        headers: of the slices.
+        gap: mm between slices.
         complete: whether the slices are the whole series, so that every frame must find its slice.
     """
     uids = [str(header.SOPInstanceUID) for header in headers]
-    known = [header.get("ImagePositionPatient") for header in headers]
-    positions = np.array([[float(each) for each in position] for position in known]) if all(known) else None
-    tolerance = max(POSITION_TOLERANCE_MM, GAP_TOLERANCE * _gap(headers[0], positions))
+    positions = _positions(headers)
+    tolerance = max(POSITION_TOLERANCE_MM, GAP_TOLERANCE * gap)
     places = [_place_frame(frame, uids, positions, tolerance, complete) for frame in segmentation.frames]
     if complete:
-        lost = segmentation.header.instances - set(uids)
         adrift = {
-            tuple(frame.position)
+            tuple(frame.position): float(np.abs(positions - frame.position).max(axis=1).min())
             for frame, place in zip(segmentation.frames, places, strict=True)
-            if place is None and not frame.sources and frame.position is not None
+            if place is None and not frame.sources and frame.position is not None and positions is not None
         }
+        lost = segmentation.header.instances - set(uids)
         if lost or adrift:
-            raise missing_slices(len(lost) + len(adrift), len(segmentation.header.instances) + len(adrift))
+            referred = len(segmentation.header.instances) + len(adrift)
+            raise missing_slices(len(lost) + len(adrift), referred, max(adrift.values(), default=0))
     return places
 
 
-def _gap(header: Dataset, positions: NDArray[np.float64] | None) -> float:
-    """mm between slices; of one slice alone what its header says, 0 where that is nothing."""
+def _positions(headers: Sequence[Dataset]) -> NDArray[np.float64] | None:
+    known = [header.get("ImagePositionPatient") for header in headers]
+    return np.array([[float(each) for each in position] for position in known]) if all(known) else None
+
+
+def _gap(headers: Sequence[Dataset]) -> float:
+    """mm between slices in spatial order; of one slice alone what its header says, 0 where that is nothing."""
+    positions = _positions(headers)
     if positions is not None and len(positions) > 1:
         return float(np.median(np.linalg.norm(np.diff(positions, axis=0), axis=1)))
-    return max(0.0, float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 0))
+    return max(0.0, float(headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness") or 0))
 
 
 def _place_frame(

@@ -270,18 +270,22 @@ def _split_incomplete(cases: Sequence[Case], found: Found) -> tuple[list[Case], 
     kept: list[Case] = []
     refusals: list[Refused] = []
     for unit in formats.units(cases):
-        mask = unit[0].mask
-        referred = found.segmentations[mask.name][1].instances if mask and mask.name in found.segmentations else set()
-        missing = len(referred - found.instances.keys())
-        if missing:
-            error = dicom.missing_slices(missing, len(referred))
-        elif referred - {name for case in unit for name in case.names}:
-            error = shared_mask(unit[0])
-        else:
+        try:
+            if unit[0].mask and unit[0].mask.name in found.segmentations:
+                _check_complete(unit, found, *found.segmentations[unit[0].mask.name])
             kept += unit
-            continue
-        refusals += [(case.names, error, case.sample_id) for case in unit]
+        except RefusedError as error:
+            refusals += [(case.names, error, case.sample_id) for case in unit]
     return kept, refusals
+
+
+def _check_complete(unit: Sequence[Case], found: Found, path: Path, header: SegHeader) -> None:
+    missing = len(header.instances - found.instances.keys())
+    if missing:
+        raise dicom.missing_slices(missing, len(header.instances))
+    if header.instances - {name for case in unit for name in case.names}:
+        raise shared_mask(unit[0])
+    worker.call(dicom.check_frames, path, [file for case in unit for file in case.files])
 
 
 def _tables(voxels: VoxelLabels) -> str:
