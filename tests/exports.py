@@ -39,7 +39,7 @@ def write_series(folder: Path, name: str, n_slices: int = 4, *, patient: str = "
         template.Rows = template.Columns = SIZE
         template.PixelData = rng.integers(900, 1200, (SIZE, SIZE)).astype(np.int16).tobytes()
         template.PatientID, template.PatientName = patient, f"Name^{patient}"
-        template.StudyInstanceUID = generate_uid(entropy_srcs=[patient])
+        template.StudyInstanceUID = generate_uid(entropy_srcs=[patient, "study"])
         template.SeriesInstanceUID = generate_uid(entropy_srcs=[name])
         template.SOPInstanceUID = generate_uid(entropy_srcs=[name, str(index)])
         template.file_meta.MediaStorageSOPInstanceUID = template.SOPInstanceUID

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import write_enhanced
 from exports import SIZE, edit_dicom, write_segmentation, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,10 @@ def test_any_order_and_any_left_out_frames_give_the_same_labels(tmp_path_factory
     np.testing.assert_array_equal(read_mask(case_of(series, seg), 3), canonical(classes))
 
 
+def frames_of(path: Path) -> list[Dataset]:
+    return list(dcmread(path).PerFrameFunctionalGroupsSequence)
+
+
 def forget_sources(dataset: Dataset) -> None:
     for frame in dataset.PerFrameFunctionalGroupsSequence:
         del frame.DerivationImageSequence
@@ -178,6 +183,33 @@ def test_a_frame_on_another_slice_than_its_source_is_refused(tmp_path, series):
     edit_dicom(seg, swap)
     refused(case_of(series, seg), "mask_affine", "7.5 mm")
     refused(case_of(series[:1], seg), "mask_affine", spatial_dims=2)
+
+
+@pytest.mark.parametrize(
+    ("shift", "wrong", "reason", "words"),
+    [
+        (0.1, 0, "", ""),
+        (0.2, 0, "mask_affine", "0.2 mm"),
+        (0, 1, "mask_affine", "7.5 mm from the slice that it names"),
+        (0, 5, "mask_missing_slices", "5 of 6 slices"),
+    ],
+)
+def test_frames_of_a_multi_frame_image_are_known_by_their_number(tmp_path, shift, wrong, reason, words):
+    image = write_enhanced(tmp_path / "image", frames=5)
+    place = [frame.PlanePositionSequence[0].ImagePositionPatient[2] for frame in frames_of(image)]
+    classes = np.random.default_rng(0).integers(0, 3, (5, 32, 36)).astype(np.uint8)
+    seg = write_segmentation(tmp_path / "seg", [image], one_hot(classes))
+
+    def change(dataset: Dataset) -> None:
+        for frame in dataset.PerFrameFunctionalGroupsSequence:
+            frame.PlanePositionSequence[0].ImagePositionPatient[2] += shift
+            frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber += wrong
+
+    edit_dicom(seg, change)
+    if reason:
+        refused(case_of([image], seg), reason, words)
+    else:
+        np.testing.assert_array_equal(read_mask(case_of([image], seg), 3), canonical(classes[np.argsort(place)]))
 
 
 def test_references_to_missing_slices_are_refused_with_their_number(tmp_path):

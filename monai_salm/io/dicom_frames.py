@@ -60,11 +60,12 @@ def frame_headers(header: Dataset) -> list[Dataset]:
     frames = header.get("PerFrameFunctionalGroupsSequence") or ()
     if len(frames) != int(header.get("NumberOfFrames") or 1) or len(shared) != 1:
         raise RefusedError("invalid_geometry", "the functional groups do not tell of each frame where it lies")
-    return [_frame_header(header, own, shared[0]) for own in frames]
+    return [_frame_header(header, number, own, shared[0]) for number, own in enumerate(frames, 1)]
 
 
-def _frame_header(header: Dataset, own: Dataset, shared: Dataset) -> Dataset:
+def _frame_header(header: Dataset, number: int, own: Dataset, shared: Dataset) -> Dataset:
     frame = Dataset()
+    frame.ReferencedFrameNumber = number  # what others call it by
     for keyword in _ROOT:
         if keyword in header:
             frame[keyword] = header[keyword]

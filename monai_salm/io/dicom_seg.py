@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ def seg_header(header: Dataset) -> SegHeader:
         for item in header.get("ReferencedSeriesSequence") or ():
             series.add(str(item.SeriesInstanceUID))
             instances |= {str(each.ReferencedSOPInstanceUID) for each in item.get("ReferencedInstanceSequence") or ()}
-        instances = instances.union(*(sources for _, sources in _groups(header)))
+        instances |= {instance for _, sources in _groups(header) for instance, _ in sources}
         fractional = header.get("SegmentationType") == "FRACTIONAL"
         return SegHeader(frozenset(series), frozenset(instances), tuple(_segments(header)), fractional)
 
@@ -94,13 +94,7 @@ def _segments(header: Dataset) -> Iterator[tuple[int, str]]:
 
 
 def missing_slices(missing: int, referred: int, apart: float = 0) -> RefusedError:
-    """The refusal of a segmentation of slices that are not there.
-
-    Args:
-        missing: how many they are.
-        referred: of how many.
-        apart: mm from a frame without source to the nearest slice, at most.
-    """
+    """The refusal of a segmentation of slices that are not there; ``apart``: mm from frames without a source to one."""
     tolerated = f"{POSITION_TOLERANCE_MM:g} mm are tolerated"
     lie = f" (frames without a source lie up to {apart:.4g} mm from the nearest one; {tolerated})" if apart else ""
     return RefusedError(
@@ -108,6 +102,10 @@ def missing_slices(missing: int, referred: int, apart: float = 0) -> RefusedErro
         f"{missing} of {referred} slices that the segmentation refers to are not in the series{lie}; complete the "
         "series, or pair the segmentation with the series it was made on",
     )
+
+
+_Source: TypeAlias = tuple[str, int | None]
+"""UID of an image, and the number of a frame where it has many; None: any of them."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,11 @@ class _Frame:
     position: NDArray[np.float64] | None
     orientation: NDArray[np.float64] | None
     spacing: NDArray[np.float64] | None
-    sources: frozenset[str]
+    sources: frozenset[_Source]
 
 
-def _groups(header: Dataset) -> Iterator[tuple[Mapping[str, Dataset], frozenset[str]]]:
-    """Functional groups of each frame (PS3.3 C.7.6.16), and the UIDs of its source images."""
+def _groups(header: Dataset) -> Iterator[tuple[Mapping[str, Dataset], frozenset[_Source]]]:
+    """Functional groups of each frame (PS3.3 C.7.6.16), and its source images."""
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     frames = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
     names = ("SegmentIdentificationSequence", "PlanePositionSequence", "PlaneOrientationSequence")
@@ -133,9 +131,10 @@ def _groups(header: Dataset) -> Iterator[tuple[Mapping[str, Dataset], frozenset[
             if items:
                 groups[name] = items[0]
         sources = (
-            str(source.ReferencedSOPInstanceUID)
+            (str(source.ReferencedSOPInstanceUID), number)
             for item in own.get("DerivationImageSequence") or shared.get("DerivationImageSequence") or ()
             for source in item.get("SourceImageSequence") or ()
+            for number in np.atleast_1d(source.get("ReferencedFrameNumber")).tolist()
         )
         yield groups, frozenset(sources)
 
@@ -285,19 +284,20 @@ def _place(segmentation: _Segmentation, headers: Sequence[Dataset], gap: float, 
         gap: mm between slices.
         complete: whether the slices are the whole series, so that every frame must find its slice.
     """
-    uids = [str(header.SOPInstanceUID) for header in headers]
+    images = [(str(header.SOPInstanceUID), header.get("ReferencedFrameNumber", 1)) for header in headers]
     positions = _positions(headers)
     tolerance = max(POSITION_TOLERANCE_MM, GAP_TOLERANCE * gap)
-    places = [_place_frame(frame, uids, positions, tolerance, complete) for frame in segmentation.frames]
+    places = [_place_frame(frame, images, positions, tolerance, complete) for frame in segmentation.frames]
     if complete:
-        adrift = {
-            tuple(frame.position): float(np.abs(positions - frame.position).max(axis=1).min())
-            for frame, place in zip(segmentation.frames, places, strict=True)
-            if place is None and not frame.sources and frame.position is not None and positions is not None
-        }
-        lost = segmentation.header.instances - set(uids)
+        lost: set[Any] = segmentation.header.instances - {instance for instance, _ in images}
+        adrift = {}
+        for frame, place in zip(segmentation.frames, places, strict=True):
+            if place is None and frame.sources:
+                lost |= {source for source in frame.sources if source[0] not in lost}
+            elif place is None and frame.position is not None and positions is not None:
+                adrift[tuple(frame.position)] = float(np.abs(positions - frame.position).max(axis=1).min())
         if lost or adrift:
-            referred = len(segmentation.header.instances) + len(adrift)
+            referred = len(segmentation.header.instances | lost) + len(adrift)
             raise missing_slices(len(lost) + len(adrift), referred, max(adrift.values(), default=0))
     return places
 
@@ -316,9 +316,9 @@ def _gap(headers: Sequence[Dataset]) -> float:
 
 
 def _place_frame(
-    frame: _Frame, uids: Sequence[str], positions: NDArray[np.float64] | None, tolerance: float, complete: bool
+    frame: _Frame, images: Sequence[_Source], positions: NDArray[np.float64] | None, tolerance: float, complete: bool
 ) -> int | None:
-    named = [index for index, each in enumerate(uids) if each in frame.sources]
+    named = [index for index, each in enumerate(images) if each in frame.sources or (each[0], None) in frame.sources]
     if frame.sources and not named:
         return None
     if frame.position is not None and positions is not None:
