@@ -171,6 +171,34 @@ def test_a_qform_agrees_with_an_sform_of_the_same_grid(tmp_path):
     read_mask(pair(tmp_path / "image.nii", tmp_path / "label.nii"), 3)
 
 
+@pytest.mark.parametrize("angle", [0.2, np.pi / 2])
+@pytest.mark.parametrize("codes", [(1, 1), (2, 1), (4, 1), (1, 4)])
+@pytest.mark.parametrize("torn", ["image", "label"])
+def test_a_sform_may_be_turned_against_the_qform_but_not_to_other_axes(tmp_path, angle, codes, torn):
+    """The other file was written by a tool that follows either."""
+    other = AFFINE.copy()
+    other[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    for name, voxels in (("image", class_map().astype(np.int16)), ("label", class_map())):
+        written = nib.Nifti1Image(voxels, AFFINE)
+        written.set_sform(AFFINE, codes[0])
+        written.set_qform(other if name == torn else AFFINE, codes[1])
+        nib.save(written, tmp_path / f"{name}.nii")
+    case = pair(tmp_path / "image.nii", tmp_path / "label.nii")
+    if angle < 1:
+        np.testing.assert_array_equal(read_mask(case, 3), class_map()[None])
+    else:
+        refused(case, "mask_orientation", f"of the {torn} contradict", "RAS and ", "header of its image")
+
+
+def test_a_label_with_the_header_of_its_image_fits_whatever_that_says(tmp_path):
+    image = nib.Nifti1Image(class_map().astype(np.int16), AFFINE)
+    image.set_qform(np.diag([-1, 1, 2, 1]), 1)
+    nib.save(image, tmp_path / "image.nii")
+    nib.save(nib.Nifti1Image(class_map(), None, image.header), tmp_path / "label.nii")
+    case = pair(tmp_path / "image.nii", tmp_path / "label.nii")
+    np.testing.assert_array_equal(read_mask(case, 3), class_map()[None])
+
+
 def test_a_label_without_orientation_does_not_fit_an_image_with_one(tmp_path, image):
     label = nib.Nifti1Image(class_map(), None)
     label.header.set_zooms((1, 1, 2))

@@ -150,6 +150,14 @@ def _check_grid(image: nifti.Grid, label: nifti.Grid) -> None:
             f"the image has shape {image.shape}, its label {label.shape}; resample the label to the image's grid, or "
             "pair each image with its own label",
         )
+    torn = next((grid.transforms for grid in (image, label) if len(set(grid.transforms)) > 1), None)
+    if torn and image.transforms != label.transforms:
+        raise RefusedError(
+            "mask_orientation",
+            f"sform and qform of the {'image' if torn == image.transforms else 'label'} contradict each other "
+            f"({' and '.join(torn)} axes), and tools follow the one or the other: the label may be mirrored or turned; "
+            "correct the wrong one, and save the label with the header of its image",
+        )
     apart = _corner_distance(image, label)
     if not apart <= CORNER_TOLERANCE_MM:
         # Between files of different orientation a copied affine would mirror or turn the labels.

@@ -199,12 +199,13 @@ def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
 class Grid:
     """Where a file's voxels lie: shape and (4, 4) affine from voxel index to mm, both on canonical axes.
 
-    ``axes`` is how the file stores them.
+    ``axes`` is how the file stores them, ``transforms`` what its sform and qform say of that.
     """
 
     shape: tuple[int, ...]
     affine: np.ndarray
     axes: Axes
+    transforms: tuple[str, ...]
 
 
 def read_grid(path: Path, spatial_dims: int) -> Grid:
@@ -218,7 +219,8 @@ def read_grid(path: Path, spatial_dims: int) -> Grid:
 
 def _grid(layout: Layout) -> Grid:
     axes, shape = layout.axes, layout.shape
-    return Grid(tuple(shape[axis] for axis in axes.order), layout.affine @ axes.to_file_index(shape), axes)
+    affine = layout.affine @ axes.to_file_index(shape)
+    return Grid(tuple(shape[axis] for axis in axes.order), affine, axes, layout.transforms)
 
 
 def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -71,6 +72,8 @@ class Layout:
     axes: Axes
     affine: np.ndarray
     """(4, 4) voxel index to mm; NaN where the header's numbers make none."""
+    transforms: tuple[str, ...]
+    """Axes by sform and qform, as far as their codes are set: ``("RAS", "LAS")`` contradict each other."""
     volumes: int
     """Along the fourth axis, one behind the other; ``shape`` is that of one."""
 
@@ -181,7 +184,8 @@ def layout_of(path: Path, head: bytes, spatial_dims: int | None, types: Sequence
     if plane:
         shape = shape[:2]
     axes = _axes(header, len(shape), plane)
-    layout = Layout(tuple(map(int, shape)), dtype, offset, slope, intercept, axes, _affine(header), volumes)
+    affine, transforms = _affine(header), tuple(_transforms(header, len(shape)))
+    layout = Layout(tuple(map(int, shape)), dtype, offset, slope, intercept, axes, affine, transforms, volumes)
     size = path.stat().st_size
     if layout.end > (size * DEFLATE_RATIO if is_gzip(path) else size):
         raise RefusedError("truncated_file", f"the header promises {layout.end} bytes, more than the file can hold")
@@ -247,6 +251,13 @@ def _axes(header: Any, ndim: int, plane: bool) -> Axes:
     order = tuple(int(axis) for axis in np.argsort(world[:ndim, 0]))
     flips = tuple(axis for axis in range(ndim) if world[axis, 1] == away)
     return Axes(order[::-1] if plane else order, flips)
+
+
+def _transforms(header: Any, ndim: int) -> Iterator[str]:
+    for code, affine in (("sform_code", header.get_sform), ("qform_code", header.get_qform)):
+        if int(header[code]) > 0:
+            with suppress(HeaderDataError, ValueError, np.linalg.LinAlgError):
+                yield "".join(map(str, nib.orientations.aff2axcodes(affine())[:ndim]))
 
 
 def _affine(header: Any) -> np.ndarray:
