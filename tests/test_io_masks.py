@@ -75,6 +75,20 @@ def test_scaled_values_between_whole_numbers_stay_fractions(tmp_path, image):
     refused(pair(image, label), "mask_is_image", "no integers")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "slope", "intercept", "words"),
+    [("int16", 1e-3, 5e6, "no integers"), ("int16", 1e-12, 5e6, "values of 192"), ("float32", 1, 1, "1 values of 192")],
+)
+def test_an_image_is_no_label_by_its_scaling(tmp_path, image, dtype, slope, intercept, words):
+    values = np.random.default_rng(0).integers(1, 1000, SHAPE)
+    voxels = (values * (1e-10 if dtype == "float32" else 1)).astype(dtype)
+    label = write_label(tmp_path / "label.nii", voxels)
+    content = bytearray(label.read_bytes())
+    content[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    label.write_bytes(content)
+    refused(pair(image, label, (int(intercept), int(intercept) + 1)), "mask_is_image", words)
+
+
 @settings(max_examples=30, deadline=None)
 @given(codes=st.permutations("xyz"), signs=st.tuples(*[st.booleans()] * 3), seed=st.integers(0, 9))
 def test_label_and_image_are_turned_to_canonical_axes_alike(tmp_path_factory, codes, signs, seed):

@@ -243,15 +243,25 @@ def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]
         )
     voxels = layout.axes.to_canonical(layout.voxels(content).astype(layout.dtype.newbyteorder("=")))
     if (layout.slope, layout.intercept) != (1.0, 0.0):
-        voxels = _whole(voxels * layout.slope + layout.intercept, layout.intercept)
+        voxels = _scaled(voxels, layout.slope, layout.intercept)
     return np.ascontiguousarray(voxels), _grid(layout)
 
 
-def _whole(scaled: np.ndarray, intercept: float) -> np.ndarray:
-    """Scaled labels with what slope and intercept, which NIfTI-1 keeps as 32-bit floats, are off whole numbers by."""
+def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Labels by the scaling of their header; whole where slope and intercept, which NIfTI-1 keeps as 32-bit floats,
+    are why they are not. Values that differ in the file must differ then too: else the scaling would hide an image."""
+    scaled = stored * slope + intercept
     nearest = np.rint(scaled)
     rounding = np.finfo(np.float32).eps * (np.abs(scaled) + 2 * abs(intercept))
-    return np.where(np.abs(scaled - nearest) <= rounding, nearest, scaled)
+    scaled = np.where(np.abs(scaled - nearest) <= np.minimum(rounding, abs(slope) / 8), nearest, scaled)
+    found, left = len(np.unique(stored)), len(np.unique(scaled))
+    if left < found:
+        raise RefusedError(
+            "mask_is_image",
+            f"the scaling of the label's header makes {left} values of {found}: is it an image? Save class numbers "
+            "without slope and intercept",
+        )
+    return scaled
 
 
 def constant(stored: np.ndarray) -> bool:
