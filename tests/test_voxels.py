@@ -110,6 +110,7 @@ BAD_DATASETS = {
     "no_background": ({"labels": {"1": "Core", "2": "Rim"}}, "0 to the background"),
     "negative": ({"labels": {"0": "background", "-1": "Core"}}, "0 to the background"),
     "twice": ({"labels": {"0": "background", "1": "Core", "2": "Core"}}, "twice"),
+    "ignore": ({"labels": {"background": 0, "Core": 1, "ignore": 2}}, "every voxel must have a class"),
     "too_many": ({"labels": {str(value): f"c{value}" for value in range(256)}}, "must be 1 to 254"),
     "one_class": ({"labels": {"0": "background"}}, "0 classes besides"),
     "no_training": ({"training": []}, "lists no pair"),

@@ -81,6 +81,11 @@ def _read_names(labels: Any) -> dict[int, str]:
     names = {int(value): name.strip() for value, name in sorted(pairs, key=lambda pair: int(pair[0]))}
     if 0 not in names or min(names) < 0:
         raise ValueError(f"'labels' in {DATASET_FILE} must give 0 to the background, and other classes numbers above 0")
+    if "ignore" in map(str.casefold, names.values()):
+        raise ValueError(
+            f"'labels' in {DATASET_FILE} has voxels to ignore ('ignore'), and every voxel must have a class here; give "
+            "them one in the label files, and take 'ignore' out"
+        )
     if len(set(names.values())) < len(pairs):
         raise ValueError(f"'labels' in {DATASET_FILE} gives one name or number twice; make them differ")
     return names
