@@ -101,6 +101,21 @@ def test_the_released_dataset_json_lists_what_is_released(tmp_path):
     assert not (tmp_path / "out" / "protected" / "labelsTr" / "v01.nii.gz").exists()
 
 
+def test_pairs_of_a_table_have_the_class_names_of_a_dataset_json_without_pairs(tmp_path):
+    """As nnU-Net writes it."""
+    root = write_decathlon(tmp_path / "in", 3)
+    names = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "Core": 1, "Rim": 2}, "numTraining": 3}
+    (root / "dataset.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match="lists no pair .* or in a table case,mask"):
+        load_cohort(root, spatial_dims=3)
+    write_labels(root, [f"imagesTr/v0{index}.nii.gz,labelsTr/v0{index}.nii.gz" for index in range(2)], "mask")
+    cohort = load_cohort(root, spatial_dims=3)
+    assert cohort.classes == ("background", "Core", "Rim") and len(cohort.cases) == 2
+    protect(cohort, bank_of(cohort), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "protected" / "dataset.json").read_text())
+    assert written == names | {"numTraining": 2}
+
+
 def test_new_names_tell_nothing_of_the_old_ones_and_keep_the_pairs(tmp_path):
     cohort, out = decathlon(tmp_path / "in", 7, "tttttvx"), tmp_path / "out"
     table = tmp_path / "in" / "dataset.json"

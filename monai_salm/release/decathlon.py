@@ -36,10 +36,11 @@ def read_dataset(path: Path) -> dict[str, Any]:
 
 
 def read_pairs(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
-    """Names of the classes, the pairs, and the images to test on that have no label here: they are no cases.
+    """Names of the classes, the pairs (nnU-Net lists none), and the images to test on that have no label here: they are
+    no cases.
 
     Raises:
-        ValueError: When something of it is broken, or it lists no pair.
+        ValueError: When something of it is broken.
     """
     content = read_dataset(path)
     names = _read_names(content.get("labels"))
@@ -61,8 +62,6 @@ def read_pairs(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
                 unlabeled.add(plain(pair[0]))
     if bad:
         raise ValueError(f"entry {bad[0]} of {DATASET_FILE} is no pair {{'image': path, 'label': path}}; correct it")
-    if not rows:
-        raise ValueError(f"{DATASET_FILE} lists no pair of image and label under 'training'")
     twice = [row for row in rows if row.case in unlabeled]
     if twice:
         raise ValueError(f"{where(twice)}: the image is listed under 'test' too; keep one of them")

@@ -103,6 +103,11 @@ def find_voxel_labels(dataset_dir: Path, rows: Sequence[LabelRow] | None) -> Vox
     path = root / DATASET_FILE
     if path.is_file():
         names, pairs, unlabeled = read_pairs(path)
+        if not pairs and rows is None:
+            raise ValueError(
+                f"{DATASET_FILE} lists no pair of image and label under 'training'; list them there, or in a table "
+                "case,mask"
+            )
         merged = tuple(_merge(rows, pairs)) if rows is not None else tuple(pairs)
         left_out = unlabeled | {pair.mask for pair in pairs if pair.mask} - {row.mask for row in merged}
         return VoxelLabels(root, merged, names, frozenset(left_out - {row.case for row in merged}))

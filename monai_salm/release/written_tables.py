@@ -72,7 +72,7 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
             if key in content:
                 pairs = [{part: entry[part] for part in _PAIR if part in entry} for entry in content[key]]
                 content[key] = sorted(pairs, key=lambda pair: pair["image"])  # theirs would tell the order of the names
-    for key, count in (("numTraining", len(content.get("training", ()))), ("numTest", 0)):
+    for key, count in (("numTraining", len(content.get("training", cases))), ("numTest", 0)):
         if key in content:
             content[key] = count
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
