@@ -127,6 +127,15 @@ class TestVoxelClasses:
         assert cohort.cases[0].mask.values == (0, -1, 2, -1, 1), "value 3 has no name in this export"
         np.testing.assert_array_equal(read_mask(cohort.cases[0], 3)[0], np.array([0, 4, 2])[class_map()])
 
+    def test_later_cases_may_all_lack_foreground(self, tmp_path):
+        export = self.decathlon(tmp_path / "in", background=0, Core=1, Rim=2)
+        for path in (export / "labelsTr").iterdir():
+            write_label(path, class_map() * 0)
+        cohort = load_cohort(export, spatial_dims=3, like=self.like(tmp_path / "like", "background", "Core", "Rim"))
+        assert len(cohort.released) == 2 and not cohort.refusals
+        with pytest.raises(ValueError, match="no released case has a voxel of any class"):
+            load_cohort(export, spatial_dims=3)
+
     def test_values_without_names_are_those_of_the_earlier_release(self, tmp_path):
         for index in range(2):
             write_nifti(tmp_path / "in" / f"v{index}.nii", index)

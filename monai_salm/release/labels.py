@@ -252,7 +252,7 @@ def label_cases(
             that they name has no usable case, or one of them is not in ``classes``.
     """
     if isinstance(rows, VoxelLabels):
-        return _label_voxels(catalog, seed)
+        return _label_voxels(catalog, seed, known=classes is not None)
     unlabeled = [name for names in catalog.refused_names.values() for name in names]
     unlabeled += [name for companion in catalog.companions for name in (companion.name, companion.uid)]
     by_case = match(rows or (), catalog.cases, unlabeled)
@@ -294,8 +294,9 @@ def label_cases(
     )
 
 
-def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
-    """Cohort of a catalog whose cases have masks; each class that occurs must occur in released cases."""
+def _label_voxels(catalog: Catalog, seed: int, known: bool) -> Cohort:
+    """Cohort of a catalog whose cases have masks; each class that occurs must occur in released cases, unless an
+    earlier release has taught it."""
     tested = [unit for unit in formats.units(catalog.cases) if any(case.split == "test" for case in unit)]
     shared = {case: shared_mask(case) for unit in tested for case in unit if case.split != "test"}
     cases = [case for case in catalog.cases if case not in shared]
@@ -304,7 +305,7 @@ def _label_voxels(catalog: Catalog, seed: int) -> Cohort:
         case.sample_id: {label for label, count in enumerate(catalog.class_voxels.get(case.sample_id, ())) if count}
         for case in cases
     }
-    if catalog.class_voxels or not cases:
+    if not cases or (catalog.class_voxels and not known):
         _check_foreground(cases, present, catalog.classes)
     _warn(cases, catalog.classes)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
