@@ -238,7 +238,8 @@ def load_run(output_dir: Path) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError as error:
         raise ValueError(
             f"{output_dir} was not made by 'monai-salm protect' ({RUN_CONFIG} is missing); name the folder that "
-            "protect wrote, or run the stage 'verify' of the bundle that wrote it"
+            "protect wrote, or use the bundle that wrote it: its stage 'verify', or for further cases its settings "
+            "'like' and 'key_file'"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be understood; run 'monai-salm protect' again, it will go on") from error

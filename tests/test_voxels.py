@@ -213,6 +213,15 @@ def test_label_files_that_are_not_there_are_told_as_such(tmp_path, folder):
             call(tmp_path, spatial_dims=3)
 
 
+def test_label_files_that_share_a_fault_are_told_with_it(tmp_path):
+    rows = write_pairs(tmp_path, 2)
+    for index in range(2):
+        write_label(tmp_path / "masks" / f"m{index}.nii.gz", class_map() / np.float32(3))
+    write_labels(tmp_path, rows, "mask")
+    with pytest.raises(ValueError, match=r"0 classes .*\. Refused: 2 mask_is_image; mask_is_image: .* no integers"):
+        load_cohort(tmp_path, spatial_dims=3)
+
+
 @pytest.mark.parametrize("levels", [33, 64, 101])
 def test_an_image_of_few_gray_levels_names_no_classes(tmp_path, levels):
     write_labels(tmp_path, write_pairs(tmp_path), "mask")
@@ -404,6 +413,14 @@ def test_a_segmentation_without_series_reference_is_found_by_its_frames(tmp_path
 
     edit_dicom(tmp_path / "A" / "seg", forget)
     assert len(load_cohort(tmp_path, spatial_dims=3).cases) == 2
+
+
+def test_segments_that_dataset_json_does_not_name_are_refused_with_what_it_names(tmp_path):
+    write_segmented(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "Liver": 1}}))
+    write_labels(tmp_path, ["A,A/seg", "B,B/seg"], "mask")
+    with pytest.raises(ValueError, match=r"1 of 2 segment labels are no classes of dataset\.json \(Liver\); add them"):
+        load_cohort(tmp_path, spatial_dims=3)
 
 
 def test_one_label_in_different_files_is_one_class(tmp_path):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -34,7 +34,7 @@ from monai_salm.release.gates import (
     check_deidentified,
     check_name,
     same_uids,
-    tally,
+    summary,
     uids_of,
     unknown,
 )
@@ -130,7 +130,7 @@ def scan(
     companions = tuple(findings.resolve_companions())
     if not findings.cases:
         raise ValueError(
-            f"export {root} holds no {spatial_dims}D image that can be protected. {_summary(findings.refusals)}"
+            f"export {root} holds no {spatial_dims}D image that can be protected. Refused: {summary(findings.refusals)}"
         )
     cases = sorted(findings.cases, key=lambda case: findings.name(case.files[0]))
     refusals = tuple(findings.refusals)
@@ -386,9 +386,3 @@ def _patient(header: Dataset) -> str:
 
 def _text(header: Dataset, keyword: str) -> str:
     return str(header.get(keyword) or "").strip()
-
-
-def _summary(refusals: Sequence[Refusal]) -> str:
-    reasons = Counter(refusal.reason for refusal in refusals)
-    most = next((each for each in refusals if reasons[each.reason] == max(reasons.values())), None)
-    return f"Refused: {tally(reasons) or 'none'}" + (f"; {most.reason}: {most.detail}" if most else "")

@@ -43,6 +43,13 @@ def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()))
 
 
+def summary(refusals: Sequence[Refusal | RefusedError]) -> str:
+    """Reasons with their counts, and what the most frequent one says: ``"2 broken_file; broken_file: repair it"``."""
+    reasons = Counter(refusal.reason for refusal in refusals)
+    most = next((each for each in refusals if reasons[each.reason] == max(reasons.values())), None)
+    return f"{tally(reasons)}; {most.reason}: {most.detail}" if most else "none"
+
+
 def check_name(name: str) -> str:
     """The name of a file whose copy keeps it.
 

@@ -21,7 +21,7 @@ from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
-from monai_salm.release.gates import Refused
+from monai_salm.release.gates import Refused, summary
 from monai_salm.release.table import LabelRow, match, natural, where
 
 logger = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ def class_names(voxels: VoxelLabels, earlier: Sequence[str] = ()) -> tuple[str, 
         ValueError: When no label file is there, there are no classes besides the background, or more than 255, or one
             of them is none of the earlier ones.
     """
+    broken: list[RefusedError] = []
     if voxels.names is not None:
         names = list(voxels.names.values())
     else:
@@ -179,13 +180,14 @@ def class_names(voxels: VoxelLabels, earlier: Sequence[str] = ()) -> tuple[str, 
                 f"none of the {len(voxels.mask_names)} label files that {_tables(voxels)} names is there; write their "
                 "names relative to the export, and no links"
             )
-        found = {name for path in files for name in _names_in(path)}
+        found = {name for path in files for name in _names_in(path, broken)}
         names = [BACKGROUND, *sorted(found - {BACKGROUND}, key=natural)]
     if not (1 if earlier else 2) <= len(names) <= MAX_CLASSES:
         raise ValueError(
             f"the label files name {len(names) - 1} classes besides the background; there must be 1 to "
             f"{MAX_CLASSES - 1}. Check that the masks are label files and not empty; values of label files with more "
             f"than {MAX_UNNAMED} must be named in a {DATASET_FILE}"
+            + (f". Refused: {summary(broken)}" if broken else "")
         )
     if earlier and set(names[1:]) - set(earlier[1:]):
         raise ValueError(other_classes(set(names[1:]) - set(earlier[1:])))
@@ -200,14 +202,17 @@ def _label_files(voxels: VoxelLabels) -> list[Path]:
     return present + (_segmentations(voxels.root) if searched else [])
 
 
-def _names_in(path: Path) -> list[str]:
+def _names_in(path: Path, broken: list[RefusedError]) -> list[str]:
     try:
         if worker.call(dicom.is_segmentation, path):
             return [name for _, name in worker.call(dicom.read_seg_header, path).segments]
         values = masks.label_values(path)
         return [str(value) for value in values if value > 0] if len(values) <= MAX_UNNAMED else []
-    except (RefusedError, OSError):
-        return []  # told when the case is read
+    except RefusedError as error:
+        broken.append(error)  # told when the case is read, if there are other classes
+    except OSError as error:
+        broken.append(RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})"))
+    return []
 
 
 # ------------------------------------------------------------------- pairing
@@ -302,6 +307,7 @@ class _Finder:
 
     def __init__(self, voxels: VoxelLabels, classes: Sequence[str], found: Found) -> None:
         self._classes = classes
+        self._told = "the labels" if voxels.names is None else DATASET_FILE
         self._found = found
         self._cases = {row.case for row in voxels.rows or ()}
         self.seen: set[str] = set()
@@ -357,7 +363,8 @@ class _Finder:
         if unknown:
             raise RefusedError(
                 "unknown_label_value",
-                f"{len(unknown)} of {len(numbers)} segment labels are no classes of {DATASET_FILE}; add them there",
+                f"{len(unknown)} of {len(numbers)} segment labels are no classes of {self._told} "
+                f"({', '.join(self._classes[1:])}); add them there, or correct the SegmentLabel",
             )
         return (0, *(numbers.get(name, -1) for name in self._classes[1:]))
 
