@@ -415,6 +415,22 @@ def test_a_segmentation_without_series_reference_is_found_by_its_frames(tmp_path
     assert len(load_cohort(tmp_path, spatial_dims=3).cases) == 2
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_segmentation_that_names_only_its_series_counts_as_any_other(tmp_path, spatial_dims):
+    write_segmented(tmp_path)
+
+    def forget(dataset: Any) -> None:
+        del dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        for frame in dataset.PerFrameFunctionalGroupsSequence:
+            del frame.DerivationImageSequence
+
+    for patient in "AB":
+        edit_dicom(tmp_path / patient / "seg", forget)
+    cohort = load_cohort(tmp_path, spatial_dims=spatial_dims)
+    assert cohort.classes == ("background", "Liver", "Tumor") and not cohort.refusals
+    assert len(cohort.cases) == (8 if spatial_dims == 2 else 2)
+
+
 def test_segments_that_dataset_json_does_not_name_are_refused_with_what_it_names(tmp_path):
     write_segmented(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "Liver": 1}}))

@@ -21,7 +21,7 @@ from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
-from monai_salm.release.gates import Refused, summary
+from monai_salm.release.gates import Refused, summary, uids_of
 from monai_salm.release.table import LabelRow, match, natural, where
 
 logger = logging.getLogger(__name__)
@@ -134,8 +134,12 @@ def _merge(rows: Sequence[LabelRow], pairs: Sequence[LabelRow]) -> Iterator[Labe
 def _segmentations(root: Path) -> list[Path]:
     """SEG files below a folder that refer to an image there; what a file is, its file meta tells."""
     found = {path: _identity(path) for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()}
-    instances = {instance for _, instance in found.values()}
-    return [path for path, (kind, _) in found.items() if kind in dicom.SEG_CLASSES and _referred(path) & instances]
+    referred = {path: _referred(path) for path, (kind, _) in found.items() if kind in dicom.SEG_CLASSES}
+    known = {instance for _, instance in found.values()}
+    if not all(names & known for names in referred.values()):  # they may name a series, which takes longer to know
+        images = [path for path, (kind, _) in found.items() if kind and path not in referred]
+        known.update(*(uids_of(path) for path in images))
+    return [path for path, names in referred.items() if names & known]
 
 
 def _identity(path: Path) -> tuple[str, str]:
@@ -147,7 +151,8 @@ def _identity(path: Path) -> tuple[str, str]:
 
 def _referred(path: Path) -> frozenset[str]:
     try:
-        return worker.call(dicom.read_seg_header, path).instances
+        header = worker.call(dicom.read_seg_header, path)
+        return header.instances or header.series
     except RefusedError:
         return frozenset()  # told by the scan
 
