@@ -221,16 +221,17 @@ def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def read_uids(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """UIDs of instance, series and study, as far as the file tells them at its beginning; whatever else is broken.
+    """UIDs of instance, series and study, empty where the file does not tell one at its beginning, broken as it may be.
 
     It makes no difference whether the file can be decoded: of a deflated one no more is inflated than is looked at.
     """
+    unknown = ("",) * len(_UIDS)
     try:
         with refusing("unreadable", "the file is broken"), _open_regular(Path(path)) as file:
             content = file.read(_UIDS_WITHIN)
             kind = _kind(content)
             if kind == "other":
-                return ()
+                return unknown
             data = io.BytesIO(content[132:] if kind == "dicom" else content)
             meta = read_dataset(data, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
             syntax = meta.get("TransferSyntaxUID")
@@ -238,9 +239,9 @@ def read_uids(path: str | os.PathLike[str]) -> tuple[str, ...]:
                 data = io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data.read(), _UIDS_WITHIN))
             order = syntax == uid.ImplicitVRLittleEndian, syntax != uid.ExplicitVRBigEndian
             found = read_dataset(data, *order, stop_when=lambda tag, vr, length: tag > _SERIES_UID)
-            return tuple(str(found[keyword].value) for keyword in _UIDS if found.get(keyword))
+            return tuple(str(found.get(keyword) or "") for keyword in _UIDS)
     except (OSError, RefusedError):
-        return ()
+        return unknown
 
 
 def identify_all(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str]]:

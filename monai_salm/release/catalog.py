@@ -156,7 +156,7 @@ class _Findings:
         self._mask_names = voxels.mask_names if voxels else frozenset()
         self._headers: dict[Path, Dataset] = {}
         self._broken: dict[Path, RefusedError] = {}
-        self._unread: dict[str, list[RefusedError]] = defaultdict(list)  # by the UIDs of files without a header
+        self._unread: dict[str, list[RefusedError]] = defaultdict(list)  # by the series of files without a header
         self._series_in: dict[Path, set[str]] = defaultdict(set)
         self._owners: dict[str, str] = {}
         self._companions = CompanionFiles()
@@ -210,11 +210,10 @@ class _Findings:
             )
 
     def _refuse_file(self, path: Path, error: RefusedError) -> None:
-        """Refuse a file that gave no header; what belongs to it by its UIDs may not do without it."""
+        """Refuse a file that gave no header; its series may not do without it."""
         uids = uids_of(path)
-        self.refuse([self.name(path), *uids], error)
-        for uid in uids:
-            self._unread[uid].append(error)
+        self.refuse([self.name(path), *filter(None, uids)], error)
+        self._unread[uids[1]].append(error)
 
     def _add_image(self, path: Path, form: str) -> None:
         name, count = check_name(self.name(path)), 1

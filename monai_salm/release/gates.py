@@ -91,11 +91,11 @@ def unknown(path: Path, head: bytes) -> RefusedError:
 
 
 def uids_of(path: Path) -> tuple[str, ...]:
-    """UIDs of a refused file, by which a label table may call it; none of a file that is no DICOM, or tells none."""
+    """UIDs of instance, series and study of a refused file, by which a table may call it; empty where it tells none."""
     try:
         return worker.call(dicom.read_uids, path)
     except RefusedError:
-        return ()
+        return "", "", ""
 
 
 def same_uids(files: Iterable[tuple[Path, str]]) -> dict[Path, RefusedError]:

@@ -138,7 +138,7 @@ def _segmentations(root: Path) -> list[Path]:
     known = {instance for _, instance in found.values()}
     if not all(names & known for names in referred.values()):  # they may name a series, which takes longer to know
         images = [path for path, (kind, _) in found.items() if kind and path not in referred]
-        known.update(*(uids_of(path) for path in images))
+        known.update(*(filter(None, uids_of(path)) for path in images))
     return [path for path, names in referred.items() if names & known]
 
 
