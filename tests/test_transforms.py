@@ -183,11 +183,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     write_series(tmp_path / "mixed", "two", prefix="b")
     with pytest.raises(RefusedError, match="several"):
         load(tmp_path / "mixed")
-    paths = write_series(tmp_path / "labelled", "one")
+    paths = write_series(tmp_path / "labeled", "one")
     pixels = np.ones((4, SIZE, SIZE, 1), np.uint8)
-    write_segmentation(tmp_path / "labelled" / "seg.dcm", paths, pixels, ("Liver",))
+    write_segmentation(tmp_path / "labeled" / "seg.dcm", paths, pixels, ("Liver",))
     with pytest.raises(RefusedError, match=r"1 of 5 files .* hold no image \(DICOM SEG.* images alone"):
-        load(tmp_path / "labelled")
+        load(tmp_path / "labeled")
     with pytest.raises(ValueError, match="spatial_dims is 4"):
         LoadStored(spatial_dims=4)
 

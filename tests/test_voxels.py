@@ -151,7 +151,7 @@ def test_any_json_is_labels_or_a_value_error(tmp_path_factory, content):
             pass
 
 
-def test_validation_and_labelled_test_entries_keep_their_split(tmp_path):
+def test_validation_and_labeled_test_entries_keep_their_split(tmp_path):
     write_decathlon(tmp_path, 4)
     pairs = json.loads((tmp_path / "dataset.json").read_text())["training"]
     edit_dataset(tmp_path, training=pairs[:2], validation=pairs[2:3], test=pairs[3:])

@@ -133,7 +133,7 @@ class Case:
             a NIfTI file of several. Such a file is protected as a whole, all its cases at once.
         label: class index, -1 while unknown and where each voxel has its own.
         split: ``"train"``, ``"val"`` (both are released) or ``"test"`` (held out: never fitted on, never written).
-        mask: voxel labels, None where the case is labelled as a whole.
+        mask: voxel labels, None where the case is labeled as a whole.
         target: path of its file in a protected copy, where that differs from the path in the export.
     """
 

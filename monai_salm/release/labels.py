@@ -30,7 +30,7 @@ HELD_OUT_FRACTION = 0.25
 
 @dataclass(frozen=True)
 class Cohort:
-    """Labelled cases of an export.
+    """Labeled cases of an export.
 
     Args:
         cases: all of them, in the catalog's order, with class index and split.
@@ -40,7 +40,7 @@ class Cohort:
         root: the export.
         held_out_ids: cases the study tests on. They are the ``test`` cases where the table names some; otherwise a
             seeded part of the released cases (which are released nonetheless).
-        class_voxels: voxels of each class in each case, by sample id; empty where cases are labelled as a whole.
+        class_voxels: voxels of each class in each case, by sample id; empty where cases are labeled as a whole.
         companions: files that refer to cases and are released with them.
         follows: output folder of the earlier release that these cases follow, if they do.
     """
@@ -180,7 +180,7 @@ def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> li
     """What tells the labels of an export: a table, ``dataset.json``, DICOM SEG files or class folders of PNG and TIFF
     images; None where only archives can.
 
-    A table ``case,label`` decides that cases are labelled as a whole, whatever else the export holds.
+    A table ``case,label`` decides that cases are labeled as a whole, whatever else the export holds.
 
     Args:
         dataset_dir: the export.
@@ -327,7 +327,7 @@ def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], cl
 
 def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) -> None:
     if len(classes) < 2:
-        found = "no case has a label" if not classes else f"all {len(named)} labelled cases are of one class"
+        found = "no case has a label" if not classes else f"all {len(named)} labeled cases are of one class"
         raise ValueError(f"{found}; a classification cohort needs two or more classes with usable cases")
     released = {label for case, label in named if case.split != "test"}
     if len(released) < len(classes):

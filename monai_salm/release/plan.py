@@ -114,7 +114,7 @@ def make_plan(
     """Try some images in memory, with noise in place of perturbations, and add up.
 
     Args:
-        cohort: labelled cases.
+        cohort: labeled cases.
         output_dir: where the copy would go; need not exist.
         spatial_dims: 2 or 3.
         window: ``"auto"`` or (low, high) in physical units.

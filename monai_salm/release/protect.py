@@ -77,7 +77,7 @@ def protect_cohort(
     """Write the protected file of every released case, verified before it becomes visible, and say what was refused.
 
     Args:
-        cohort: labelled cases; those of split ``test`` are never written.
+        cohort: labeled cases; those of split ``test`` are never written.
         bank: (1, *spatial) integer lattice steps by ``sample_id``, in canonical axes.
         budget: the bound that the perturbations were fitted with.
         output_dir: folder of the release, see the module's docstring.

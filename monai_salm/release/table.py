@@ -28,7 +28,7 @@ class LabelRow:
         label: the class; empty where each voxel has its own.
         split: None where none is given.
         mask: path of the label file relative to the export; empty where it is found without (see ``voxels``); None
-            where the case is labelled as a whole.
+            where the case is labeled as a whole.
         source: where this is said.
     """
 

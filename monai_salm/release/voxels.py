@@ -349,7 +349,7 @@ class _Finder:
         raise RefusedError("mask_missing", "the label file of this case is not in the export; add it")
 
     def _referring(self, case: Case) -> str:
-        """The SEG file that refers to the series (all its slices are then labelled) or the instance of a case."""
+        """The SEG file that refers to the series (all its slices are then labeled) or the instance of a case."""
         names = set().union(*(self._referring_to.get(name, ()) for name in case.names))
         self.seen |= names
         if not names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables that are shared with the protected files, so that these are a labelled data set in their turn."""
+"""The tables that are shared with the protected files, so that these are a labeled data set in their turn."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str
         cohort: what the labels mean.
     """
     rows = []
-    labelled = {owner_id(case): case for case in cases if case.format != "npz"}
-    for owner, case in labelled.items():
+    labeled = {owner_id(case): case for case in cases if case.format != "npz"}
+    for owner, case in labeled.items():
         files = written[owner]
         folders = {PurePosixPath(row.file).parent for row in files}
         name = folders.pop().as_posix() if len(files) > 1 and len(folders) == 1 else files[0].file
