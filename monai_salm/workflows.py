@@ -118,7 +118,9 @@ def protect_overrides(
 
 
 def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, replace: bool = True) -> None:
-    """Keep how a copy was made beside its key, so that it can be verified later; nothing if nothing was written yet.
+    """Keep how a copy was made beside its key, so that it can be verified later.
+
+    Nothing where nothing was begun yet, or where another process is at work.
 
     Args:
         output_dir: folder of the release.
@@ -126,11 +128,15 @@ def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, rep
         overrides: values by config id.
         replace: put it in place of what was kept before.
     """
-    from monai_salm.release.commit import PRIVATE, write
+    from monai_salm.release import lock
+    from monai_salm.release.commit import RUN, write
 
-    if (output_dir / PRIVATE).is_dir() and (replace or not (output_dir / RUN_CONFIG).is_file()):
-        kept = {"schema_version": 1, "bundle": _full_name(bundle), "overrides": dict(overrides)}
-        write(output_dir, {RUN_CONFIG: json.dumps(kept, indent=2) + "\n"})
+    if not (output_dir / RUN).is_file():
+        return
+    with suppress(lock.LockedError), lock.holding(output_dir):
+        if replace or not (output_dir / RUN_CONFIG).is_file():
+            kept = {"schema_version": 1, "bundle": _full_name(bundle), "overrides": dict(overrides)}
+            write(output_dir, {RUN_CONFIG: json.dumps(kept, indent=2) + "\n"})
 
 
 def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:

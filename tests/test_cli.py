@@ -517,6 +517,16 @@ def test_an_interrupted_run_exits_with_130_and_goes_on(run, export, stub, tmp_pa
     assert code == DONE, err
 
 
+def test_a_run_that_is_interrupted_before_it_marks_its_folder_goes_on(run, export, stub, tmp_path, monkeypatch):
+    command = ("protect", export, tmp_path / "out", "--bundle", stub)
+    with monkeypatch.context() as patch:
+        patch.setattr("monai_salm.release.lock.take", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*command)[0] == INTERRUPTED
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["private"]
+    code, _, err = run(*command)
+    assert code == DONE, err
+
+
 def test_a_fault_of_the_program_says_where_but_not_what_it_read(run, export, stub, tmp_path):
     arguments = ["protect", export, tmp_path / "out", "--bundle", stub, "--set"]
     for fault in ("torch.dot(torch.ones(2), torch.ones(3))", "{}['Jane Doe']"):
@@ -636,6 +646,19 @@ def test_a_folder_that_another_process_writes_exits_with_5(run, export, stub, tm
     assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
 
 
+def test_who_may_not_write_into_a_folder_leaves_the_settings_of_who_does(run, export, stub, tmp_path):
+    out = tmp_path / "out"
+    fail = "at_fit=$[monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir), {}['no']]"
+    assert run("protect", export, out, "--bundle", stub, "--set", fail)[0] == FAILED
+    kept = (out / workflows.RUN_CONFIG).read_bytes()
+    parent = {"pid": os.getppid(), "started": lock._started(os.getppid())}
+    (out / "private" / "lock").write_text(json.dumps(lock._myself() | parent))
+    assert run("protect", export, out, "--bundle", stub, "--epsilon", "3 stored")[0] == LOCKED
+    early = "at_fit=$(_ for _ in ()).throw(KeyboardInterrupt)"
+    assert run("protect", export, out, "--bundle", stub, "--set", early)[0] == INTERRUPTED
+    assert (out / workflows.RUN_CONFIG).read_bytes() == kept
+
+
 def test_other_settings_for_the_same_folder_are_refused_and_change_nothing(run, export, stub, tmp_path):
     out = tmp_path / "out"
     command = ("protect", export, out, "--bundle", stub, "--no-verify")
@@ -656,6 +679,7 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     out = tmp_path / "out"
     command = ("protect", export, out, "--no-verify", "--dim", 3)
     (out / "private").mkdir(parents=True)
+    (out / "private" / "run.json").touch()
     assert run(*command, "--mask-ratio", 0.2)[0] == DONE
     (out / workflows.BANK).touch()  # the fit is not run here
     (out / "manifest.jsonl").touch()
