@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -160,6 +161,66 @@ def test_only_a_process_that_may_live_keeps_its_lock(out, change, free):
     else:
         with pytest.raises(LockedError, match="remove private/lock"):
             lock.take(out)
+
+
+def test_a_process_that_is_not_seen_from_here_keeps_its_lock_as_long_as_it_lives(out):
+    """As in a container: its number is that of nobody here."""
+    (out / door.LOCK).write_text(json.dumps(lock._myself() | {"pid": 999999999}))
+    with (out / door.LOCK).open("r+") as elsewhere:
+        fcntl.flock(elsewhere, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="process 999999999 on this machine .*; wait for it$"):
+            lock.take(out)
+    assert lock.take(out)
+    lock.give_back(out)
+
+
+def test_a_child_keeps_no_lock_of_its_parent(out):
+    def die() -> None:
+        lock.take(out)
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == -signal.SIGKILL
+    assert lock.take(out, wait_s=10)
+    lock.give_back(out)
+
+
+def test_of_processes_that_are_killed_at_any_time_never_two_hold_the_folder(out):
+    marks, ends = out / "marks", time.monotonic() + 4
+
+    def hold() -> None:
+        while True:
+            try:
+                lock.take(out)
+            except LockedError:
+                continue
+            with (out / "alone").open("w") as alone:  # unlocked by the system, as the processes are killed
+                fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                door.append_line(out, marks.name, ".")
+            lock.give_back(out)
+
+    def start() -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                hold()
+            finally:
+                os._exit(1)  # two held it
+        return pid
+
+    pids = [start() for _ in range(6)]
+    while time.monotonic() < ends:
+        time.sleep(0.02)
+        at = random.randrange(len(pids))
+        os.kill(pids[at], signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pids[at], 0)[1]) == -signal.SIGKILL
+        pids[at] = start()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids} == {-signal.SIGKILL}
+    assert marks.stat().st_size > 10
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\0\0"])

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One writer for each output folder: a lock that names its process, and that outlives no crash.
 
-The file says which process of which boot of which machine holds the folder. What a dead process of this machine held is
-taken over; of another machine (a shared file system) nobody here can tell, so that is an error that says what to do.
+Its file is locked (``flock``) by the process that holds the folder, in whatever container that runs; the system unlocks
+it with the end of the process. And the file says which process of which boot of which machine that is, for file systems
+without such locks: what a dead process of this machine held is taken over; of another machine nobody here can tell, so
+that is an error that says what to do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +20,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from monai_salm.release import commit as door
+
+_held: dict[Path, int] = {}
+"""The locks' files that this process has open and locked."""
+
+
+def _forget() -> None:
+    """In a child of this process: it holds nothing, and must not keep a file locked when its parent has ended."""
+    for path in list(_held):
+        _close(path)
+
+
+def _close(path: Path) -> None:
+    if path in _held:
+        os.close(_held.pop(path))
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 class LockedError(RuntimeError):
@@ -38,27 +58,40 @@ def take(output_dir: Path, name: str = door.LOCK, wait_s: float = 0.0) -> bool:
         LockedError: When another process that is alive, or may be, holds it.
     """
     until = time.monotonic() + wait_s
-    mine = _myself()
     while True:
-        with _held_still(output_dir / name) as handle:
-            holder = _holder(handle)
-            if holder is None or holder == mine or not _may_live(holder):
-                if holder != mine:
-                    _say(handle, json.dumps(mine))
-                return holder != mine
-        if time.monotonic() >= until:
-            raise LockedError(
-                f"process {holder.get('pid')} on {'this' if _is_here(holder) else 'another'} machine writes into the "
-                f"output folder; wait for it. If it does not run any more, remove {name} there and run again"
-            )
+        try:
+            return _take(output_dir, name)
+        except LockedError:
+            if time.monotonic() >= until:
+                raise
         time.sleep(0.1)
 
 
+def _take(output_dir: Path, name: str) -> bool:
+    path, mine = output_dir.resolve() / name, _myself()
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if path in _held and _holder(handle) == mine:
+            return False
+        unlocked, holder = _lock(handle), _holder(handle)
+        if unlocked and (holder in (None, mine) or not _may_live(holder)):
+            _say(handle, json.dumps(mine))
+            _close(path)
+            _held[path] = os.dup(handle)
+            return True
+    finally:
+        os.close(handle)
+    who = f"process {holder.get('pid')} on {'this' if _is_here(holder) else 'another'} machine" if holder else "a process"
+    fix = f". If it does not run any more, remove {name} there and run again" if unlocked else ""
+    raise LockedError(f"{who} writes into the output folder; wait for it{fix}")
+
+
 def give_back(output_dir: Path, name: str = door.LOCK) -> None:
-    """End what :py:func:`take` began; nothing if this process does not hold the folder, or the folder is gone."""
-    with contextlib.suppress(FileNotFoundError), _held_still(output_dir / name) as handle:
-        if _holder(handle) == _myself():
-            _say(handle, "")
+    """End what :py:func:`take` began; nothing if this process does not hold the folder."""
+    path = output_dir.resolve() / name
+    if path in _held:
+        _say(_held[path], "")
+        _close(path)
 
 
 @contextlib.contextmanager
@@ -72,16 +105,13 @@ def holding(output_dir: Path, name: str = door.LOCK, wait_s: float = 0.0) -> Ite
             give_back(output_dir, name)
 
 
-@contextlib.contextmanager
-def _held_still(path: Path) -> Iterator[int]:
-    """The lock's file, open, with nobody else on this machine looking at it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _lock(handle: int) -> bool:
+    """Lock the file; False if another process has done so."""
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no such locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems have no such locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def _holder(handle: int) -> dict[str, object] | None:
