@@ -81,7 +81,8 @@ def _take(output_dir: Path, name: str) -> bool:
             return True
     finally:
         os.close(handle)
-    who = f"process {holder.get('pid')} on {'this' if _is_here(holder) else 'another'} machine" if holder else "a process"
+    holder = holder or mine | {"pid": "?"}  # it is about to say who it is
+    who = f"process {holder.get('pid')} on {'this' if _is_here(holder) else 'another'} machine"
     fix = f". If it does not run any more, remove {name} there and run again" if unlocked else ""
     raise LockedError(f"{who} writes into the output folder; wait for it{fix}")
 
