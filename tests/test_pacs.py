@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,13 @@ from pydicom.data import get_testdata_file
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 from pynetdicom import AE, AllStoragePresentationContexts, StoragePresentationContexts, evt
-from pynetdicom.sop_class import CTImageStorage, StudyRootQueryRetrieveInformationModelMove, Verification
+from pynetdicom.sop_class import (
+    CTImageStorage,
+    StudyRootQueryRetrieveInformationModelGet,
+    StudyRootQueryRetrieveInformationModelMove,
+    Verification,
+)
+from test_companions import write_export
 from test_later_cases import BUNDLE, SETTINGS
 from test_protect import DATA, bank_of
 
@@ -113,6 +120,13 @@ def label_all(export: Path) -> None:
     write_labels(export, [f"{uid},{'ab'[at % 2]}" for at, uid in enumerate(uids)])
 
 
+def give_all(event: evt.Event, files: list[Dataset]) -> Iterator[int | tuple[int, Dataset]]:
+    """Answer a C-GET."""
+    yield len(files)
+    for each in files:
+        yield 0xFF00, each
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Orthanc]:
     with orthanc.running(tmp_path_factory.mktemp("orthanc")) as found:
@@ -185,7 +199,7 @@ class TestOrthanc:
         trap.PixelData = bytes(len(trap.PixelData))
         trap.save_as(tmp_path / "trap.dcm")
         store(server, [tmp_path / "trap.dcm"])
-        with pytest.raises(IntegrityError, match="holds other pixels of 1 files"):
+        with pytest.raises(IntegrityError, match="holds other pixels or content of 1 files"):
             push(tmp_path / "out", server.target)
 
 
@@ -210,6 +224,119 @@ class TestCommand:
             yield f"PEER@127.0.0.1:{port}"
         finally:
             server.shutdown()
+
+    @contextmanager
+    def archive(self, held: dict[str, Dataset], get: Callable[..., Iterator], handlers: Sequence = ()) -> Iterator[str]:
+        """A PACS that keeps files, gives them back by ``get``, and answers 0111 to those that it has."""
+
+        def keep(event: evt.Event) -> int:
+            uid = str(event.request.AffectedSOPInstanceUID)
+            known, dataset = uid in held, event.dataset
+            dataset.file_meta = event.file_meta
+            held.setdefault(uid, dataset)
+            return 0x0111 if known else 0
+
+        def give(event: evt.Event) -> Iterator:
+            return get(
+                event, [each for each in held.values() if each.SeriesInstanceUID == event.identifier.SeriesInstanceUID]
+            )
+
+        contexts = [(each.abstract_syntax, SYNTAXES, True, True) for each in StoragePresentationContexts[:127]]
+        handlers = [(evt.EVT_C_STORE, keep), (evt.EVT_C_GET, give), *handlers]
+        with self.peer([*contexts, (StudyRootQueryRetrieveInformationModelGet,)], handlers) as target:
+            yield target
+
+    def test_what_a_pacs_has_already_is_taken_for_sent_if_it_is_the_same(self, out, capsys):
+        held: dict[str, Dataset] = {}
+        with self.archive(held, give_all) as target:
+            for _ in range(2):
+                assert main(["push", str(out), target]) == DONE
+                assert "sent 4 files; of 4 the PACS gives back" in capsys.readouterr().out
+            older = next(iter(held.values()))
+            older.PixelData = bytes(len(older.PixelData))
+            assert main(["push", str(out), target]) == INTEGRITY
+        assert "other pixels or content of 1 files" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("answer", [0xA702, 0xB000, 0x0122, "abort"])
+    def test_what_a_pacs_does_not_tell_is_not_told_as_damage(self, out, answer, capsys):
+        asked: list[str] = []
+
+        def first_not(event: evt.Event, files: list[Dataset]) -> Iterator:
+            asked.append(event.identifier.SeriesInstanceUID)
+            if len(asked) > 1:
+                yield from give_all(event, files)
+            elif answer == "abort":
+                event.assoc.abort()
+                yield 0
+            else:
+                yield 1
+                yield answer, Dataset()
+
+        with self.archive({}, first_not) as target:
+            assert main(["push", str(out), target]) == BAD_INPUT
+        why = "with no answer" if answer == "abort" else f"with status {answer:04x}"
+        said = capsys.readouterr().err
+        assert "no_read_back: all 4 files were sent and stored, but 2 of them" in said and f"(series: 1 {why})" in said
+
+    def test_a_pacs_that_is_gone_after_the_last_file_is_told_with_what_was_stored(self, out, capsys):
+        gone = [(evt.EVT_RELEASED, lambda event: event.assoc._server.server_close())]
+        with self.archive({}, give_all, handlers=gone) as target:
+            assert main(["push", str(out), target]) == BAD_INPUT
+        said = capsys.readouterr().err
+        assert "all 4 files were sent and stored, but 4 of them" in said and "(series: 2 not tried)" in said
+
+    def test_a_file_that_a_pacs_says_it_has_not_is_missing(self, out, capsys):
+        def none(event: evt.Event, files: list[Dataset]) -> Iterator:
+            yield 0
+
+        with self.archive({}, none) as target:
+            assert main(["push", str(out), target]) == INTEGRITY
+        assert "does not give back 4 of 4" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("change", "code"),
+        [
+            (lambda dataset: dataset.pop("ROIContourSequence"), INTEGRITY),
+            (lambda dataset: dataset.pop("ReferencedFrameOfReferenceSequence"), INTEGRITY),
+            (lambda dataset: setattr(dataset, "PatientID", "corrected"), DONE),
+            (lambda dataset: dataset.private_block(0x4321, "PACS", create=True).add_new(1, "LO", "x"), DONE),
+        ],
+    )
+    def test_of_a_file_without_pixels_the_content_is_compared(self, tmp_path, change, code, capsys):
+        write_export(tmp_path / "in")
+        cohort = load_cohort(tmp_path / "in", spatial_dims=3)
+        out = tmp_path / "out"
+        protect_cohort(cohort, bank_of(cohort), budget="2 stored", output_dir=out, spatial_dims=3)
+
+        def other(event: evt.Event, files: list[Dataset]) -> Iterator:
+            for each in files:
+                if "ROIContourSequence" in each:
+                    change(each)
+            yield from give_all(event, files)
+
+        with self.archive({}, other) as target:
+            assert main(["push", str(out), target]) == code
+        told = capsys.readouterr()
+        assert ("without pixels the content" in told.out) if code == DONE else ("content of 2 files" in told.err)
+
+    def test_a_copy_without_the_private_part_is_sent_too(self, out, capsys):
+        shutil.rmtree(out / "private")
+        with self.archive({}, give_all) as target:
+            assert main(["push", str(out), target]) == DONE
+
+    def test_a_folder_that_holds_no_release_is_told_from_one_that_is_not_finished(self, tmp_path):
+        (tmp_path / "private").mkdir()
+        with pytest.raises(ValueError, match="holds no release; name what 'protect' wrote"):
+            push(tmp_path, "X@127.0.0.1:104")
+        (tmp_path / "private" / "run.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds no protected files yet; run 'protect'"):
+            push(tmp_path, "X@127.0.0.1:104")
+
+    @pytest.mark.parametrize("title", ["A" * 17, "", " ", " A", "\xfc", "A\\B", "A\nB"])
+    def test_a_bad_title_is_told_before_anything_else(self, title, tmp_path, capsys):
+        with pytest.raises(SystemExit, match=str(BAD_INPUT)):
+            main(["push", str(tmp_path), "X@127.0.0.1:104", "--aet", title])
+        assert "is no AE title" in capsys.readouterr().err
 
     def test_push_says_what_was_sent(self, server, out, capsys):
         assert main(["push", str(out), server.target]) == DONE
@@ -250,7 +377,10 @@ class TestCommand:
         stored = []
         handlers = [(evt.EVT_C_STORE, lambda event: stored.append(event) or 0)]
         with self.peer([(Verification,), (CTImageStorage, ["1.2.840.10008.1.2.5"])], handlers) as target:
-            with pytest.raises(PushError, match="not_accepted: the PACS takes none of our 1 kinds"):
+            with pytest.raises(
+                PushError,
+                match="not_accepted: the PACS does not take CT Image Storage as Explicit VR Little Endian. Allow",
+            ):
                 push(out, target)
         assert not stored
 
@@ -266,7 +396,9 @@ class TestCommand:
     def test_a_pacs_that_does_not_give_back_is_told(self, out):
         contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
         with self.peer(contexts, [(evt.EVT_C_STORE, lambda event: 0)]) as target:
-            with pytest.raises(PushError, match="no_read_back: the files were sent, but"):
+            with pytest.raises(
+                PushError, match=r"no_read_back: all 4 files .* stored, but 4 of .*\(series: 2 with status 0122\)"
+            ):
                 push(out, target)
 
     def test_a_connection_that_ends_is_told(self, out, monkeypatch):
@@ -305,7 +437,7 @@ class TestCommand:
         monkeypatch.setattr(pacs, "_IN_VAIN", 2)
         contexts = [(each.abstract_syntax, SYNTAXES) for each in StoragePresentationContexts]
         with self.peer(contexts, [(evt.EVT_C_STORE, lambda event: event.assoc.abort() or 0)]) as target:
-            with pytest.raises(PushError, match=r"4 of 4 .*\(2 with no answer, 2 with not sent\)"):
+            with pytest.raises(PushError, match=r"4 of 4 .*\(2 not tried, 2 with no answer\)"):
                 push(out, target)
 
     def test_a_pacs_that_goes_meanwhile_is_told_with_the_files(self, out, monkeypatch):
@@ -317,7 +449,7 @@ class TestCommand:
             return 0
 
         with self.peer(contexts, [(evt.EVT_C_STORE, go)]) as target:
-            with pytest.raises(PushError, match=r"4 of 4 .*\(1 with no answer, 3 with not sent\), 0 were"):
+            with pytest.raises(PushError, match=r"4 of 4 .*\(3 not tried, 1 with no answer\), 0 were"):
                 push(out, target)
 
     @pytest.mark.parametrize("again", ["refused", "takes nothing", "refused once"])
@@ -348,11 +480,11 @@ class TestCommand:
             yield peer
 
         monkeypatch.setattr(pacs, "_association", associate)
-        files = [pacs._File(Path("x"), "1", "2", f"3.{number}", "c", "t", "") for number in range(10)]
+        files = [pacs._File(Path("x"), "1", "2", f"3.{number}", "c", "t", "", True) for number in range(10)]
         if again == "refused once":
             pacs._store(files, Target("X", "x", 1), "Y")
         else:
-            with pytest.raises(PushError, match=r"4 of 10 files were not stored \(4 with not sent\), 6 were"):
+            with pytest.raises(PushError, match=r"4 of 10 files were not stored \(4 not tried\), 6 were"):
                 pacs._store(files, Target("X", "x", 1), "Y")
         assert not list(peers)
 
@@ -364,7 +496,9 @@ class TestCommand:
         with pytest.raises(ValueError, match="no DICOM files"):
             push(tmp_path / "out", "X@127.0.0.1:104")
 
-    @pytest.mark.parametrize("text", ["X", "X@host", "X@host:0", "X@host:65536", "@host:104", "A" * 17 + "@host:1"])
+    @pytest.mark.parametrize(
+        "text", ["X", "X@host", "X@host:0", "X@host:65536", "@host:104", "A" * 17 + "@host:1", "\xfc@host:1"]
+    )
     def test_a_bad_target_is_told_before_anything_else(self, text, tmp_path):
         with pytest.raises(ValueError, match="AET@host:port"):
             Target.parse(text)

@@ -90,7 +90,11 @@ def parser() -> argparse.ArgumentParser:
     push.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote")
     push.add_argument("target", type=_target, metavar="AET@host:port", help="the PACS")
     push.add_argument(
-        "--aet", default="MONAI_SALM", metavar="TITLE", help="what to call ourselves (default: %(default)s)"
+        "--aet",
+        type=_title,
+        default="MONAI_SALM",
+        metavar="TITLE",
+        help="what to call ourselves (default: %(default)s)",
     )
     push.set_defaults(command=commands.push)
 
@@ -132,6 +136,12 @@ def _target(text: str) -> str:
     from monai_salm.release.pacs import Target
 
     return _understood(Target.parse, text)
+
+
+def _title(text: str) -> str:
+    from monai_salm.release.pacs import check_title
+
+    return _understood(check_title, text)
 
 
 def _shard(text: str) -> str:

@@ -250,7 +250,8 @@ def _push(out: Path, target: str, *ae_title: str) -> int:
     from monai_salm.release.pacs import push
 
     sent = push(out, target, *ae_title)
-    print(f"sent {sent.files} files; of {sent.compared} the PACS gives back the pixels that were sent")
+    rest = f", and of {sent.files - sent.compared} without pixels the content" if sent.files > sent.compared else ""
+    print(f"sent {sent.files} files; of {sent.compared} the PACS gives back the pixels that were sent{rest}")
     if sent.left:
         print(f"not sent: {sent.left} files that are not DICOM")
     return DONE

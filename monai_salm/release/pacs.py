@@ -2,29 +2,34 @@
 """Send a release to a PACS (C-STORE), and ask it for what it now holds (C-GET): its "success" is no proof.
 
 A PACS may answer "success" and keep an older file of the same UID. So each series is fetched again, and of every image
-the pixel data are compared with those of the file. Only what is in a verified manifest is sent, in the file's own
-transfer syntax. Nothing of a file is logged.
+the pixel data are compared with those of the file, of other files the content. Only what is in a verified manifest is
+sent, in the file's own transfer syntax. Nothing of a file is logged.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydicom import Dataset, dcmread
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID
 
 from monai_salm.io.dicom import looks_like_dicom
 from monai_salm.release import commit as door
+from monai_salm.release.gates import tally
 from monai_salm.release.integrity import check
-from monai_salm.release.manifest import IntegrityError, read_manifest
+from monai_salm.release.manifest import IntegrityError, read_chain
 from monai_salm.release.progress import track
 
 AE_TITLE = "MONAI_SALM"
@@ -37,8 +42,15 @@ _IN_VAIN = 5
 """So many files without an answer or refused connections in a row, and the rest is not sent."""
 _NAMED = 20
 """Files that a message names at most."""
-_TEXT = re.compile(r"([^@\\\s]{1,16})@([^@\s:]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", re.ASCII)
+_TITLE = r"(?! )[ -?A-\[\]-~]{1,16}(?<! )"
+_TEXT = re.compile(rf"({_TITLE})@([^@\s:]+|\[[0-9a-fA-F:]+\]):(\d{{1,5}})", re.ASCII)
+_DUPLICATE = 0x0111
+"""Status of a PACS that has a file of this UID, and takes no other."""
+_NOT_OFFERED = 0x0122
+_REFERENCES = Tag("ReferencedSeriesSequence")
 _UIDS = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"]
+
+Item = TypeVar("Item")
 
 
 class PushError(RuntimeError):
@@ -85,13 +97,23 @@ class Target:
         return cls(match[1], match[2].strip("[]"), int(match[3]))
 
 
+def check_title(text: str) -> None:
+    """Make sure that something can be called that.
+
+    Raises:
+        ValueError: When it is no AE title.
+    """
+    if not re.fullmatch(_TITLE, text):
+        raise ValueError(f"{text!r} is no AE title; write 1 to 16 letters, digits or signs of ASCII, no @ or backslash")
+
+
 @dataclass(frozen=True)
 class Pushed:
     """What was sent.
 
     Args:
-        files: DICOM files that the PACS holds now.
-        compared: those of them with pixel data, which came back equal.
+        files: DICOM files that the PACS holds now, and that came back equal.
+        compared: those of them with pixel data.
         left: files of the release that are not DICOM and were not sent.
     """
 
@@ -102,7 +124,8 @@ class Pushed:
 
 @dataclass(frozen=True)
 class _File:
-    """A file to send: its path, UIDs and transfer syntax, and the digest of its pixel data, empty without any."""
+    """A file to send: its path, UIDs and transfer syntax, the digest of what a PACS must keep, and whether it has
+    pixels."""
 
     path: Path
     study: str
@@ -110,13 +133,14 @@ class _File:
     instance: str
     sop_class: str
     syntax: str
-    pixels: str
+    digest: str
+    image: bool
 
     @classmethod
     def read(cls, path: Path) -> _File:
         dataset = dcmread(path)
         uids = [str(dataset[name].value) for name in _UIDS]
-        return cls(path, *uids, str(dataset.file_meta.TransferSyntaxUID), _pixels(dataset))
+        return cls(path, *uids, str(dataset.file_meta.TransferSyntaxUID), _digest(dataset), "PixelData" in dataset)
 
 
 def push(output_dir: Path | str, target: Target | str, ae_title: str = AE_TITLE) -> Pushed:
@@ -128,25 +152,32 @@ def push(output_dir: Path | str, target: Target | str, ae_title: str = AE_TITLE)
         ae_title: what to call ourselves; some PACS only answer to those that they know.
 
     Raises:
-        ValueError: When the release holds no DICOM file.
+        ValueError: When there is no release, or it holds no DICOM file.
         ImportError: When pynetdicom is not installed.
         IntegrityError: When the release is not what was written; nothing is sent then. And when the PACS gives back
-            other pixels than were sent, or none.
-        PushError: When the PACS cannot be reached, or does not take or give back a kind of file.
+            other pixels than were sent, or says that it has none.
+        PushError: When the PACS cannot be reached, does not take a kind of file, or does not say what it holds.
     """
     target = Target.parse(target) if isinstance(target, str) else target
+    check_title(ae_title)
     _require_pynetdicom()
     found = check(output_dir)
     if found.problems:
         raise IntegrityError(f"{len(found.problems)} problems with the files, nothing is sent; 'verify' tells more")
+    if not found.conclusive:
+        begun = (Path(output_dir) / door.RUN).is_file()
+        why = "holds no protected files yet; run 'protect'" if begun else "holds no release; name what 'protect' wrote"
+        raise ValueError(f"{output_dir} {why}")
     with _silent():
-        paths = [Path(output_dir) / door.PROTECTED / row.file for row in read_manifest(output_dir)]
+        manifests = sorted(Path(output_dir).glob(door.MANIFESTS))
+        records = [record for path in manifests for record in read_chain(path)[0] if "file" in record]
+        paths = [Path(output_dir) / door.PROTECTED / record["file"] for record in records]
         files = [_File.read(path) for path in paths if looks_like_dicom(path)]
         if not files:
             raise ValueError(f"{output_dir} holds no DICOM files; a PACS takes nothing else")
         _store(files, target, ae_title)
         _compare(files, target, ae_title)
-    return Pushed(len(files), sum(bool(file.pixels) for file in files), len(paths) - len(files))
+    return Pushed(len(files), sum(file.image for file in files), len(paths) - len(files))
 
 
 def _require_pynetdicom() -> None:
@@ -202,7 +233,7 @@ def _association(target: Target, ae_title: str, files: Sequence[_File], get: Any
     association = ae.associate(target.host, target.port, ae_title=target.ae_title, **options)
     if not association.is_established:
         if association.rejected_contexts:
-            raise PushError("not_accepted", f"the PACS takes none of our {len(kinds)} kinds of file; allow them there")
+            raise _not_accepted(kinds)
         raise PushError(
             "no_connection",
             "the PACS does not answer or rejects us; check host, port and both AE titles, and that it knows ours",
@@ -213,113 +244,154 @@ def _association(target: Target, ae_title: str, files: Sequence[_File], get: Any
         association.release()
 
 
-def _store(files: Sequence[_File], target: Target, ae_title: str) -> None:
-    from pynetdicom import _config
-
-    before, _config.STORE_SEND_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET, True  # bytes as they are on disk
-    failed: dict[str, str] = {}  # why, by the UID of the copy
-    try:
-        for number, group in enumerate(_kinds(files)):
-            _store_kinds(group, target, ae_title, failed, first=number == 0)
-    finally:
-        _config.STORE_SEND_CHUNKED_DATASET = before
-    if failed:
-        told = ", ".join(f"{count} with {status}" for status, count in sorted(Counter(failed.values()).items()))
-        named = ", ".join(list(failed)[:_NAMED]) + (f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else "")
-        stored = len(files) - len(failed)
-        detail = f"{len(failed)} of {len(files)} files were not stored ({told}), {stored} were; look at them and send "
-        raise PushError("not_stored", f"{detail}again: {named}")
+def _not_accepted(kinds: Iterable[tuple[str, str]]) -> PushError:
+    named = ", ".join(sorted(f"{UID(sop_class).name} as {UID(syntax).name}" for sop_class, syntax in kinds))
+    return PushError(
+        "not_accepted",
+        f"the PACS does not take {named}. Allow that there, or convert the originals before they are protected. "
+        "Nothing was sent",
+    )
 
 
-def _store_kinds(group: Sequence[_File], target: Target, ae_title: str, failed: dict[str, str], *, first: bool) -> None:
-    """Send files of kinds that are negotiated together.
+def _each(
+    items: Sequence[Item], doing: str, connect: Callable[..., Any], ask: Callable[..., int | None], *, first: bool
+) -> dict[Item, str]:
+    """Ask for each thing by one association, and by a new one where that has ended; why not, for each that failed.
 
-    A PACS may end the association on a file that it cannot read; the others go by a new one.
+    Args:
+        items: what is asked for.
+        doing: a verb for the progress.
+        connect: gives an association and leaves it to a stack; None where there is none now. Is told whether the errors
+            of this one may be raised.
+        ask: gives the status of the answer; None where there was none.
+        first: whether nothing was done before.
     """
+    failed: dict[Item, str] = {}
     association, in_vain = None, 0
     with ExitStack() as stack:
-        for file in track(group, "sending"):
+        for item in track(items, doing):
             while in_vain < _IN_VAIN and (association is None or not association.is_established):
                 stack.close()
-                association = _open(stack, group, target, ae_title, first=first)
+                association = connect(stack, first=first)
                 first, in_vain = False, in_vain + (association is None)
             if association is None or not association.is_established:
-                failed[file.instance] = "not sent"
+                failed[item] = "not tried"
                 continue
-            status = association.send_c_store(file.path)
-            if "Status" not in status:
-                failed[file.instance], in_vain, association = "no answer", in_vain + 1, None
+            try:
+                code = ask(association, item)
+            except RuntimeError:  # it ended since we looked
+                code = None
+            if code is None:
+                failed[item], in_vain, association = "with no answer", in_vain + 1, None
                 continue
-            in_vain, code = 0, int(status.Status)
-            if code != 0 and code >> 12 != 0xB:  # 0xBxxx: stored, with a warning
-                failed[file.instance] = f"status {code:04x}"
+            in_vain = 0
+            if code:
+                failed[item] = f"with status {code:04x}"
+    return failed
 
 
-def _open(stack: ExitStack, group: Sequence[_File], target: Target, ae_title: str, *, first: bool) -> Any:
-    """An association that takes all of these files; None where there is none now, unless it is the first of all.
+def _open(
+    group: Sequence[_File], target: Target, ae_title: str, stack: ExitStack, get: Any = None, *, first: bool
+) -> Any:
+    """An association for these files; None where there is none now, unless it is the first of all.
 
     Later ones raise nothing: what has been sent by then must be told.
     """
     try:
-        association = stack.enter_context(_association(target, ae_title, group))
+        association = stack.enter_context(_association(target, ae_title, group, get))
     except PushError:
         if first:
             raise
         return None
     accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
     refused = {(file.sop_class, file.syntax) for file in group} - accepted
-    if refused and not first:
-        return None
-    if refused:
+    if refused and first:
+        raise _not_accepted(refused)
+    return None if refused and get is None else association
+
+
+def _store(files: Sequence[_File], target: Target, ae_title: str) -> None:
+    from pynetdicom import _config
+
+    def send(association: Any, file: _File) -> int | None:
+        code = _status(association.send_c_store(file.path))
+        return 0 if code is not None and (code >> 12 == 0xB or code == _DUPLICATE) else code  # 0xBxxx: with a warning
+
+    before, _config.STORE_SEND_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET, True  # bytes as they are on disk
+    failed: dict[_File, str] = {}
+    try:
+        for number, group in enumerate(_kinds(files)):
+            failed |= _each(group, "sending", partial(_open, group, target, ae_title), send, first=number == 0)
+    finally:
+        _config.STORE_SEND_CHUNKED_DATASET = before
+    if failed:
+        named = ", ".join(file.instance for file in list(failed)[:_NAMED])
+        named += f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         raise PushError(
-            "not_accepted",
-            f"the PACS takes {len(refused)} of {len(accepted | refused)} kinds of file not in their "
-            "transfer syntax; allow it there, or write the release in another one. Nothing was sent",
+            "not_stored",
+            f"{len(failed)} of {len(files)} files were not stored ({tally(failed.values())}), "
+            f"{len(files) - len(failed)} were; look at them (what got no answer may be stored) and send again: {named}",
         )
-    return association
 
 
 def _compare(files: Sequence[_File], target: Target, ae_title: str) -> None:
     held: dict[str, str] = {}
 
     def keep(event: Any) -> int:
-        held[str(event.request.AffectedSOPInstanceUID)] = _pixels(event.dataset)
+        held[str(event.request.AffectedSOPInstanceUID)] = _digest(event.dataset)
         return 0x0000
 
+    failed: dict[tuple[str, str], str] = {}
     for group in _kinds(files):
-        with _association(target, ae_title, group, keep) as association:
-            groups = list(dict.fromkeys((file.study, file.series) for file in group))
-            for study, series in track(groups, "reading back"):
-                _fetch(association, study, series)
-    missing = sum(file.instance not in held for file in files)
-    other = sum(file.instance in held and held[file.instance] != file.pixels for file in files)
-    if other or missing:
+        series = list(dict.fromkeys((file.study, file.series) for file in group))
+        connect = partial(_open, group, target, ae_title, get=keep)
+        failed |= _each(series, "reading back", connect, _fetch, first=False)
+    other = sum(held.get(file.instance, file.digest) != file.digest for file in files)
+    absent = [file for file in files if file.instance not in held]
+    unknown = sum((file.study, file.series) in failed for file in absent)
+    if other or len(absent) > unknown:
         raise IntegrityError(
-            f"the PACS holds other pixels of {other} files than were sent, and does not give back {missing} of "
-            f"{len(files)}; it may keep older files of the same UIDs, or change what it stores"
+            f"the PACS holds other pixels or content of {other} files than were sent, and does not give back "
+            f"{len(absent)} of {len(files)}; it may keep older files of the same UIDs, or change what it stores"
+        )
+    if unknown:
+        raise PushError(
+            "no_read_back",
+            f"all {len(files)} files were sent and stored, but {unknown} of them the PACS does not give back by C-GET "
+            f"(series: {tally(failed.values())}); what it holds of them is not known. Allow C-GET there for our AE "
+            "title and send again, or compare by other means",
         )
 
 
-def _fetch(association: Any, study: str, series: str) -> None:
+def _fetch(association: Any, series: tuple[str, str]) -> int | None:
+    """Ask for a series; its files go to the handler of the association."""
     from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
 
-    query = Dataset()
-    query.QueryRetrieveLevel, query.StudyInstanceUID, query.SeriesInstanceUID = "SERIES", study, series
+    query, code = Dataset(), None
+    query.QueryRetrieveLevel = "SERIES"
+    query.StudyInstanceUID, query.SeriesInstanceUID = series
     try:
-        if not association.is_established:
-            return  # what is missing is told together
         for status, _ in association.send_c_get(query, StudyRootQueryRetrieveInformationModelGet):
-            if "Status" not in status:
-                break
-    except ValueError as error:  # no such context: the PACS does not offer C-GET
-        raise PushError(
-            "no_read_back",
-            "the files were sent, but the PACS does not give them back by C-GET; what it holds is not known. Allow it "
-            "there, or compare by other means",
-        ) from error
+            code = _status(status)
+    except ValueError:  # no such context: the PACS does not offer C-GET
+        return _NOT_OFFERED
+    return code
 
 
-def _pixels(dataset: Dataset) -> str:
-    """Digest of the pixel data as they are stored or sent; empty where there are none."""
+def _status(answer: Dataset) -> int | None:
+    return int(answer.Status) if "Status" in answer else None
+
+
+def _digest(dataset: Dataset) -> str:
+    """Digest of the pixel data as they are stored or sent; where there are none, of the content."""
     value = dataset.get("PixelData")
-    return hashlib.sha256(value).hexdigest() if value is not None else ""
+    if value is None:
+        told = dataset.to_json_dict(suppress_invalid_tags=True)
+        value = json.dumps({key: told[key] for key in sorted(told) if _is_content(Tag(key))}, sort_keys=True).encode()
+    return hashlib.sha256(value).hexdigest()
+
+
+def _is_content(tag: BaseTag) -> bool:
+    """Whether an element is none of those that a PACS may correct (patient, study, request) or add (its own)."""
+    steps = tag.group in (0x0032, 0x0038, 0x4008) or (tag.group == 0x0040 and tag.element < 0xA000)
+    return tag == _REFERENCES or (0x0028 <= tag.group < 0xFF00 and not tag.is_private and not steps)
