@@ -17,6 +17,7 @@ from pydicom.data import get_testdata_file
 from monai_salm.io import formats
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import Catalog, scan
+from monai_salm.release.labels import find_labels
 
 DATA = Path(os.environ.get("MONAI_SALM_DATA", ""))
 needs_data = pytest.mark.skipif("MONAI_SALM_DATA" not in os.environ, reason="MONAI_SALM_DATA is not set")
@@ -189,6 +190,21 @@ def test_a_folder_that_cannot_be_opened_is_refused_and_the_others_stay(tmp_path,
     catalog = scan(tmp_path, 3)
     assert len(catalog.cases) == 1 and reasons(catalog) == {"unreadable_file": 1}
     assert "Permission denied" in catalog.refusals[0].detail and "closed" not in catalog.refusals[0].detail
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_that_name(tmp_path, monkeypatch):
+    write_series(tmp_path / "a", "a")
+    closed, opened = write_series(tmp_path / "b", "b")[0], Path.open
+
+    def open_(self, *arguments, **options):
+        if self == closed:  # the tests may run as root, who can open everything
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    catalog = scan(tmp_path, 2)
+    assert reasons(catalog) == {"unreadable_file": 1} and len(catalog.cases) == 7
+    assert find_labels(tmp_path) is None, "whoever looks for other labels goes on"
 
 
 def test_what_macos_leaves_behind_is_no_image_and_no_refusal(tmp_path):

@@ -114,14 +114,17 @@ def read_head(path: Path, count: int = 544) -> bytes:
     """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken.
 
     Reads no more than the first 64 KiB of the file, whatever is in there, and unpacks them in the child.
+
+    Raises:
+        OSError: When the file cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            if stream.peek(2)[:2] != _GZIP:
-                return stream.read(count)
+    with path.open("rb") as stream:
+        if stream.peek(2)[:2] != _GZIP:
+            return stream.read(count)
+        try:
             return _unpacked(stream.read(_HEAD_BYTES), count)
-    except (OSError, RefusedError):
-        return b""
+        except RefusedError:
+            return b""
 
 
 @isolated

@@ -102,10 +102,11 @@ def other_channels(root: Path, cases: Sequence[Case], colors: Mapping[Path, int]
 
 
 def _heads(dataset_dir: Path) -> Iterator[tuple[Path, bytes]]:
-    """Every regular file of a folder and how it starts."""
+    """Every regular file of a folder that can be read, and how it starts."""
     for path in sorted(dataset_dir.rglob("*")) if dataset_dir.is_dir() else ():
         if path.is_file() and not path.is_symlink():
-            yield path, nifti.read_head(path)
+            with suppress(OSError):  # the catalog refuses it
+                yield path, nifti.read_head(path)
 
 
 def _is_other(head: bytes) -> bool:
