@@ -17,7 +17,7 @@ from exports import write_decathlon
 from test_protect import bank_of, protect
 
 from monai_salm import cli
-from monai_salm.cli.codes import NOT_PROTECTED
+from monai_salm.cli.codes import BAD_INPUT, NOT_PROTECTED
 from monai_salm.release import commit as door
 from monai_salm.release import signature
 from monai_salm.release.integrity import check
@@ -74,6 +74,42 @@ def test_a_recipient_checks_a_copy_without_the_private_folder(out):
     shutil.rmtree(out / "private")
     assert not check(out).problems and sum(check(out).files.values()) == 8
     assert not check(out, public_key=out / signature.PUBLIC_KEY).problems
+
+
+def test_a_user_who_may_not_look_into_the_private_folder_checks_what_is_shared(out, monkeypatch, capsys):
+    """The tests may run as root, who may look into everything."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "private")
+    monkeypatch.setattr(Path, "read_bytes", _denying("private", Path.read_bytes))
+    assert cli.main(["verify", str(out), "--files-only"]) == 0
+    assert "not checked: private/, which you may not read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("manifest.jsonl", [], "Permission denied: manifest.jsonl"),
+        ("private/manifest.jsonl", [], "Permission denied: private/manifest.jsonl"),
+        ("protected/imagesTr/v00.nii.gz", [], "Permission denied: a file in protected/; --names tells which"),
+        ("protected/imagesTr/v00.nii.gz", ["--names"], "Permission denied: protected/imagesTr/v00.nii.gz"),
+    ],
+)
+def test_what_cannot_be_read_is_named(out, name, arguments, told, monkeypatch, capsys):
+    for method in ("read_bytes", "open"):
+        monkeypatch.setattr(Path, method, _denying(name, getattr(Path, method)))
+    assert cli.main(["verify", str(out), "--files-only", *arguments]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert told in said and (arguments or "v00" not in said) and str(out) not in said
+
+
+def _denying(name: str, real):
+    """A method of paths that may not be used on what has this name."""
+
+    def denying(self: Path, *arguments, **options):
+        if self.as_posix().endswith(f"copy/{name}") or f"copy/{name}/" in self.as_posix():
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    return denying
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,25 @@ def exit_code(error: Exception) -> int | None:
 
 
 def sentence(error: Exception, options: argparse.Namespace) -> str:
-    """Text of an explained error; of files only those are named that the command line named."""
+    """Text of an explained error; of files only those are named that the command line named, or that are ours."""
     if isinstance(error, OSError) and error.strerror:
-        named = {str(value) for value in vars(options).values() if isinstance(value, Path)}
-        return f"{error.strerror}: {error.filename}" if str(error.filename) in named else error.strerror
+        named = _named(error, options)
+        return f"{error.strerror}: {named}" if named else error.strerror
     return str(error)
+
+
+def _named(error: OSError, options: argparse.Namespace) -> str:
+    """What may be said of an error's file: names of released files may be personal."""
+    if str(error.filename) in {str(value) for value in vars(options).values() if isinstance(value, Path)}:
+        return str(error.filename)
+    out = getattr(options, "out", None)
+    if out is None or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    path, out = Path(error.filename).absolute(), out.absolute()
+    inside = path.relative_to(out) if path.is_relative_to(out) else Path()
+    if len(inside.parts) < 2 or inside.parts[0] == "private" or getattr(options, "names", False):
+        return str(inside) if inside.parts else ""
+    return f"a file in {inside.parts[0]}/" + ("; --names tells which" if hasattr(options, "names") else "")
 
 
 def pipe_broke(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ Not covered: the rest of ``private/``, models and reports, which are not shared 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Integrity:
         fingerprint: sha256 of the public key, empty where there is no valid signature.
         problems: everything that is not as it was written.
         trusted: whether the key is one that was handed over as the owner's.
+        closed: whether the owner's part is there, and not for us to read.
     """
 
     files: dict[str, int]
@@ -64,6 +66,7 @@ class Integrity:
     fingerprint: str
     problems: tuple[Problem, ...]
     trusted: bool = False
+    closed: bool = False
 
     @property
     def conclusive(self) -> bool:
@@ -85,6 +88,8 @@ class Integrity:
         if self.fingerprint:
             unknown = "; whose key that is was not checked: --public-key with a key that you have from the owner does"
             yield f"signed with the key {self.fingerprint}{', the one you gave' if self.trusted else unknown}"
+        if self.closed:
+            yield f"not checked: {door.PRIVATE}/, which you may not read; its owner may"
         if not self.conclusive:
             yield "inconclusive: there are 0 protected files to check; name the folder that protect wrote"
         elif not self.problems:
@@ -128,7 +133,8 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
     present = [output_dir / door.PROTECTED / file for file in expected]
     size = sum(path.stat().st_size for path in present if path.is_file())
     states = Counter(str(record["state"]) for _, record in rows.values())
-    return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None)
+    closed = (output_dir / door.PRIVATE).is_dir() and not os.access(output_dir / door.PRIVATE, os.R_OK | os.X_OK)
+    return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None, closed)
 
 
 def _holds_anything(output_dir: Path) -> bool:
@@ -148,7 +154,7 @@ def _read_chains(
     for name, chain in names.items():
         path = output_dir / name
         private = PurePosixPath(name).parent.as_posix() == door.PRIVATE
-        if private and not (output_dir / door.PRIVATE).is_dir():
+        if private and not os.access(output_dir / door.PRIVATE, os.R_OK | os.X_OK):
             continue  # the owner's, which a recipient does not get
         if path.is_symlink() or not path.is_file():
             problems.append(Problem("missing", name, name))
