@@ -132,6 +132,8 @@ def _denying(name: str, real):
         ("release.json", lambda b: b.replace(b'"shards": 1', b'"shards": 2'), "unsigned"),
         ("release.sig", lambda b: bytes(64), "unsigned"),
         ("release.pub", lambda b: b"-----BEGIN PUBLIC KEY-----", "unsigned"),
+        ("release.pub", lambda b: b + b"Erika", "unsigned"),
+        ("release.pub", lambda b: b"Erika\n" + b, "unsigned"),
     ],
 )
 def test_every_edit_is_found(out, name, change, kind):

@@ -50,8 +50,7 @@ def sign(key: bytes, chains: Mapping[str, Chain], shards: int) -> dict[str, byte
     content = {"schema": SCHEMA, "shards": shards, "chains": {name: asdict(chain) for name, chain in chains.items()}}
     root = (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()
     private = Ed25519PrivateKey.from_private_bytes(key)
-    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return {ROOT: root, SIGNATURE: private.sign(root), PUBLIC_KEY: public}
+    return {ROOT: root, SIGNATURE: private.sign(root), PUBLIC_KEY: _pem(private.public_key())}
 
 
 def read_signed(output_dir: Path, public_key: Path | None = None) -> tuple[dict[str, Chain], int, str]:
@@ -75,8 +74,8 @@ def read_signed(output_dir: Path, public_key: Path | None = None) -> tuple[dict[
             raise IntegrityError(f"{name} is missing: the release is not finished, or was taken apart")
     root, signature, pem = ((output_dir / name).read_bytes() for name in SIGNED)
     key = _load(pem)
-    if key is None:
-        raise IntegrityError(f"{PUBLIC_KEY} holds no Ed25519 public key: it was edited")
+    if key is None or pem != _pem(key):
+        raise IntegrityError(f"{PUBLIC_KEY} does not hold an Ed25519 public key alone: it was edited")
     if trusted is not None and _raw(trusted) != _raw(key):
         raise IntegrityError("the release was signed with another key than the one that you trust")
     try:
@@ -101,6 +100,10 @@ def _load(pem: bytes) -> Ed25519PublicKey | None:
     except (ValueError, UnsupportedAlgorithm):
         return None
     return key if isinstance(key, Ed25519PublicKey) else None
+
+
+def _pem(key: Ed25519PublicKey) -> bytes:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _raw(key: Ed25519PublicKey) -> bytes:
