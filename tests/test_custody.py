@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -139,6 +140,16 @@ def test_what_a_killed_process_held_is_taken_over(out):
     lock.give_back(out)
     shutil.rmtree(out)
     lock.give_back(out)  # of a folder that is gone by the end of the process
+
+
+def test_threads_of_a_process_hold_one_lock_and_a_full_disk_does_not_keep_it(out, monkeypatch):
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(lambda _: lock.take(out), range(16))) == [*[False] * 15, True]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(lock, "_say", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        lock.give_back(out)
+    assert lock.take(out), "it was given back all the same"
+    lock.give_back(out)
 
 
 @pytest.mark.parametrize(

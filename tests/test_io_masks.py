@@ -60,6 +60,15 @@ def test_scaled_label_values_count_after_scaling(tmp_path, image, times, slope, 
     np.testing.assert_array_equal(read_mask(pair(image, label, values), 3), class_map()[None])
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint32])
+def test_labels_that_were_saved_from_floats_are_whole_again(tmp_path, image, dtype):
+    """nibabel gives them a slope of their own, of about the largest value / 2**32 for 32 bits."""
+    made = nib.Nifti1Image(class_map().astype(np.float64), AFFINE)
+    made.set_data_dtype(dtype)
+    nib.save(made, tmp_path / "label.nii")
+    np.testing.assert_array_equal(read_mask(pair(image, tmp_path / "label.nii"), 3), class_map()[None])
+
+
 def test_a_value_below_zero_is_no_class_that_the_file_lacks(tmp_path, image):
     voxels = class_map().astype(np.int16)
     voxels[0, 0, 0] = -1
@@ -182,6 +191,19 @@ def test_a_qform_agrees_with_an_sform_of_the_same_grid(tmp_path):
     label.set_sform(None, 0)
     label.set_qform(affine, 1)
     nib.save(label, tmp_path / "label.nii")
+    read_mask(pair(tmp_path / "image.nii", tmp_path / "label.nii"), 3)
+
+
+@pytest.mark.parametrize("degrees", [45, 44.999999, -45, 135])
+def test_equal_transforms_agree_where_the_nearest_axis_is_undecided(tmp_path, degrees):
+    affine, angle = AFFINE.copy(), np.deg2rad(degrees)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    for name, voxels in (("image", class_map().astype(np.int16)), ("label", class_map())):
+        written = nib.Nifti1Image(voxels, affine)
+        written.set_sform(affine, 1)
+        if name == "image":
+            written.set_qform(affine, 1)
+        nib.save(written, tmp_path / f"{name}.nii")
     read_mask(pair(tmp_path / "image.nii", tmp_path / "label.nii"), 3)
 
 

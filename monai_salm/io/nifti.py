@@ -249,11 +249,12 @@ def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]
 
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """Labels by the scaling of their header; whole where slope and intercept, which NIfTI-1 keeps as 32-bit floats,
-    are why they are not. Values that differ in the file must differ then too: else the scaling would hide an image."""
+    are why they are not, or a fine slope that nibabel chose for floats. Values that differ in the file must differ then
+    too: else the scaling would hide an image."""
     scaled = stored * slope + intercept
     nearest = np.rint(scaled)
-    rounding = np.finfo(np.float32).eps * (np.abs(scaled) + 2 * abs(intercept))
-    scaled = np.where(np.abs(scaled - nearest) <= np.minimum(rounding, abs(slope) / 8), nearest, scaled)
+    rounding = np.finfo(np.float32).eps * (np.abs(scaled) + 2 * abs(intercept)) + abs(slope) / 2 * (abs(slope) < 1e-3)
+    scaled = np.where((np.abs(scaled - nearest) <= rounding) & (rounding < 0.01), nearest, scaled)
     found, left = len(np.unique(stored)), len(np.unique(scaled))
     if left < found:
         raise RefusedError(

@@ -257,10 +257,15 @@ def _axes(header: Any, ndim: int, plane: bool) -> Axes:
 
 
 def _transforms(header: Any, ndim: int) -> Iterator[str]:
+    first = None
     for code, affine in (("sform_code", header.get_sform), ("qform_code", header.get_qform)):
         if int(header[code]) > 0:
             with suppress(HeaderDataError, ValueError, np.linalg.LinAlgError):
-                yield "".join(map(str, nib.orientations.aff2axcodes(affine())[:ndim]))
+                found = affine()
+                if first is not None and np.allclose(found[:3, :3], first[:3, :3], rtol=0, atol=1e-3):
+                    found = first  # oblique by 45 degrees, where rounding decides which axis is nearest
+                first = found
+                yield "".join(map(str, nib.orientations.aff2axcodes(found)[:ndim]))
 
 
 def _affine(header: Any) -> np.ndarray:

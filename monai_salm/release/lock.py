@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,14 @@ from monai_salm.release import commit as door
 
 _held: dict[Path, int] = {}
 """The locks' files that this process has open and locked."""
+_turn = threading.Lock()
+"""Held by the thread of this process that looks at them."""
 
 
 def _forget() -> None:
     """In a child of this process: it holds nothing, and must not keep a file locked when its parent has ended."""
+    global _turn
+    _turn = threading.Lock()  # a thread of the parent may have had the other
     for path in list(_held):
         _close(path)
 
@@ -60,7 +65,8 @@ def take(output_dir: Path, name: str = door.LOCK, wait_s: float = 0.0) -> bool:
     until = time.monotonic() + wait_s
     while True:
         try:
-            return _take(output_dir, name)
+            with _turn:
+                return _take(output_dir, name)
         except LockedError:
             if time.monotonic() >= until:
                 raise
@@ -71,7 +77,7 @@ def _take(output_dir: Path, name: str) -> bool:
     path, mine = output_dir.resolve() / name, _myself()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        if path in _held and _holder(handle) == mine:
+        if path in _held and os.path.sameopenfile(handle, _held[path]):
             return False
         unlocked, holder = _lock(handle), _holder(handle)
         if unlocked and (holder in (None, mine) or not _may_live(holder)):
@@ -90,9 +96,12 @@ def _take(output_dir: Path, name: str) -> bool:
 def give_back(output_dir: Path, name: str = door.LOCK) -> None:
     """End what :py:func:`take` began; nothing if this process does not hold the folder."""
     path = output_dir.resolve() / name
-    if path in _held:
-        _say(_held[path], "")
-        _close(path)
+    with _turn:
+        if path in _held:
+            try:
+                _say(_held[path], "")
+            finally:
+                _close(path)
 
 
 @contextlib.contextmanager
@@ -119,7 +128,7 @@ def _holder(handle: int) -> dict[str, object] | None:
     """Who the file names; what a crash left half written names nobody."""
     try:
         content = json.loads(os.pread(handle, 4096, 0))
-    except ValueError:
+    except (OSError, ValueError):  # some network file systems let nobody read a locked file
         return None
     return content if isinstance(content, dict) else None
 

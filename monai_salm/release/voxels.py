@@ -298,9 +298,15 @@ def _check_complete(unit: Sequence[Case], found: Found, path: Path, header: SegH
     missing = len(header.instances - found.instances.keys())
     if missing:
         raise dicom.missing_slices(missing, len(header.instances))
-    if header.instances - {name for case in unit for name in case.names}:
+    names = {name for case in unit for name in case.names}
+    if header.instances - names:
         raise shared_mask(unit[0])
-    worker.call(dicom.check_frames, path, [file for case in unit for file in case.files])
+    try:
+        worker.call(dicom.check_frames, path, [file for case in unit for file in case.files])
+    except RefusedError:
+        if any(series in header.series and uid not in names for uid, series in found.instances.items()):
+            raise shared_mask(unit[0]) from None  # the frames may be of these slices
+        raise
 
 
 def _tables(voxels: VoxelLabels) -> str:
