@@ -651,6 +651,7 @@ def test_who_may_not_write_into_a_folder_leaves_the_settings_of_who_does(run, ex
     fail = "at_fit=$[monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir), {}['no']]"
     assert run("protect", export, out, "--bundle", stub, "--set", fail)[0] == FAILED
     kept = (out / workflows.RUN_CONFIG).read_bytes()
+    lock.give_back(out)  # which the end of the process does
     parent = {"pid": os.getppid(), "started": lock._started(os.getppid())}
     (out / "private" / "lock").write_text(json.dumps(lock._myself() | parent))
     assert run("protect", export, out, "--bundle", stub, "--epsilon", "3 stored")[0] == LOCKED
