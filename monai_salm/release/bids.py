@@ -214,7 +214,7 @@ def _sidecar_of_copy(own: bytes, name: str, copies: Mapping[str, str], stated: M
     Args:
         own: the sidecar of the image, as the copy may have it.
         name: of the image.
-        copies: names of the copies of the subject's images, by their names.
+        copies: names of the copies of images that the sidecar may name, by their names.
         stated: what holds where the own sidecar does not say it.
     """
     told = _with_new_names(_json(own.decode("utf-8-sig")), name, copies)

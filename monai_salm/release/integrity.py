@@ -133,8 +133,13 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
     present = [output_dir / door.PROTECTED / file for file in expected]
     size = sum(path.stat().st_size for path in present if path.is_file())
     states = Counter(str(record["state"]) for _, record in rows.values())
-    closed = (output_dir / door.PRIVATE).is_dir() and not os.access(output_dir / door.PRIVATE, os.R_OK | os.X_OK)
+    closed = (output_dir / door.PRIVATE).is_dir() and not _is_open(output_dir / door.PRIVATE)
     return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None, closed)
+
+
+def _is_open(folder: Path) -> bool:
+    """Whether a folder is there, and we may look into it."""
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 def _holds_anything(output_dir: Path) -> bool:
@@ -154,7 +159,7 @@ def _read_chains(
     for name, chain in names.items():
         path = output_dir / name
         private = PurePosixPath(name).parent.as_posix() == door.PRIVATE
-        if private and not os.access(output_dir / door.PRIVATE, os.R_OK | os.X_OK):
+        if private and not _is_open(output_dir / door.PRIVATE):
             continue  # the owner's, which a recipient does not get
         if path.is_symlink() or not path.is_file():
             problems.append(Problem("missing", name, name))

@@ -283,15 +283,10 @@ def label_cases(
         raise ValueError(other_classes(set(found) - set(classes)))
     classes = found if classes is None else tuple(classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
-    _warn(cases, classes)
-    return Cohort(
-        cases,
-        classes,
-        tuple(refusals),
-        catalog.root,
-        _named_test(cases) or _held_out(cases, seed),
-        companions=catalog.companions,
-    )
+    held_out = _named_test(cases) or _held_out(cases, seed)
+    cohort = Cohort(cases, classes, tuple(refusals), catalog.root, held_out, companions=catalog.companions)
+    _warn(cohort)
+    return cohort
 
 
 def _label_voxels(catalog: Catalog, seed: int, known: bool) -> Cohort:
@@ -307,11 +302,12 @@ def _label_voxels(catalog: Catalog, seed: int, known: bool) -> Cohort:
     }
     if not cases or (catalog.class_voxels and not known):
         _check_foreground(cases, present, catalog.classes)
-    _warn(cases, catalog.classes)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
     held_out = _named_test(cases) or _held_out_patients(cases, present, seed)
     refusals = (*catalog.refusals, *refused)
-    return Cohort(tuple(cases), catalog.classes, refusals, catalog.root, held_out, counts, catalog.companions)
+    cohort = Cohort(tuple(cases), catalog.classes, refusals, catalog.root, held_out, counts, catalog.companions)
+    _warn(cohort)
+    return cohort
 
 
 def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], classes: Sequence[str]) -> None:
@@ -389,11 +385,9 @@ def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
     return sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
-def _warn(cases: Sequence[Case], classes: Sequence[str]) -> None:
+def _warn(cohort: Cohort) -> None:
     """Tell what may be a mistake."""
-    test = {case.group for case in cases if case.split == "test"}
-    shared = test & {case.group for case in cases if case.split != "test"}
-    if shared:
+    if shared := set.intersection(*map(set, cohort.patients.values())):
         logger.warning("%d patients have cases both in split test and in a released split", len(shared))
-    if told := alike(classes):
+    if told := alike(cohort.classes):
         logger.warning(told)
