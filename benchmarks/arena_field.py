@@ -71,7 +71,8 @@ class Field:
         """Perturbations, and the budget that they were fitted with.
 
         Args:
-            level: a budget, or a mean PSNR such as ``"36 dB"`` that the budget is chosen for.
+            level: a budget, or a mean PSNR such as ``"36 dB"``: methods with the setting ``psnr`` keep it in each
+                image, for others the budget is chosen.
             method: of ``methods.METHODS``.
             seed: of the fit; with ``AGAIN`` the same images once more, with ``ELSEWHERE`` the spare images, both at
                 the budget of the seed without it.
@@ -83,13 +84,13 @@ class Field:
 
     def _fit(self, level: str, method: str, seed: int) -> tuple[Fitted, str]:
         part = self.data.spare if seed >= ELSEWHERE else self.data.train
-        bound = {"psnr": None} if level.endswith("dB") else {}  # there the budget alone is to reach the PSNR
-
+        wanted = float(level.removesuffix("dB")) if level.endswith("dB") else None
         own = METHODS[method].overrides or {}
-        shared = {name: value for name, value in self.config["fit"].items() if name not in own}
+        shared = {**self.config["fit"], **({} if wanted is None else {"psnr": wanted})}
+        shared = {name: value for name, value in shared.items() if name not in own}
 
         def at(epsilon: str) -> Fitted:
-            overrides = {**shared, **bound, "device": self.device}
+            overrides = {**shared, "device": self.device}
             return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
 
         if method in UNBOUNDED:
@@ -98,11 +99,11 @@ class Field:
         if seed >= AGAIN:
             epsilon = self.fitted(level, method, seed % AGAIN)[1]
             return at(epsilon), epsilon
-        if not level.endswith("dB"):
+        if wanted is None:
             return at(level), level
-        wanted, levels = float(level.removesuffix("dB")), BASE_255THS
+        levels = BASE_255THS
         tried: dict[int, tuple[float, Fitted]] = {}
-        # Whole 255ths: what an image of 8 bits can hold.
+        # Whole 255ths: what an image of 8 bits can hold. What keeps a PSNR by itself is there at once.
         while levels not in tried and len(tried) < PSNR_FITS:
             found = at(f"{levels}/255")
             psnr = fidelity(part, found, ssim=False)["psnr"]["mean"]

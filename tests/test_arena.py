@@ -182,6 +182,13 @@ def test_a_budget_is_found_for_a_psnr(field):
     assert again == epsilon
 
 
+def test_a_method_with_a_bound_on_psnr_reaches_it_by_that_bound(load, field):
+    fitted, epsilon = field.fitted("40 dB", "salm_0.4", 0)
+    assert epsilon == "8/255"
+    reached = load("arena_field").fidelity(field.data.train, fitted, ssim=False)["psnr"]
+    assert reached["min"] >= 40 and reached["mean"] < 40.2
+
+
 def test_spare_cases_are_neither_trained_nor_tested_on(field):
     parts = [field.data.train, field.data.test, field.data.spare]
     digests = [{image.stored.tobytes() for image in part.images.values()} for part in parts]
