@@ -15,7 +15,7 @@ import torch
 
 from monai_salm.verification.leakage import label_leakage
 from monai_salm.verification.results import build_results, validate_results, write_json
-from monai_salm.verification.strength import closed_gap, closed_gap_per_class, summarize
+from monai_salm.verification.strength import closed_gap, closed_gap_auc, closed_gap_per_class, summarize
 from monai_salm.verification.verdict import VerdictRules, decide
 
 METRIC = "balanced_accuracy"
@@ -86,7 +86,7 @@ def verdict_of(rows: list[dict[str, Any]], **changes: Any) -> tuple[str, str]:
     return decision.verdict, decision.reasons[0]
 
 
-@pytest.mark.parametrize(("protected", "gap"), [(0.5, 1.0), (0.9, 0.0), (0.7, 0.5), (0.4, 1.25)])
+@pytest.mark.parametrize(("protected", "gap"), [(0.5, 1.0), (0.9, 0.0), (0.7, 0.5), (0.4, 1.0), (1.0, -0.25)])
 def test_closed_gap_is_exact_without_noise(protected: float, gap: float) -> None:
     found = closed_gap(make_rows({"protected": protected}), METRIC)
     assert found["mean"] == pytest.approx(gap)
@@ -104,6 +104,17 @@ def test_closed_gap_averages_blind_per_victim() -> None:
     for row, value in zip([r for r in rows if r["arm"] == "blind"], (0.3, 0.5, 0.7), strict=True):
         row[METRIC] = value
     assert closed_gap(rows, METRIC)["mean"] == pytest.approx(1.0)
+
+
+def test_trainings_below_the_floor_do_not_make_up_for_one_that_learned() -> None:
+    rows = make_rows(victims=1)
+    protected = [row for row in rows if row["arm"] == "protected"]
+    for row, value in zip(protected, (0.05, 0.05, 0.9), strict=True):
+        row[METRIC] = row["auc"] = value
+    for row in rows:
+        row.setdefault("auc", 0.9)
+    assert closed_gap(rows, METRIC)["mean"] == pytest.approx(2 / 3)
+    assert closed_gap_auc(rows)["mean"] == pytest.approx(2 / 3)
 
 
 def test_closed_gap_weighs_victims_equally() -> None:
@@ -251,6 +262,13 @@ def test_missing_control_is_inconclusive_unless_switched_off() -> None:
     assert verdict_of(rows, rules=VerdictRules(control_within=None))[0] == "protected"
 
 
+def test_a_control_that_hinders_one_victim_is_not_made_up_for() -> None:
+    rows = make_rows()
+    set_metric(rows, 0.79, victim="net1", arm="random_noise")
+    verdict, reason = verdict_of(rows)
+    assert verdict == "inconclusive" and "by -0.110 with net1" in reason
+
+
 def test_good_mean_with_wide_interval_is_inconclusive() -> None:
     rows = make_rows(victims=3)
     set_metric(rows, 0.84, victim="net2", arm="protected")
@@ -363,8 +381,8 @@ def test_segmentation_results_hold_what_exists_per_class() -> None:
     assert set(plain["summary"]["clean"]["all"]) == {"n", METRIC, "recall"}
 
 
-def test_report_of_an_earlier_minor_version_is_valid() -> None:
-    validate_results({**make_results(), "schema_version": "1.0"})
+def test_report_of_another_minor_version_is_valid() -> None:
+    validate_results({**make_results(), "schema_version": "2.7"})
 
 
 def utility(*differences: float | None) -> list[dict[str, Any]]:
@@ -450,8 +468,8 @@ def test_wrong_type_is_named(key: str, value: Any) -> None:
 def test_unknown_verdict_and_version_are_refused() -> None:
     with pytest.raises(ValueError, match="'maybe'"):
         validate_results({**make_results(), "verdict": "maybe"})
-    with pytest.raises(ValueError, match=r"'2\.0'"):
-        validate_results({**make_results(), "schema_version": "2.0"})
+    with pytest.raises(ValueError, match=r"'1\.5'"):
+        validate_results({**make_results(), "schema_version": "1.5"})
 
 
 def test_row_errors_name_the_row() -> None:

@@ -390,7 +390,7 @@ def test_study_of_voxel_labels_end_to_end(released, out, capsys):
     ).run()
     validate_results(results)
     assert json.loads((out / "report.json").read_text()) == results
-    assert results["metric"] == "dice" and results["chance"] is None and results["schema_version"] == "1.5"
+    assert results["metric"] == "dice" and results["chance"] is None and results["schema_version"] == "2.0"
     assert list(results["summary"]) == ["clean", "protected", "random_noise", "label_marker", "random_mask", "blind"]
     assert len(results["arms"]) == 6 * 2 * 2
     clean = results["summary"]["clean"]["by_victim"]["tiny"]

@@ -174,11 +174,11 @@ def test_scores_of_three_classes_by_hand():
     assert found["auc"] == pytest.approx(1.0)
 
 
-def test_diverged_victim_has_scores():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    nn.init.constant_(network[1].weight, float("nan"))
-    images, labels = images_of_two_classes(4)
-    assert scores(evaluate(network, images), labels, ["a", "b"])["balanced_accuracy"] == 0.5
+def test_diverged_victim_is_no_evidence():
+    data = images_of_two_classes(4)
+    options = {"seed": 0, "epochs": 2, "learning_rate": float("inf")}
+    result = train_network(Classification(("a", "b")), Brightness, data, data, **options)
+    assert result.row["balanced_accuracy"] is None and "auc" not in result.row
 
 
 # ---------------------------------------------------------------------- study

@@ -24,7 +24,7 @@ from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECT
 
 __all__ = ["SCHEMA_VERSION", "build_results", "validate_results", "write_atomically", "write_json"]
 
-SCHEMA_VERSION = "1.5"
+SCHEMA_VERSION = "2.0"
 _NUMBER = (int, float, type(None))
 _REQUIRED: dict[str, tuple[type, ...]] = {
     "schema_version": (str,),
@@ -198,7 +198,7 @@ def _require(part: Mapping[str, Any], key: str, types: tuple[type, ...], where: 
 
 
 def validate_results(results: Mapping[str, Any]) -> None:
-    """Check the contents of ``report.json`` against schema 1; what a later 1.x adds is not asked for.
+    """Check the contents of ``report.json`` against schema 2; what a later 2.x adds is not asked for.
 
     Args:
         results: Plain JSON types, as :func:`build_results` returns them or ``json.load`` reads them.

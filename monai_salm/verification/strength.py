@@ -134,9 +134,10 @@ def closed_gap(
 ) -> dict[str, Any]:
     """Share of what the anatomy teaches a victim that training on ``arm`` takes away.
 
-    Per victim ``(clean - arm) / (clean - blind)`` of the means over seeds: 0 is no protection, 1 is a victim as good as
-    one that never saw the anatomy; values beyond 1 occur. The mean weighs victims equally. Where the mean ``clean -
-    blind`` of a victim is below ``MIN_SPAN`` its trainings say nothing; they are counted, not divided.
+    Per victim ``(clean - arm) / (clean - blind)`` of the means over seeds: 0 is no protection, 1 is a victim that was
+    no better than one that never saw the anatomy. A training below its blind floor counts as on it: it is as useless,
+    and must not make up for another that learned. The mean weighs victims equally. Where the mean ``clean - blind`` of
+    a victim is below ``MIN_SPAN`` its trainings say nothing; they are counted, not divided.
 
     Args:
         rows: Victim trainings.
@@ -160,7 +161,7 @@ def closed_gap(
     for victim in victims_of([row for row in rows if row["arm"] == arm]):
         pairs, floor = pairs_of(rows, metric, arm, victim), floor_of(rows, metric, victim, chance)
         span = pairs[:, 0] - (np.nan if floor is None else floor)
-        lost_of_span = np.stack([pairs[:, 0] - pairs[:, 1], span], axis=1)
+        lost_of_span = np.stack([np.minimum(pairs[:, 0] - pairs[:, 1], span), span], axis=1)
         usable = len(pairs) > 0 and span.mean() >= MIN_SPAN - 1e-9  # NaN compares false
         groups.append(lost_of_span if usable else lost_of_span[:0])
         by_victim[victim] = {

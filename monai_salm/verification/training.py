@@ -204,7 +204,8 @@ def train_network(
 
     The last epoch counts: nothing is chosen by the test cases. One seed gives one start, order of cases and
     augmentation in every arm, so that arms can be compared in pairs. On CPU the same seed and number of threads give
-    the same result; the global random state is left as it was.
+    the same result; the global random state is left as it was. A training that diverged says nothing: its row has no
+    metrics.
 
     Args:
         task: what is learned.
@@ -262,6 +263,8 @@ def train_network(
                 found = task.evaluate(network, test, batch_size, full=epoch == epochs)
             means = {name: float(value) / count for name, value in sums.items()}
             curve.append({"epoch": epoch, **means, task.metric: found[task.metric] if tested else None})
+    if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
+        found = {task.metric: None}
     return VictimResult({**found, "seconds": time.monotonic() - start, "curve": curve}, network.eval())
 
 

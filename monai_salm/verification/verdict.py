@@ -141,7 +141,7 @@ def _study_checks(
         *learning_checks(rows, metric, list(usable), chance, rules),
         _size_check("min_seeds", "usable seeds per victim", min(usable.values(), default=0), rules.min_seeds),
         _size_check("min_victims", "victims", sum(n > 0 for n in usable.values()), rules.min_victims),
-        *([] if rules.control_within is None else [_control_check(rows, metric, rules.control_within)]),
+        *([] if rules.control_within is None else [_control_check(rows, metric, list(usable), rules.control_within)]),
     ]
 
 
@@ -175,13 +175,19 @@ def _size_check(rule: str, what: str, found: int, needed: int) -> Check:
     return Check(rule, found >= needed, text, INCONCLUSIVE)
 
 
-def _control_check(rows: Sequence[Row], metric: str, within: float) -> Check:
-    clean, control = mean_of(values_of(rows, metric, "clean")), mean_of(values_of(rows, metric, "random_noise"))
-    if clean is None or control is None:
+def _control_check(rows: Sequence[Row], metric: str, victims: Sequence[str], within: float) -> Check:
+    changes = {}
+    for victim in victims:
+        clean, control = (mean_of(values_of(rows, metric, arm, victim)) for arm in ("clean", "random_noise"))
+        if clean is None or control is None:
+            return Check("control_within", False, "The random-noise control was not run.", INCONCLUSIVE)
+        changes[victim] = control - clean
+    if not changes:
         return Check("control_within", False, "The random-noise control was not run.", INCONCLUSIVE)
-    held = clean - control <= within
-    text = f"Random noise of the same budget changes {_words(metric)} by {control - clean:+.3f} "
-    text += f"(it may fall by {within:g} at most)"
+    worst = min(changes, key=lambda name: changes[name])
+    held = changes[worst] >= -within
+    text = f"Random noise of the same budget changes {_words(metric)} by {changes[worst]:+.3f} "
+    text += f"with {worst}, which it hinders most (it may fall by {within:g} at most)"
     text += "." if held else ": something other than the optimized pattern destroys learning."
     return Check("control_within", held, text, INCONCLUSIVE)
 
@@ -205,7 +211,7 @@ def _strength_checks(
         checks.append(Check("protected_above_chance", protected <= limit, text, NOT_PROTECTED))
     gaps = _means(closed_gap_auc(rows).get("by_victim", {})).values()
     if rules.closed_gap_auc is not None and gaps:
-        ranked = sum(min(gap, 1.0) for gap in gaps) / len(gaps)  # none makes up for another by ranking wrongly
+        ranked = sum(gaps) / len(gaps)
         text = f"By AUC, which does not depend on a threshold, they lose {_percent(ranked)} "
         text += f"(closed gap {_show(ranked)}; at least {rules.closed_gap_auc:g} is needed)."
         checks.append(Check("closed_gap_auc", ranked >= rules.closed_gap_auc, text, NOT_PROTECTED))
