@@ -6,7 +6,7 @@
 
 A training is known by the content of what it is trained and tested on, so none is done twice, whatever grid asks for
 it. A killed run goes on from where it was; ``--only GRID`` runs a piece and tables it alone, and a run without it then
-makes the whole table of what is there.
+makes the whole table of what is there. A JSON file beside the table tells its configuration, versions and machine.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import yaml
 from arena_cells import Cell, cells, fit_groups
 from arena_data import load
 from arena_field import MEASURED, OF_FIT, Field
+from setting import write
 
 from monai_salm.release.progress import track
 from monai_salm.verification.jobs import default_workers, start_worker
@@ -118,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     config = yaml.safe_load(asked.config.read_text()) | {"device": asked.device}
     rows = Arena(config, asked.data, asked.work, asked.output, asked.workers).run(asked.only)
+    write("arena", {"table": asked.output.name, "config": config}, asked.output.with_suffix(".json"), asked.device)
     print(f"{len(rows)} trainings: {asked.output}")
 
 

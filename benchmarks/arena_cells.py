@@ -118,9 +118,10 @@ def needed_fits(cell: Cell, fits: int) -> Iterator[tuple[str, str, str, int]]:
 
 
 def fit_groups(asked: Sequence[Cell], fits: int) -> list[list[tuple[str, str, str, int]]]:
-    """Needed fits, those together that must not run side by side: a search for a PSNR tries budgets of other levels."""
-    groups: dict[tuple[str, str, int], list[tuple[str, str, str, int]]] = {}
+    """Needed fits, those together that must not run side by side: a search for a PSNR tries budgets of other levels,
+    and data sets may differ in what victims see alone."""
+    groups: dict[tuple[str, int], list[tuple[str, str, str, int]]] = {}
     for each in dict.fromkeys(needed for cell in asked for needed in needed_fits(cell, fits)):
-        data, _, method, seed = each
-        groups.setdefault((data, method, seed % AGAIN), []).append(each)
+        _, _, method, seed = each
+        groups.setdefault((method, seed % AGAIN), []).append(each)
     return list(groups.values())

@@ -73,19 +73,22 @@ class DataSet:
         train: what is protected.
         test: clean, for the test of victims.
         spare: clean cases of the third party's own.
+        fit_size: of what the surrogate sees.
     """
 
     classes: tuple[str, ...]
     train: Part
     test: Part
     spare: Part
+    fit_size: tuple[int, ...]
 
 
 def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     """A data set of the arena.
 
     Args:
-        settings: ``size`` of what victims see, three numbers for volumes; ``train``: how many cases, as many of each
+        settings: ``size`` of what victims see, three numbers for volumes; ``fit_size`` of what the surrogate sees, if
+            that is another; ``train``: how many cases, as many of each
             class; ``split`` that is tested on; ``spare``: how many clean cases the third party has; those with the
             pixels of a training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data``,
             or ``slices`` a Decathlon folder there, whose slices make ``classes`` classes, or ``colors`` a kind of
@@ -114,7 +117,7 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     train = part_of(drawn(cohort, settings["train"], "train"), size)
     test = part_of(tested, size)
     own = part_of(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size)
-    return DataSet(tuple(cohort.classes), train, test, own)
+    return DataSet(tuple(cohort.classes), train, test, own, tuple(settings.get("fit_size", size)))
 
 
 def _seen(cohort: Cohort, split: str, *parts: Part) -> set[str]:

@@ -91,7 +91,8 @@ class Field:
 
         def at(epsilon: str) -> Fitted:
             overrides = {**shared, "device": self.device}
-            return fit(method, part.dataset, len(self.data.classes), part.size, seed, epsilon, self.work, overrides)
+            size = self.data.fit_size
+            return fit(method, part.dataset, len(self.data.classes), size, seed, epsilon, self.work, overrides)
 
         if method in UNBOUNDED:
             epsilon = METHODS[method].overrides["epsilon"]
@@ -172,7 +173,7 @@ class Field:
         print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
         run_jobs(list(jobs.values()), done, workers)
         return [
-            asdict(cell) | {name: done[job.key][name] for name in MEASURED} | self._of_fit(cell)
+            asdict(cell) | {name: done[job.key].get(name) for name in MEASURED} | self._of_fit(cell)
             for cell, job in jobs.items()
         ]
 
