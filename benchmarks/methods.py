@@ -18,6 +18,7 @@ from setting import configured
 from torch import nn
 
 import monai_salm
+from monai_salm.engines import PerturbationTrainer
 from monai_salm.records import image_digest
 from monai_salm.surrogates import SmallViT, small_densenet121, small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
@@ -149,7 +150,22 @@ def fit(
     work: Path,
     overrides: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Perturbations of a classification data set; a finished fit of the same configuration is read from ``work``.
+    """Perturbations of a classification data set, and what they cost; arguments as of :py:func:`fitted_trainer`."""
+    trainer = fitted_trainer(name, dataset, classes, spatial_size, seed, epsilon, work, overrides)
+    return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image)
+
+
+def fitted_trainer(
+    name: str,
+    dataset: CacheDataset,
+    classes: int,
+    spatial_size: Sequence[int],
+    seed: int,
+    epsilon: str,
+    work: Path,
+    overrides: Mapping[str, Any] | None = None,
+) -> PerturbationTrainer:
+    """The trainer of a method after its fit; a finished fit of the same configuration is read from ``work``.
 
     Args:
         name: of :py:data:`METHODS`.
@@ -177,7 +193,7 @@ def fit(
     set_determinism(seed=seed)
     trainer = parser.get_parsed_content(method.trainer)
     trainer.run()
-    return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image)
+    return trainer
 
 
 @lru_cache

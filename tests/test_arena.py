@@ -189,6 +189,14 @@ def test_a_method_with_a_bound_on_psnr_reaches_it_by_that_bound(load, field):
     assert reached["min"] >= 40 and reached["mean"] < 40.2
 
 
+def test_networks_may_see_another_size_than_the_surrogate(load, data, tmp_path, field):
+    settings = CONFIG["data"]["tiny"] | {"size": [12, 12], "fit_size": [SIZE, SIZE]}
+    other = load("arena_field").Field("tiny", CONFIG, load("arena_data").load(settings, data, tmp_path), tmp_path)
+    mine, same = (dict(each.fitted("8/255", "salm_0.4", 0)[0].deltas) for each in (other, field))
+    assert mine.keys() == same.keys() and all(np.array_equal(mine[name], same[name]) for name in mine)
+    assert other.data.train.seen().shape[2:] == (12, 12)
+
+
 def test_spare_cases_are_neither_trained_nor_tested_on(field):
     parts = [field.data.train, field.data.test, field.data.spare]
     digests = [{image.stored.tobytes() for image in part.images.values()} for part in parts]
