@@ -113,6 +113,8 @@ METHODS: dict[str, Method] = {
     "salm_0.4_ssim": Method({"mask_ratio": 0.4, "ssim": 0.95}),
     "salm_0.4_full": Method({"mask_ratio": 0.4, "psnr": None}),
     "em": Method(EM_AS_PUBLISHED),
+    "em_masked_0.4": Method({**EM_AS_PUBLISHED, "mask_ratio": 0.4, "perturbation::mask::criterion": "gradient"}),
+    "em_random_mask_0.4": Method({**EM_AS_PUBLISHED, "mask_ratio": 0.4, "perturbation::mask::criterion": "random"}),
     "em_classwise": Method({**EM_AS_PUBLISHED, "perturbation": _target("classwise.ClasswiseErrorMinimizing")}),
     "rem": Method(REM),
     "tap": _on_clean_images("targeted.TargetedAdversarial", 100, 0.05, **OTHER_CLASS),
