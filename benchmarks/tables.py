@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from arena_cells import NO_DEFENSE, PLAIN
@@ -127,20 +127,21 @@ def boards(name: str) -> Iterator[tuple[str, Board]]:
 
 
 def arena(board: Board, level: str) -> None:
-    """Closed gaps of each method by victim at one budget."""
+    """Closed gaps of each method by victim at one budget, and what it costs: passes per image, seconds of a fit."""
     clean = board.of(method="clean", defense=NO_DEFENSE, release=PLAIN)
     victims = list(dict.fromkeys(row["victim"] for row in clean))
     print()
-    head("method", *victims, "PSNR", "passes")
+    head("method", *victims, "PSNR", "passes", "seconds")
     learned = [[row[METRIC] for row in clean if row["victim"] == victim] for victim in victims]
     shown = (spread({"mean": mean(each), "std": stdev(each)}) for each in learned)
-    line("clean", *shown, "", "")
+    line("clean", *shown, "", "", "")
     for row in board.ranking:
         if row["level"] == level and (found := board.gap(level, row["method"])):
             gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
-            line(row["method"], *gaps, f"{row['psnr']:.1f}", f"{row['passes']:.1f}")
+            took = median({each["fit_seconds"] for each in board.of(level=level, method=row["method"], release=PLAIN)})
+            line(row["method"], *gaps, f"{row['psnr']:.1f}", f"{row['passes']:.1f}", f"{took:.0f}")
             gaps = (gap(found["by_auc"].get("by_victim", {}).get(victim)) for victim in victims)
-            line(f"{row['method']}, by AUC", *gaps, "", "")
+            line(f"{row['method']}, by AUC", *gaps, "", "", "")
 
 
 def resistance(board: Board, method: str) -> None:
