@@ -31,13 +31,13 @@ define run_demo
 	    --dataset_dir $(4)/export --output_dir $(4) --spatial_dims $(1)
 endef
 
-demo: $(STAMP)  ## protect the embedded 2D cohort and prove it (10 minutes): build/demo/report.html
+demo: $(STAMP)  ## protect the embedded 2D cohort and measure it (6 to 15 minutes): build/demo/report.html
 	$(call run_demo,2,classification,salm_2d_classification,build/demo)
 
-demo-3d: $(STAMP)  ## the same with 3D volumes (20 minutes): build/demo-3d/report.html
+demo-3d: $(STAMP)  ## the same with 3D volumes (8 to 30 minutes): build/demo-3d/report.html
 	$(call run_demo,3,classification,salm_3d_classification,build/demo-3d)
 
-demo-seg: $(STAMP)  ## the same with lesions to segment in slices (40 minutes): build/demo-seg/report.html
+demo-seg: $(STAMP)  ## the same with lesions to segment in slices (20 to 40 minutes): build/demo-seg/report.html
 	$(call run_demo,2,segmentation,salm_3d_segmentation,build/demo-seg)
 
 test: $(STAMP)  ## run the tests; real images are used where MONAI_SALM_DATA names them

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparsity-aware local masking, and dense error-minimizing noise as its ratio 1."""
+"""Sparsity-aware local masking: signed descent in the voxels that matter most."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class SALM(Perturbation):
     views make single gradients noisy; the mask is chosen by the same mean.
 
     Args:
-        mask: which voxels may be touched; ratio 1 gives dense error-minimizing noise (arXiv 2101.04898).
+        mask: which voxels may be touched; at ratio 1 all. Then, and with a surrogate that is trained on the protected
+            images themselves (no transplants), this is error-minimizing noise (arXiv 2101.04898).
         steps: descent steps per call.
         step_size: of one step, as a fraction of the budget.
         momentum: weight of the past in the mean of the gradients, in [0, 1).
