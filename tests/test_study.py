@@ -26,7 +26,7 @@ from monai_salm.surrogates import RandomView, SmallCNN
 from monai_salm.verification.results import validate_results
 from monai_salm.verification.study import VictimStudy
 from monai_salm.verification.training import train_network
-from monai_salm.verification.victims import Classification, evaluate, scores
+from monai_salm.verification.victims import Classification, scores
 
 SIZE = 12
 STEP = 80
