@@ -19,7 +19,14 @@ from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from monai_salm.io.base import RefusedError
-from monai_salm.release.identity import KEPT_UID_KEYWORDS, UidMap, is_mapped_uid_tag, load_or_create_key, pseudonym
+from monai_salm.release.identity import (
+    KEPT_UID_KEYWORDS,
+    UidMap,
+    is_mapped_uid_tag,
+    load_or_create_key,
+    patient_in,
+    pseudonym,
+)
 
 KEY = bytes(range(32))
 UIDS = st.from_regex(r"[0-2](\.(0|[1-9][0-9]{0,8})){2,6}", fullmatch=True)
@@ -168,3 +175,56 @@ def test_processes_that_start_together_agree_on_the_key(tmp_path: Path) -> None:
 
 def test_pseudonym_is_stable_and_says_nothing() -> None:
     assert pseudonym("1.2.3") == "case-c47f5b18b8a430e6" != pseudonym("1.2.4")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "sub-01/anat/a.nii, sub-01_T1w.nii, x/sub-01_ses-2_T2w.nii, sub-01.nii",
+        "sub-abby/ses-1/anat/sub-abby_ses-1_T1w.nii, sub-abby/ses-2/anat/sub-abby_ses-2_T2w.nii",
+        "patient001/patient001_frame01.nii, patient001/patient001_frame12.nii",
+        "patient00001/study1/view1_frontal.png, patient00001/study2/view1_lateral.png",
+        "benign/patient_7/1.png, benign/patient_7/2.png, t1/patient_7.png, site1_patient_7_slice_3.png",
+        "PT_CT_000/1.png, PT_CT_000/2.png, PT_CT_000_slice_3.png",
+        "PAT003/c.nii, pat003_2.nii",
+        "pt-12_a.png, pt-12_b.png",
+        "site1_pt012_1.png, site1_pt012_2.png",
+        "Patient (12)/im1.png, Patient (12)/im2.png",
+        "patient_A/1.png, patient_A_slice_2.png",
+        "patients/001/a.png, patients/001/b.png",
+        "sub-HC_001_T1.nii, sub-HC_001_T2.nii",
+        "patient_T1_07.nii, patient_T1_07_2.nii",
+    ],
+)
+def test_files_of_one_patient_are_known_as_that(names):
+    (found,) = {patient_in(name) for name in names.split(", ")}
+    assert found
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "PT_CT_000.nii, PT_CT_001.nii",
+        "PT_001_0000.nii, PT_002_0000.nii",
+        "patient_HC_001.nii, patient_HC_002.nii, patient_AD_001.nii",
+        "sub-HC_001.nii, sub-HC_002.nii",
+        "patient_A.png, patient_B.png",
+        "patient_T1_07.nii, patient_T1_08.nii",
+        "patient_slice_1.png, patient_slice_2.png",
+        "patients/001/a.png, patients/002/a.png",
+        "Patient (1)/a.png, Patient (2)/a.png",
+    ],
+)
+def test_different_patients_are_told_apart(names):
+    """Of names in which a word stands between ``patient`` and the number, too."""
+    found = [patient_in(name) for name in names.split(", ")]
+    assert all(found) and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MDA-001__PT.nii", "MDA-001_PT_0000.nii", "pathology_1.nii", "subset_1/a.png", "patient_scans/case_1.nii", "a.nii"]
+    + ["patients/ct_01.png", "patients/train/a.png", "impatient_1.png"],
+)
+def test_what_names_no_patient_is_none(name):
+    assert patient_in(name) == ""

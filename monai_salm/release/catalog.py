@@ -4,14 +4,13 @@
 Files are known by their content, never by their ending; links and devices are never followed. Nothing is guessed: a
 series with one broken slice is refused as a whole, and two files with one instance UID are both refused.
 
-Patients, for splits that keep them together: DICOM files by PatientID (by study where it is empty); other files by the
-first part of their path that names one (``sub-01``, ``patient_7``, ``PAT003``), else each file is its own patient.
+Patients, for splits that keep them together: DICOM files by PatientID (by study where it is empty); other files by what
+their path says, see :py:func:`monai_salm.release.identity.patient_in`, else each file is its own patient.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,13 +37,12 @@ from monai_salm.release.gates import (
     uids_of,
     unknown,
 )
-from monai_salm.release.identity import pseudonym
+from monai_salm.release.identity import patient_in, pseudonym
 from monai_salm.release.pixel_check import sound_cases
 from monai_salm.release.progress import track
 from monai_salm.release.voxels import Found, VoxelLabels, class_names, pair
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07"  # how files begin that macOS puts beside others on foreign disks, ``._name``
-_PATIENT = re.compile(r"(?i)(?<![a-z0-9])(?:sub|subject|patient|pat|pt)(?:[-_][a-z0-9]+|\d[a-z0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -226,14 +224,12 @@ class _Findings:
             self.colors[path] = worker.call(raster.count_colors, path, self.spatial_dims)
         if self._require_deidentified:
             worker.call((nifti if form == "nifti" else raster).check_no_text, path)
-        patient = _PATIENT.search(name)
-        group = patient[0].lower() if patient else name
         # A row of a label table may name the whole subject or session of a BIDS tree.
         others, target = (bids.folders(name), bids.protected_name(name)) if self.bids else ([], "")
         for index in range(count):
             names = (name,) if count == 1 else nifti.volume_names(PurePosixPath(name), index)
             at = None if count == 1 else index
-            own = (pseudonym(names[0]), form, (path,), (*names, *others), pseudonym(group), at)
+            own = (pseudonym(names[0]), form, (path,), (*names, *others), pseudonym(patient_in(name) or name), at)
             self.cases.append(Case(*own, target=target))
 
     def leave_out_other_channels(self) -> None:

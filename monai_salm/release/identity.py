@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import stat
 import uuid
@@ -22,6 +23,17 @@ from monai_salm.io.dicom_parse import MAX_DEPTH, STANDARD_ROOT, holds_items, too
 
 KEY_BYTES = 32
 _ENDINGS = (".nii.gz", ".nii", ".npz", ".png", ".tif", ".tiff")
+_PATIENT = re.compile(
+    r"""
+    (?<![^/]) sub-[a-z0-9]+ (?=/)  # the folder of a subject in BIDS
+    | (?<![^/]) (?:patient|subject)s?/ [^/]*\d[^/]* (?=/)
+    | (?<![a-z0-9]) (?:sub | subject | patient | pat | (?<![^/])pt | pt(?=\d))  # PT within a name is PET
+      (?: \d[a-z0-9]*
+        | (?: [-_ (]+ (?:[a-z]{2,} | t[12][a-z]*) )* [-_ (]+ [a-z]*\d[a-z0-9]*
+        | [-_ (]+ [a-z] (?![a-z0-9]) )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
 KEPT_UID_KEYWORDS = frozenset(
     """
@@ -172,6 +184,23 @@ def _create_key(path: Path) -> None:
         pass
     finally:
         part.unlink()
+
+
+def patient_in(name: str) -> str:
+    """What names the patient in the path of a file, empty where nothing does.
+
+    The first of: ``patient``, ``subject``, ``sub``, ``pat`` (and ``pt``, where a name begins with it or its number
+    follows at once) with all that follows up to the first number in the same name, or with a single letter; a folder
+    with a number in one that is called ``patients`` or ``subjects``; a folder ``sub-LABEL``. Words alone are no patient
+    (``patient_scans``). What stands before does not count, for an image and its other series often lie in folders of
+    their own: ``patient_7`` of two sites is one patient.
+
+    Example:
+        >>> [patient_in(name) for name in ("t1/Patient_7_slice_2.png", "PT_CT_000.nii", "sub-01_T1w.nii", "x_PT.nii")]
+        ['patient_7', 'pt_ct_000', 'sub-01', '']
+    """
+    found = _PATIENT.search(name)
+    return found[0].lower() if found else ""
 
 
 def pseudonym(text: str) -> str:
