@@ -477,7 +477,7 @@ def test_the_gate_looks_at_nifti_label_files_too(tmp_path, where):
     assert len(scan(root, 3, voxels=find_labels(root)).cases) == 3, "only where it is asked for"
     found = scan(root, 3, voxels=find_labels(root), require_deidentified=True)
     assert len(found.cases) == 2
-    assert [refusal.reason for refusal in found.refusals] == ["not_deidentified", "mask_missing"]
+    assert [refusal.reason for refusal in found.refusals] == ["not_deidentified"]
 
 
 def test_a_packed_label_file_with_room_for_a_copy_is_refused(tmp_path):
@@ -485,7 +485,7 @@ def test_a_packed_label_file_with_room_for_a_copy_is_refused(tmp_path):
     path = root / "labelsTr" / "v01.nii.gz"
     path.write_bytes(path.read_bytes() + gzip.compress(b"", mtime=0))
     found = scan(root, 3, voxels=find_labels(root))
-    assert [refusal.reason for refusal in found.refusals] == ["embedded_preview", "mask_missing"]
+    assert [refusal.reason for refusal in found.refusals] == ["embedded_preview"]
     assert len(found.cases) == 2
 
 

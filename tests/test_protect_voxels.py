@@ -19,7 +19,7 @@ import pytest
 from exports import class_map, edit_dicom, write_decathlon, write_label, write_labels
 from pydicom import dcmread
 from test_protect import bank_of, protect, tree
-from test_voxels import SHAPE, write_pairs, write_segmented
+from test_voxels import SHAPE, write_one_for_two_series, write_pairs, write_segmented
 
 from monai_salm.io import dicom, formats, masks
 from monai_salm.io.base import Case, RefusedError
@@ -303,6 +303,16 @@ def test_segmentations_refer_to_the_protected_images(tmp_path, spatial_dims):
     for line in lines[1:]:
         name, mask, _ = line.split(",")
         assert (out / "protected" / name).exists() and (out / "protected" / mask).is_file()
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_two_series_leave_with_the_segmentation_of_both(tmp_path, spatial_dims):
+    write_segmented(tmp_path / "in")
+    write_one_for_two_series(tmp_path / "in", 0.4)
+    cohort = load_cohort(tmp_path / "in", spatial_dims=spatial_dims)
+    rows = protect(cohort, bank_of(cohort, spatial_dims), tmp_path / "out", spatial_dims)
+    assert len(rows) == 20 and sum(row.state == "label" for row in rows) == 3
+    check_twins(cohort, tmp_path / "out", spatial_dims)
 
 
 def test_no_original_uid_is_left_in_a_segmentation(tmp_path):

@@ -43,16 +43,21 @@ class SegHeader:
     """What a SEG file refers to.
 
     Args:
-        series: UIDs of the series that it names.
+        series: UIDs of the series that it names, and of the images that it names as theirs.
         instances: UIDs of all images that it names, as a whole or as the source of a frame.
         segments: number and label of each segment; those called background are left out.
         fractional: whether voxels have fractions, of which more than half of the maximum counts.
     """
 
-    series: frozenset[str]
+    series: Mapping[str, frozenset[str]]
     instances: frozenset[str]
     segments: tuple[tuple[int, str], ...]
     fractional: bool = False
+
+    def of_others(self, own: set[str]) -> frozenset[str]:
+        """Images of series without any of these, where it names one that has some: each takes its own frames."""
+        others = [images for images in self.series.values() if not images & own]
+        return frozenset().union(*others) if len(others) < len(self.series) else frozenset()
 
 
 def is_segmentation(source: Dataset | Path) -> bool:
@@ -76,13 +81,13 @@ def seg_header(header: Dataset) -> SegHeader:
         RefusedError: ``mask_unreadable``.
     """
     with refusing("mask_unreadable", _BROKEN):
-        series, instances = set(), set()
+        series = {}
         for item in header.get("ReferencedSeriesSequence") or ():
-            series.add(str(item.SeriesInstanceUID))
-            instances |= {str(each.ReferencedSOPInstanceUID) for each in item.get("ReferencedInstanceSequence") or ()}
-        instances |= {instance for _, sources in _groups(header) for instance, _ in sources}
+            named = (str(each.ReferencedSOPInstanceUID) for each in item.get("ReferencedInstanceSequence") or ())
+            series[str(item.SeriesInstanceUID)] = frozenset(named)
+        instances = frozenset(instance for _, sources in _groups(header) for instance, _ in sources)
         fractional = header.get("SegmentationType") == "FRACTIONAL"
-        return SegHeader(frozenset(series), frozenset(instances), tuple(_segments(header)), fractional)
+        return SegHeader(series, instances.union(*series.values()), tuple(_segments(header)), fractional)
 
 
 def _segments(header: Dataset) -> Iterator[tuple[int, str]]:
@@ -243,9 +248,7 @@ def _check_grid(segmentation: _Segmentation, header: Dataset) -> None:
     dataset, frames = segmentation.dataset, segmentation.frames
     own, other = (f"{each.Rows} x {each.Columns}" for each in (header, dataset))
     if own != other:
-        raise RefusedError(
-            "mask_shape", f"slices have {own} pixels, frames of the segmentation {other}; segment the original grid"
-        )
+        raise RefusedError("mask_shape", f"slices have {own} pixels and frames {other}; segment the original grid")
     own, other = (str(each.get("FrameOfReferenceUID") or "") for each in (header, dataset))
     if own and other and own != other:
         raise RefusedError(
@@ -289,13 +292,13 @@ def _place(segmentation: _Segmentation, headers: Sequence[Dataset], gap: float, 
     tolerance = max(POSITION_TOLERANCE_MM, GAP_TOLERANCE * gap)
     places = [_place_frame(frame, images, positions, tolerance, complete) for frame in segmentation.frames]
     if complete:
-        lost: set[Any] = segmentation.header.instances - {instance for instance, _ in images}
-        adrift = {}
-        for frame, place in zip(segmentation.frames, places, strict=True):
-            if place is None and frame.sources:
-                lost |= {source for source in frame.sources if source[0] not in lost}
-            elif place is None and frame.position is not None and positions is not None:
-                adrift[tuple(frame.position)] = float(np.abs(positions - frame.position).max(axis=1).min())
+        own = {instance for instance, _ in images}
+        elsewhere = segmentation.header.of_others(own)
+        lost: set[Any] = segmentation.header.instances - elsewhere - own
+        unplaced = [frame for frame, place in zip(segmentation.frames, places, strict=True) if place is None]
+        lost |= {source for frame in unplaced for source in frame.sources if source[0] not in lost | elsewhere}
+        alone = [frame.position for frame in unplaced if not frame.sources and not elsewhere]
+        adrift = {tuple(position): float(np.abs(positions - position).max(axis=1).min()) for position in alone}
         if lost or adrift:
             referred = len(segmentation.header.instances | lost) + len(adrift)
             raise missing_slices(len(lost) + len(adrift), referred, max(adrift.values(), default=0))
@@ -323,14 +326,14 @@ def _place_frame(
         return None
     if frame.position is not None and positions is not None:
         apart = np.abs(positions - frame.position).max(axis=1)
-        nearest = int(apart.argmin())
+        nearest = min(named or range(len(images)), key=apart.__getitem__)
         tolerance = tolerance if len(named) == len(frame.sources) == 1 else POSITION_TOLERANCE_MM
-        if apart[nearest] <= tolerance and (not named or nearest in named):
+        if apart[nearest] <= tolerance:
             return nearest
         if named and (complete or len(frame.sources) == 1):
             raise RefusedError(
                 "mask_affine",
-                f"a frame of the segmentation lies {apart[named].min():.4g} mm from the slice that it names as its "
+                f"a frame of the segmentation lies {apart[nearest]:.4g} mm from the slice that it names as its "
                 f"source ({tolerance:.4g} mm are tolerated); segment the original slices",
             )
         return None

@@ -203,15 +203,16 @@ class _Findings:
         except RefusedError as error:
             self._refuse_file(path, error)
         except OSError as error:
-            self.refuse(
-                [self.name(path)], RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})")
-            )
+            self._refuse_file(path, RefusedError("unreadable_file", f"the file cannot be opened ({error.strerror})"))
 
     def _refuse_file(self, path: Path, error: RefusedError) -> None:
-        """Refuse a file that gave no header; its series may not do without it."""
+        """Refuse a file that gave no header; its series may not do without it. A label file is refused by its cases."""
         uids = uids_of(path)
-        self.refuse([self.name(path), *filter(None, uids)], error)
         self._unread[uids[1]].append(error)
+        if self.name(path) in self._mask_names:
+            self.masks.broken[self.name(path)] = error
+        else:
+            self.refuse([self.name(path), *filter(None, uids)], error)
 
     def _add_image(self, path: Path, form: str) -> None:
         name, count = check_name(self.name(path)), 1
@@ -287,7 +288,7 @@ class _Findings:
         for path, _ in self._segmentations:
             if path in self._broken:
                 del self.masks.segmentations[self.name(path)]
-                self.refuse([self.name(path)], self._broken[path])
+                self._refuse_file(path, self._broken[path])
         series: dict[str, list[Path]] = defaultdict(list)
         for path, header in self._headers.items():
             series[_text(header, "SeriesInstanceUID")].append(path)

@@ -78,11 +78,13 @@ class Found:
 
     Args:
         files: path of each named label file that is there, by name.
+        broken: why a named label file cannot be used, by name.
         segmentations: path and header of each SEG file, by name.
         instances: series of each DICOM image, refused ones included, by instance UID.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
+    broken: dict[str, RefusedError] = field(default_factory=dict)
     segmentations: dict[str, tuple[Path, SegHeader]] = field(default_factory=dict)
     instances: dict[str, str] = field(default_factory=dict)
 
@@ -152,7 +154,7 @@ def _identity(path: Path) -> tuple[str, str]:
 def _referred(path: Path) -> frozenset[str]:
     try:
         header = worker.call(dicom.read_seg_header, path)
-        return header.instances or header.series
+        return header.instances or frozenset(header.series)
     except RefusedError:
         return frozenset()  # told by the scan
 
@@ -248,7 +250,7 @@ def pair(
         ValueError: When a row names nothing in the export, or rows contradict each other.
     """
     gone = frozenset(refused)
-    others = {*gone, *found.segmentations, *found.files}
+    others = {*gone, *found.segmentations, *found.files, *found.broken}
     rows = None if voxels.rows is None else match(voxels.rows, cases, others)
     paired: list[Case] = []
     refusals: list[Refused] = []
@@ -266,9 +268,8 @@ def pair(
     fractional = sum(found.segmentations[name][1].fractional for name in used)
     if fractional:
         logger.warning("%d segmentations have fractions: a voxel counts above half of the maximum", fractional)
-    if spatial_dims == 2:
-        paired, incomplete = _split_incomplete(paired, found)
-        refusals += incomplete
+    paired, incomplete = _split_incomplete(paired, found, spatial_dims)
+    refusals += incomplete
     chosen = {name for case in cases if (row := (rows or {}).get(case.sample_id)) and row.mask for name in case.names}
     for name in sorted(found.segmentations.keys() - finder.seen):
         if (series := finder.referred(name)) and series <= chosen:
@@ -280,25 +281,30 @@ def pair(
     return paired, refusals
 
 
-def _split_incomplete(cases: Sequence[Case], found: Found) -> tuple[list[Case], list[Refused]]:
-    """Take out the slices whose segmentation refers to slices that are not there, or not among the cases."""
+def _split_incomplete(cases: Sequence[Case], found: Found, spatial_dims: int) -> tuple[list[Case], list[Refused]]:
+    """Take out cases that are parts of what their segmentation refers to, slices or one of several series, if some of
+    that is not there, or not among the cases."""
     kept: list[Case] = []
     refusals: list[Refused] = []
     for unit in formats.units(cases):
         try:
             if unit[0].mask and unit[0].mask.name in found.segmentations:
-                _check_complete(unit, found, *found.segmentations[unit[0].mask.name])
+                path, header = found.segmentations[unit[0].mask.name]
+                if spatial_dims == 2 or len(header.series) > 1:
+                    _check_complete(unit, found, path, header, spatial_dims)
             kept += unit
         except RefusedError as error:
             refusals += [(case.names, error, case.sample_id) for case in unit]
     return kept, refusals
 
 
-def _check_complete(unit: Sequence[Case], found: Found, path: Path, header: SegHeader) -> None:
+def _check_complete(unit: Sequence[Case], found: Found, path: Path, header: SegHeader, spatial_dims: int) -> None:
     missing = len(header.instances - found.instances.keys())
     if missing:
         raise dicom.missing_slices(missing, len(header.instances))
     names = {name for case in unit for name in case.names}
+    if spatial_dims == 3:  # all slices of a series are in one case
+        names |= {uid for uid, series in found.instances.items() if series in names}
     if header.instances - names:
         raise shared_mask(unit[0])
     try:
@@ -330,16 +336,16 @@ class _Finder:
             for uid in header.instances | self.referred(name):
                 self._referring_to[uid].add(name)
 
-    def referred(self, name: str) -> frozenset[str]:
+    def referred(self, name: str) -> set[str]:
         """UIDs of all series that a segmentation refers to; of an image that is not there, its own."""
         header = self._found.segmentations[name][1]
-        return header.series | {self._found.instances.get(uid, uid) for uid in header.instances}
+        return header.series.keys() | {self._found.instances.get(uid, uid) for uid in header.instances}
 
     def find(self, case: Case, name: str) -> Mask:
         """The mask of a case, by name or (DICOM) because it refers to the case.
 
         Raises:
-            RefusedError: When there is none, or more than one.
+            RefusedError: When there is none that can be used, or more than one.
         """
         if name in self._cases:
             raise RefusedError(
@@ -352,6 +358,8 @@ class _Finder:
             return Mask(path, name, self._segments(header))
         if name in self._found.files:
             return Mask(self._found.files[name], name, self._values)
+        if error := self._found.broken.get(name):
+            raise RefusedError(error.reason, f"its label file: {error.detail}")
         raise RefusedError("mask_missing", "the label file of this case is not in the export; add it")
 
     def _referring(self, case: Case) -> str:
