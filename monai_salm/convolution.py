@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monai_salm.errors import check_number
+
 BLOCK = {2: (4, 4), 3: (2, 2, 4)}
 """Voxels whose gradients are computed side by side, by spatial dims."""
 
@@ -38,6 +40,7 @@ class Filters(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, features: int, kernel_size: int) -> None:
         super().__init__()
+        check_number("kernel_size", kernel_size, most=255, whole=True)
         if kernel_size % 2 != 1 or kernel_size < 3:
             raise ValueError(f"kernel_size is {kernel_size}; filters have an odd side of 3 or more")
         self.weight = nn.Parameter(torch.empty(features, in_channels, *[kernel_size] * spatial_dims))

@@ -13,6 +13,7 @@ from monai.networks.nets import DenseNet, ResNet
 from torch import Tensor, nn
 
 from monai_salm.convolution import Filters, mean_nearby, mean_of_means
+from monai_salm.errors import check_size
 
 
 def resize_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
@@ -41,7 +42,7 @@ class ResizeView(nn.Module):
 
     def __init__(self, spatial_size: Sequence[int]) -> None:
         super().__init__()
-        self.spatial_size: list[int] = [int(size) for size in spatial_size]
+        self.spatial_size: list[int] = check_size("spatial_size", spatial_size)
 
     def extra_repr(self) -> str:
         return f"spatial_size={self.spatial_size}"
@@ -186,10 +187,9 @@ class TextureReader(nn.Module):
     ) -> None:
         super().__init__()
         features = features or max(16, 4 * out_channels)
+        filters = Filters(spatial_dims, in_channels, features, kernel_size)
         norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
-        self.filters = nn.Sequential(
-            Filters(spatial_dims, in_channels, features, kernel_size), norm(features), nn.ReLU(inplace=True)
-        )
+        self.filters = nn.Sequential(filters, norm(features), nn.ReLU(inplace=True))
         self.vote = Conv[Conv.CONV, spatial_dims](features, out_channels, 1, bias=False)
         self.bias, self.reach = nn.Parameter(torch.zeros(out_channels, *[1] * spatial_dims)), kernel_size // 2 + 2
 

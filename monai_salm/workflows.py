@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,6 +37,7 @@ _OF_EACH_RUN = ("dataset_dir", "output_dir", "labels", "visibility", "require_de
 """Settings that say nothing of the perturbations."""
 _MARK = Path("configs", "metadata.json")
 _WRAPPED = ("Failed to evaluate", "Failed to instantiate component")
+_OF_LIBRARIES = re.compile(r"Failed to instantiate component '((?:torch\.optim|monai\.networks)\.[\w.]+)'")
 
 
 def bundle_names() -> tuple[str, ...]:
@@ -323,7 +326,8 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
 
 def _check_settings(config_file: Path, overrides: Mapping[str, Any], run_ids: Sequence[str] = ()) -> None:
     """Whether the config has all these ids (MONAI adds one that it has not, so a typing error would go unnoticed), and
-    none that is a number, or true or false, is given a word, which would be a fault deep inside of a library."""
+    none that is a number, or true or false, is given another kind of value, which would be a fault deep inside of a
+    library, or count as true. What a number may be, or a list of them, the parts know that take it."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
@@ -335,11 +339,13 @@ def _check_settings(config_file: Path, overrides: Mapping[str, Any], run_ids: Se
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"{config_file.parent.parent.name} has no setting {name!r}; {hint}")
     for name, value in overrides.items():
-        if isinstance(value, str) and not value.startswith(("$", "@", "%")) and name != "epsilon":  # takes both
+        if not str(value).startswith(("$", "@", "%")) and name != "epsilon":  # takes both
             usual = _usual(parser, name)
-            if isinstance(usual, (int, float)):
-                kind = "true or false" if isinstance(usual, bool) else "a number"
-                raise ValueError(f"{name} is {value!r}; it takes {kind}, such as {usual}")
+            numeric = isinstance(usual, (int, float)) and not isinstance(usual, bool)
+            if isinstance(usual, bool) and not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it takes true or false, such as {usual}")
+            if numeric and (isinstance(value, (bool, str, dict)) or value in (math.inf, -math.inf) or value != value):
+                raise ValueError(f"{name} is {value!r}; it takes a number, such as {usual}")
 
 
 def _usual(parser: ConfigParser, name: str) -> Any:
@@ -353,9 +359,14 @@ def _usual(parser: ConfigParser, name: str) -> Any:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """The error behind those that MONAI's config parser wraps around it, one for each level of the config."""
+    """The error behind those that MONAI's config parser wraps around it, one for each level of the config; in our words
+    where an optimizer or a network of a library does not take its settings, which is all that it knows."""
+    part = ""
     while type(error) is RuntimeError and str(error).startswith(_WRAPPED) and error.__cause__ is not None:
-        error = error.__cause__
+        part, error = str(error), error.__cause__
+    made = _OF_LIBRARIES.match(part)
+    if made and isinstance(error, (ValueError, TypeError)):
+        return ValueError(f"{made[1]} does not take the settings that it is given: {error}")
     return error
 
 

@@ -7,6 +7,7 @@ import ast
 import gzip
 import importlib.util
 import json
+import math
 import os
 import pydoc
 import re
@@ -719,7 +720,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon 0": ({"epsilon": "0"}, "above 0"),
     "epsilon over the window": ({"epsilon": "2"}, "window"),
     "epsilon below one step": ({"epsilon": "1/1000"}, "The smallest epsilon that works here"),
-    "mask ratio above 1": ({"mask_ratio": 1.5}, "(0, 1]"),
+    "mask ratio above 1": ({"mask_ratio": 1.5}, "above 0 and at most 1"),
     "output inside the input": ({"dataset_dir": "good", "output_dir": "good/out"}, "lies inside the export"),
     "output not empty": ({"output_dir": "letters"}, "choose an empty or new folder"),
 }
@@ -798,14 +799,18 @@ def test_monai_salm_protects_and_verifies_with_the_bundle(tmp_path):
         (VOLUME, {"num_classes": 2}, "victim 'small_cnn' .* with 3 classes"),
         (FLAT, {"spatial_size": 64}, "spatial_size is 64; it must have 2 numbers"),
         (FLAT, {"defenses": "foo"}, "no set of defenses 'foo'"),
-        (VOLUME, {"epochs": 0}, "epochs and batch_size must be 1 or more"),
-        (VOLUME, {"seeds": 0}, "different seeds"),
-        (FLAT, {"epochs": "abc"}, "epochs is 'abc'; it must be a whole number"),
-        (VOLUME, {"victim_batch_size": 2.5}, "batch_size is 2.5; it must be a whole number"),
-        (VOXELS, {"victim_learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
+        (VOLUME, {"epochs": 0}, "epochs of victims is 0; it must be a whole number, 1 or more"),
+        (VOLUME, {"seeds": 0}, "seeds is 0; it must be a whole number, 1 or more"),
+        (FLAT, {"seeds": 10**21}, "seeds is 10+; .* at most 10000"),
+        (FLAT, {"epochs": "abc"}, "epochs of victims is 'abc'; it must be a whole number"),
+        (VOLUME, {"victim_batch_size": 2.5}, "batch_size of victims is 2.5; it must be a whole number"),
+        (VOXELS, {"victim_learning_rate": "fast"}, "learning_rate of victims is 'fast'; it must be a number"),
+        (FLAT, {"victim_learning_rate": math.inf}, "learning_rate of victims is inf; it must be a number"),
+        (VOXELS, {"resample": 0}, "resample is 0; it must be a number, 0.1 or more and at most 10"),
+        *((name, {"workers": 0}, "workers is 0; it must be a whole number, 1 or more") for name in BUNDLES),
         (FLAT, {"spatial_size": ["a", "b"]}, "a side of spatial_size is 'a'"),
         (FLAT, {"seeds": ["a"]}, "a seed is 'a'; it must be a whole number"),
-        (FLAT, {"seeds": 1.5}, "seeds is 1.5; it must be a number, or a list"),
+        (FLAT, {"seeds": 1.5}, "seeds is 1.5; it must be a whole number"),
         *((name, {"workers": "abc"}, "workers is 'abc'; it must be a whole number") for name in BUNDLES),
         *((name, {}, "") for name in BUNDLES),
     ],

@@ -324,7 +324,7 @@ def test_a_bad_epsilon_is_refused_at_once(run, export, tmp_path, epsilon):
 
 @pytest.mark.parametrize("ratio", ["0", "-0.1", "1.5", "nan"])
 def test_a_bad_mask_ratio_is_refused_at_once(run, export, tmp_path, ratio):
-    assert_refused(run("protect", export, tmp_path / "out", f"--mask-ratio={ratio}"), "mask ratio", "(0, 1]")
+    assert_refused(run("protect", export, tmp_path / "out", f"--mask-ratio={ratio}"), "mask_ratio is", "above 0 and at most 1")
 
 
 def test_an_output_folder_that_could_do_harm_is_refused(run, export, tmp_path):
@@ -367,13 +367,35 @@ def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, st
         ("seed=x", "a number, such as 0"),
         ("surrogate_steps=many", "a number, such as 120"),  # an expression in the bundle
         ("transplant=no", "true or false, such as True"),
+        ("transplant=2", "true or false, such as True"),
+        ("transplant=null", "true or false, such as True"),
+        ("batch_size=true", "a number, such as 16"),
+        ("seed=NaN", "a number, such as 0"),
     ],
 )
 def test_a_word_for_a_setting_that_takes_none_is_told_with_what_it_takes(run, export, tmp_path, chosen, takes):
-    name, _, value = chosen.partition("=")
+    name, value = setting(chosen)
     command = ("protect", export, tmp_path / "out", "--dim", 3, "--no-verify", "--set", chosen)
     assert_refused(run(*command), f"{name} is {value!r}; it takes {takes}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ("learning_rate=-1", "AdamW does not take the settings that it is given: Invalid learning rate: -1"),
+        ("learning_rate=null", "AdamW does not take the settings that it is given"),
+        ("learning_rate=0", "learning_rate is 0; it must be a number, above 0"),
+        ("learning_rate=1e300", "learning_rate is 1e+300; it must be a number, above 0"),
+        ("seed=null", "seed is None; it must be a whole number"),
+        ("surrogate_steps=-3", "surrogate_steps is -3; it must be a whole number, 0 or more"),
+        ("mask_ratio=2", "mask_ratio is 2; it must be a number, above 0 and at most 1"),
+        ("spatial_size=-1", "spatial_size is -1; it must have 2 or 3 numbers"),
+    ],
+)
+def test_a_number_out_of_range_is_one_clear_sentence(run, export, tmp_path, chosen, told):
+    assert_refused(run("protect", export, tmp_path / "out", "--dim", 3, "--no-verify", "--set", chosen), told)
+    assert not (tmp_path / "out" / "protected").exists()
 
 
 def test_words_are_taken_where_a_bundle_has_a_number_or_computes_what_they_replace(run, export, stub, tmp_path):

@@ -346,6 +346,25 @@ def test_bad_datasets_are_named(tmp_path):
         trainer(tmp_path, rounds=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"rounds": 0}, "rounds is 0; it must be a whole number, 1 or more"),
+        ({"rounds": 10**21}, "rounds is 10+; it must be a whole number, 1 or more and at most 1e"),
+        ({"batch_size": None}, "batch_size is None; it must be a whole number, 1 or more"),
+        ({"batch_size": float("inf")}, "batch_size is inf; it must be a whole number"),
+        ({"surrogate_steps": -3}, "surrogate_steps is -3; it must be a whole number, 0 or more"),
+        ({"surrogate_steps": float("nan")}, "surrogate_steps is nan; it must be a whole number"),
+        ({"seed": None}, "seed is None; it must be a whole number"),
+        ({"seed": 2.5}, "seed is 2.5; it must be a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_told_before_anything_is_written(tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        trainer(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 class TestVoxelLabels:
     """The same trainer, where every voxel has a label."""
 
@@ -397,9 +416,14 @@ class TestVoxelLabels:
     @pytest.mark.parametrize("options", [{"patch_size": (8, 8, 8)}, {"tile": 8, "axes": 3}])
     def test_sizes_of_other_axes_are_told_before_anything_is_trained(self, tmp_path, options):
         name = "patch_size" if "patch_size" in options else "tile_size"
-        with pytest.raises(ValueError, match=rf"{name} is \[8, 8, 8\]; images of 2 axes need as many numbers"):
+        with pytest.raises(ValueError, match=rf"{name} is \(8, 8, 8\); it must have 2 numbers"):
             voxel_trainer(tmp_path, **{"patch_size": (8, 8)} | options)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("size", [0, (8, 0), (8.5, 8), "88", (None, 8)])
+    def test_what_is_no_size_of_a_patch_is_told(self, tmp_path, size):
+        with pytest.raises(ValueError, match="patch_size is "):
+            voxel_trainer(tmp_path, patch_size=size)
 
     def test_other_labels_are_another_fit(self, tmp_path):
         voxel_trainer(tmp_path).run()

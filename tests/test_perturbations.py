@@ -212,8 +212,20 @@ class TestClosedForm:
 
     def test_settings_out_of_range_are_refused(self):
         mask = SparsityMask(ratio=0.4)
-        wrong = [{"steps": 0}, {"step_size": 0}, {"momentum": 1.0}, {"look": 0}, {"refresh": "never"}]
-        for options in (*wrong, *({"psnr": psnr} for psnr in (0, -36, 61, float("nan"), "36", "null")), {"ssim": 1}):
+        wrong = [
+            {"steps": 0},
+            {"steps": 2.5},
+            {"steps": None},
+            {"step_size": 0},
+            {"momentum": 1.0},
+            {"look": 0},
+            {"refresh": "never"},
+        ]
+        for options in (
+            *wrong,
+            *({"psnr": psnr} for psnr in (0, -36, 61, float("nan"), "36", "null", True)),
+            {"ssim": 1},
+        ):
             with pytest.raises(ValueError, match=str(*options)):
                 SALM(mask=mask, **options)
 
@@ -282,7 +294,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan")])
     def test_ratio_outside_its_range_is_refused(self, ratio):
-        with pytest.raises(ValueError, match="mask ratio"):
+        with pytest.raises(ValueError, match="mask_ratio is"):
             SparsityMask(ratio=ratio)
 
     def test_names_are_checked(self):

@@ -205,8 +205,9 @@ class TestTiles:
         assert "tile_size=(4, 6), halo=3" in str(VoxelObjective(nn.Identity(), CROSS_ENTROPY, tile_size=(4, 6), halo=3))
 
     def test_impossible_tiles_are_refused(self):
-        for options in ({"tile_size": (0, 4)}, {"halo": -1}):
-            with pytest.raises(ValueError, match="tile_size"):
+        sizes = [{"tile_size": size} for size in ((0, 4), (4.5, 4), 4, "44", None)]
+        for options in (*sizes, {"halo": -1}, {"halo": 0.5}, {"halo": None}):
+            with pytest.raises(ValueError, match=f"{next(iter(options))}.* is "):
                 VoxelObjective(nn.Identity(), CROSS_ENTROPY, **options)
 
     @pytest.mark.parametrize("tile", [(8, 8), (64, 64)])
@@ -260,7 +261,7 @@ class TestGuard:
     def test_a_weight_without_a_guard_or_below_zero_is_refused(self):
         with pytest.raises(ValueError, match="has no guard"):
             VoxelObjective(local_network(2), CROSS_ENTROPY, tile_size=(4, 4), guard_weight=0.1)
-        with pytest.raises(ValueError, match=r"guard_weight -0\.1"):
+        with pytest.raises(ValueError, match=r"guard_weight is -0\.1; it must be a number, 0 or more"):
             VoxelObjective(self.networks(), CROSS_ENTROPY, tile_size=(4, 4), guard_weight=-0.1)
 
 

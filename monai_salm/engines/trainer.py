@@ -26,6 +26,7 @@ from monai_salm.bank import PerturbationBank
 from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples, Steps, derive
 from monai_salm.engines.errors import leave_to_the_caller
 from monai_salm.engines.kept import UnfinishedRound, load_weights, save_weights
+from monai_salm.errors import check_number, check_size
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import Record, as_array, smallest_type
@@ -74,9 +75,9 @@ class PerturbationTrainer(Trainer):
         train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``.
 
     Raises:
-        ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or the bank holds
-            a fit with another configuration; when the surrogate has no ``spatial_size`` and whole images have labels;
-            when the weights are not of this network, and when the device cannot be used.
+        ValueError: When a number is out of range, the dataset is empty, an id occurs twice, the budget does not fit an
+            image, or the bank holds a fit with another configuration; when the surrogate has no ``spatial_size`` and
+            whole images have labels; when the weights are not of this network, and when the device cannot be used.
     """
 
     def __init__(
@@ -100,15 +101,15 @@ class PerturbationTrainer(Trainer):
         surrogate_file: str | os.PathLike[str] | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
-        if min(max_epochs, batch_size) < 1 or surrogate_steps < 0:
-            raise ValueError(
-                f"rounds {max_epochs} and batch_size {batch_size} must be 1 or more, surrogate_steps {surrogate_steps} "
-                "0 or more"
-            )
+        for name, value in (("rounds", max_epochs), ("batch_size", batch_size)):
+            check_number(name, value, least=1, most=1e9, whole=True)
+        check_number("surrogate_steps", surrogate_steps, least=0, most=1e9, whole=True)
+        check_number("seed", seed, whole=True)
         self.objective, self.optimizer, self.perturbation = objective, optimizer, perturbation
         self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
         self.model_file, self.transplant, self.patch_size = model_file, transplant, patch_size
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        check_number("learning_rate", min(self.base_rates), above=0, most=1000)
         self._compute_device = _usable(device)
         self.surrogate_file = surrogate_file
         self.trains = surrogate_steps > 0 and surrogate_file is None
@@ -246,10 +247,9 @@ class PerturbationTrainer(Trainer):
         """What the surrogate trains on: whole images, or patches of volumes with voxel labels."""
         options = {"coded": self.transplant, "seed": derive(self.seed, "codes")}
         if self.cases.voxelwise:
-            axes, size = len(self.cases.facts[0].shape) - 1, self.patch_size or self.objective.tile_size
+            size = self.objective.tile_size if self.patch_size is None else self.patch_size
             for name, given in (("patch_size", size), ("tile_size", getattr(self.objective, "tile_size", size))):
-                if len(given) != axes:
-                    raise ValueError(f"{name} is {list(given)}; images of {axes} axes need as many numbers")
+                check_size(name, given, len(self.cases.facts[0].shape) - 1)
             return Patches(self.cases, size, **options)
         view = self.objective.network.view
         if not hasattr(view, "spatial_size"):

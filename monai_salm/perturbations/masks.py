@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_salm.errors import check_number
 from monai_salm.perturbations.voxels import require_voxel_labels
 
 Criterion = Literal["gradient", "gradient_input", "foreground", "random", "label"]
@@ -45,8 +46,7 @@ class SparsityMask:
     """
 
     def __init__(self, *, ratio: float, criterion: Criterion = "gradient", scope: Scope = "image") -> None:
-        if not (isinstance(ratio, int | float) and 0 < ratio <= 1):
-            raise ValueError(f"mask ratio is {ratio!r}; it must be in (0, 1], where 1 touches every voxel")
+        check_number("mask_ratio", ratio, above=0, most=1)
         self.ratio = float(ratio)
         self.criterion = _checked("mask criterion", criterion, Criterion)
         self.scope = _checked("mask scope", scope, Scope)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from monai_salm.errors import check_number
 from monai_salm.perturbations.base import Batch, Objective, Perturbation, mean_size
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
@@ -62,19 +63,16 @@ class SALM(Perturbation):
         psnr: float | None = None,
         ssim: float | None = None,
     ) -> None:
-        if steps < 1 or step_size <= 0 or not 0 <= momentum < 1 or look < 1:
-            raise ValueError(
-                f"steps is {steps}, step_size {step_size}, momentum {momentum} and look {look}; steps and step_size "
-                "must be above 0, momentum in [0, 1) and look 1 or more"
-            )
+        check_number("perturbation_steps", steps, least=1, most=1e9, whole=True)
+        check_number("look", look, least=1, whole=True)
+        check_number("step_size", step_size, above=0)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
         if refresh not in get_args(Refresh):
             raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
-        if psnr is not None and not (isinstance(psnr, int | float) and 0 < psnr <= _MOST_PSNR):
-            raise ValueError(
-                f"psnr is {psnr!r}; it must be above 0 and at most {_MOST_PSNR:g} dB, or None for no bound"
-            )
-        if ssim is not None and not (isinstance(ssim, int | float) and 0 < ssim <= _MOST_SSIM):
-            raise ValueError(f"ssim is {ssim!r}; it must be above 0 and at most {_MOST_SSIM:g}, or None for no bound")
+        for name, value, most in (("psnr", psnr, _MOST_PSNR), ("ssim", ssim, _MOST_SSIM)):
+            if value is not None:
+                check_number(name, value, above=0, most=most)
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
         self.look, self.refresh, self.psnr, self.ssim = min(look, steps), refresh, psnr, ssim
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_salm.convolution import mean_nearby
+from monai_salm.errors import check_number, check_size
 from monai_salm.perturbations.base import Loss, Objective, mean_size
 
 IGNORED = 255
@@ -58,7 +59,7 @@ class VoxelObjective(Objective):
         guard_weight: size of the guard's part of the gradient, relative to the surrogate's; 0 asks no guard.
 
     Raises:
-        ValueError: When a tile has no voxels, the halo or the weight is negative, the halo is smaller than the
+        ValueError: When ``tile_size`` is no size, the halo or the weight is negative, the halo is smaller than the
             network's ``reach`` (where it tells one), there is no guard to weigh, or in a call images and labels differ
             in shape.
     """
@@ -74,17 +75,14 @@ class VoxelObjective(Objective):
         guard_weight: float = 0.0,
     ) -> None:
         super().__init__(network, loss, view=view)
-        if min(tile_size) < 1 or halo < 0 or guard_weight < 0:
-            raise ValueError(
-                f"tile_size is {tuple(tile_size)}, halo {halo} and guard_weight {guard_weight}; tiles are 1 or more, "
-                "the others 0 or more"
-            )
+        check_number("halo", halo, least=0, whole=True)
+        check_number("guard_weight", guard_weight, least=0)
         reach = getattr(getattr(network, "network", None), "reach", 0)
         if halo < reach:
             raise ValueError(f"halo is {halo}; the surrogate reads voxels up to {reach} away, so use {reach} or more")
         if guard_weight and getattr(network, "guard", None) is None:
             raise ValueError(f"guard_weight is {guard_weight}, but the surrogate has no guard; give it one, or use 0")
-        self.tile_size, self.halo = tuple(int(size) for size in tile_size), int(halo)
+        self.tile_size, self.halo = tuple(check_size("tile_size", tile_size)), int(halo)
         self.guard_weight = float(guard_weight)
 
     def extra_repr(self) -> str:

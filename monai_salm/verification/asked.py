@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
+from monai_salm.errors import check_number, check_size
 from monai_salm.release.labels import Cohort
 from monai_salm.verification.defenses import defenses_of
+from monai_salm.verification.segmenters import Segmentation
 from monai_salm.verification.training import victim_digest
 
 __all__ = ["check_settings", "check_study", "seeds_of"]
@@ -31,34 +32,35 @@ def check_study(
     defenses: str | Sequence[str] | None,
     eval_split: str,
     workers: int | None = None,
+    resample: float = 1.0,
 ) -> None:
     """Whether a study with these settings can be, before hours of a fit are spent for it; each victim is tried once.
 
     Args:
         in_channels: colors of the images.
         cohort, spatial_dims, spatial_size, victims, seeds, epochs, batch_size, learning_rate, defenses, eval_split,
-            workers: as of :class:`VictimStudy`.
+            workers, resample: as of :class:`VictimStudy`.
 
     Raises:
         ValueError: When it cannot.
     """
     cohort.tested(eval_split)
     recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), recipe)
-    if workers is not None:
-        _check_kind("workers", workers, Integral)
+    check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), recipe, workers)
+    if cohort.voxelwise:
+        Segmentation(tuple(cohort.classes), tuple(spatial_size), resample=resample)
     defenses_of(defenses or (), cohort.voxelwise)
     _check_victims(victims, (in_channels, *spatial_size), len(cohort.classes), cohort.voxelwise)
 
 
 def seeds_of(seeds: Sequence[int] | int) -> list[int]:
     """Seeds of the trainings, given as such or by their number."""
-    whole = isinstance(seeds, Integral) and not isinstance(seeds, bool)
-    if not whole and (isinstance(seeds, str) or not isinstance(seeds, Sequence)):
-        raise ValueError(f"seeds is {seeds!r}; it must be a number, or a list of numbers")
-    for seed in () if whole else seeds:
-        _check_kind("a seed", seed, Integral)
-    return [int(one) for one in (range(seeds) if whole else seeds)]
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        check_number("seeds", seeds, least=1, most=1e4, whole=True)
+        seeds = range(seeds)
+    for seed in seeds:
+        check_number("a seed", seed, whole=True)
+    return [int(seed) for seed in seeds]
 
 
 def check_settings(
@@ -67,28 +69,21 @@ def check_settings(
     victims: Mapping[str, Any],
     seeds: Sequence[int],
     recipe: Mapping[str, float],
+    workers: int | None,
 ) -> None:
     """Raise where a setting of a study is out of range.
 
     Raises:
         ValueError: Which, and what it must be.
     """
-    if not isinstance(spatial_size, Sequence) or len(spatial_size) != spatial_dims:
-        raise ValueError(f"spatial_size is {spatial_size}; it must have {spatial_dims} numbers")
-    for size in spatial_size:
-        _check_kind("a side of spatial_size", size, Integral)
+    check_size("spatial_size", spatial_size, spatial_dims)
     for name in ("epochs", "batch_size"):
-        _check_kind(name, recipe[name], Integral)
-    _check_kind("learning_rate", recipe["learning_rate"], Real)
+        check_number(f"{name} of victims", recipe[name], least=1, most=1e9, whole=True)
+    check_number("learning_rate of victims", recipe["learning_rate"], above=0, most=1000)
+    if workers is not None:
+        check_number("workers", workers, least=1, most=1e4, whole=True)
     if not victims or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"a study needs a victim and different seeds; got {list(victims)} and {list(seeds)}")
-    if recipe["epochs"] < 1 or recipe["batch_size"] < 1 or not recipe["learning_rate"] > 0:
-        raise ValueError(f"epochs and batch_size must be 1 or more, learning_rate above 0; got {dict(recipe)}")
-
-
-def _check_kind(name: str, value: object, kind: type[Integral] | type[Real]) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
 
 
 def _check_victims(

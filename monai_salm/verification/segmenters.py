@@ -22,6 +22,7 @@ from monai.transforms import Compose, RandCropByPosNegLabeld, Randomizable, Spac
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
+from monai_salm.errors import check_number, check_size
 from monai_salm.io.base import Case
 from monai_salm.perturbations.base import Perturbation
 from monai_salm.perturbations.markers import LabelMarker
@@ -82,11 +83,8 @@ class Segmentation(Task):
     resample: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.patch_size) < 1 or not 0.1 <= self.resample <= 10:
-            raise ValueError(
-                f"patch size is {self.patch_size} and resample {self.resample}; sizes must be 1 or more, resample a "
-                "relative voxel size in [0.1, 10]"
-            )
+        check_size("patch_size", self.patch_size)
+        check_number("resample", self.resample, least=0.1, most=10)
         given = patch_transforms(self.patch_size) if self.transforms is None else self.transforms
         object.__setattr__(self, "transforms", deepcopy(given))
 

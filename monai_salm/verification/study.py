@@ -148,7 +148,7 @@ class VictimStudy:
         self.defenses = defenses_of(defenses, self.cohort.voxelwise) if defenses else ()
         self.rules = VerdictRules(**{**self.learning.rules, **(rules or {})})
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.workers = default_workers(self.device) if workers is None else int(workers)
+        self.workers = default_workers(self.device) if workers is None else workers
         self.results: dict[str, Any] | None = None
         self._check_arguments()
 
@@ -256,7 +256,7 @@ class VictimStudy:
 
     def _check_arguments(self) -> None:
         self.cohort.tested(self.eval_split)
-        check_settings(self.spatial_dims, self.spatial_size, self.victims, self.seeds, self.recipe)
+        check_settings(self.spatial_dims, self.spatial_size, self.victims, self.seeds, self.recipe, self.workers)
         taken = sorted(set(self.controls) & set(own_arms(self.learning)))
         if taken:
             raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
