@@ -324,7 +324,9 @@ def test_a_bad_epsilon_is_refused_at_once(run, export, tmp_path, epsilon):
 
 @pytest.mark.parametrize("ratio", ["0", "-0.1", "1.5", "nan"])
 def test_a_bad_mask_ratio_is_refused_at_once(run, export, tmp_path, ratio):
-    assert_refused(run("protect", export, tmp_path / "out", f"--mask-ratio={ratio}"), "mask_ratio is", "above 0 and at most 1")
+    assert_refused(
+        run("protect", export, tmp_path / "out", f"--mask-ratio={ratio}"), "mask_ratio is", "above 0 and at most 1"
+    )
 
 
 def test_an_output_folder_that_could_do_harm_is_refused(run, export, tmp_path):

@@ -17,7 +17,7 @@ from exports import write_decathlon
 from test_protect import bank_of, protect
 
 from monai_salm import cli
-from monai_salm.cli.codes import BAD_INPUT, NOT_PROTECTED
+from monai_salm.cli.codes import BAD_INPUT, INTEGRITY, NOT_PROTECTED
 from monai_salm.release import commit as door
 from monai_salm.release import signature
 from monai_salm.release.integrity import check
@@ -87,18 +87,39 @@ def test_a_user_who_may_not_look_into_the_private_folder_checks_what_is_shared(o
 @pytest.mark.parametrize(
     ("name", "arguments", "told"),
     [
-        ("manifest.jsonl", [], "Permission denied: manifest.jsonl"),
-        ("private/manifest.jsonl", [], "Permission denied: private/manifest.jsonl"),
-        ("protected/imagesTr/v00.nii.gz", [], "Permission denied: a file in protected/; --names tells which"),
-        ("protected/imagesTr/v00.nii.gz", ["--names"], "Permission denied: protected/imagesTr/v00.nii.gz"),
+        ("manifest.jsonl", [], "unreadable: manifest.jsonl (Permission denied)"),
+        ("release.json", [], "unreadable: release.json (Permission denied)"),
+        ("private/manifest.jsonl", [], "unreadable: private/manifest.jsonl (Permission denied)"),
+        ("protected/imagesTr/v00.nii.gz", [], "unreadable: the file of line 3 of manifest.jsonl cannot be opened\n"),
+        ("protected/imagesTr/v00.nii.gz", ["--names"], "opened (protected/imagesTr/v00.nii.gz)"),
     ],
 )
-def test_what_cannot_be_read_is_named(out, name, arguments, told, monkeypatch, capsys):
+def test_what_cannot_be_read_is_named_and_the_rest_is_checked(out, name, arguments, told, monkeypatch, capsys):
     for method in ("read_bytes", "open"):
         monkeypatch.setattr(Path, method, _denying(name, getattr(Path, method)))
     assert cli.main(["verify", str(out), "--files-only", *arguments]) == BAD_INPUT
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert told in said and (arguments or "v00" not in said) and str(out) not in said
+    assert said.count("unreadable: ") == 1 and "added" not in said
+    (out / "protected" / "imagesTr" / "v01.nii.gz").unlink()
+    assert cli.main(["verify", str(out), "--files-only"]) == (BAD_INPUT if name == "manifest.jsonl" else INTEGRITY)
+    said = capsys.readouterr().out
+    assert "unreadable: " in said and ("missing: the file of " in said or name == "manifest.jsonl")
+
+
+@pytest.mark.parametrize("folder", ["protected", "protected/imagesTr"])
+def test_a_folder_that_cannot_be_opened_is_named_once(out, folder, monkeypatch, capsys):
+    closed, scandir = out / folder, os.scandir
+
+    def denying(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denying)
+    assert cli.main(["verify", str(out), "--files-only"]) == BAD_INPUT
+    said = capsys.readouterr().out
+    assert "unreadable: a folder cannot be opened" in said and "missing" not in said
 
 
 def _denying(name: str, real):

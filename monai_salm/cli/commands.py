@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monai_salm.cli.codes import DONE, FAILED, INTEGRITY, NOT_PROTECTED, pipe_broke, say
+from monai_salm.cli.codes import BAD_INPUT, DONE, FAILED, INTEGRITY, NOT_PROTECTED, pipe_broke, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -222,8 +222,10 @@ def verify(options: argparse.Namespace) -> int:
 
     found = check(options.out, options.public_key)
     print(*found.lines(options.names), sep="\n", flush=True)
-    if found.problems or not found.conclusive:
-        return INTEGRITY if found.problems else NOT_PROTECTED
+    if found.problems:
+        return BAD_INPUT if found.unread else INTEGRITY
+    if not found.conclusive:
+        return NOT_PROTECTED
     if options.files_only:
         return DONE
     from monai_salm import workflows

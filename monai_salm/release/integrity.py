@@ -30,6 +30,7 @@ from monai_salm.release.shards import shards_of
 
 BESIDE = (door.PROTECTED, door.PRIVATE, door.DEMO_EXPORT, "models", "report.html", "report.json", *signature.SIGNED)
 """Names that a release's folder may hold, beside the manifests."""
+UNREADABLE = "unreadable"
 MAX_SHOWN = 20
 
 
@@ -38,7 +39,7 @@ class Problem:
     """Something that is not as it was written.
 
     Args:
-        kind: ``edited``, ``missing``, ``changed``, ``added``, ``missing_shard`` or ``unsigned``.
+        kind: ``edited``, ``missing``, ``changed``, ``added``, ``missing_shard``, ``unsigned`` or ``unreadable``.
         detail: where, in words that name no source.
         name: the file below the output folder. It may be personal: a file that was added can have any name.
     """
@@ -67,6 +68,11 @@ class Integrity:
     problems: tuple[Problem, ...]
     trusted: bool = False
     closed: bool = False
+
+    @property
+    def unread(self) -> bool:
+        """Whether all that is wrong is that somebody else may have to read it."""
+        return bool(self.problems) and all(problem.kind == UNREADABLE for problem in self.problems)
 
     @property
     def conclusive(self) -> bool:
@@ -105,7 +111,7 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
 
     Raises:
         ValueError: When there is no such folder, or ``public_key`` is no key.
-        OSError: When a file cannot be read.
+        OSError: When ``public_key`` or the folder itself cannot be read.
     """
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
@@ -119,22 +125,33 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
         chains, shards, fingerprint = signature.read_signed(output_dir, Path(public_key) if public_key else None)
     except IntegrityError as error:
         problems.append(Problem("unsigned", str(error)))
+    except OSError as error:
+        if public_key and error.filename == str(public_key):
+            raise
+        problems.append(_unreadable(Path(str(error.filename)).name, error))
     rows: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, records in _read_chains(output_dir, chains, problems).items():
         for number, record in enumerate(records, 1):
             _take(record, f"line {number} of {name}", rows, problems)
     problems += _missing_shards(output_dir, chains, shards)
     expected = {file: record["sha256"] for file, (_, record) in rows.items()}
-    for kind, name in differences(output_dir / door.PROTECTED, expected, folders=True):
-        path = output_dir / door.PROTECTED / name
-        where = f"the file of {rows[name][0]}" if name in rows else f"{_kind_of(path)} in no manifest"
-        problems.append(Problem(kind, where, f"{door.PROTECTED}/{name}"))
+    closed = [problem.name for problem in problems if problem.kind == UNREADABLE]
+    listed = not any(name.endswith(".jsonl") and "/" not in name for name in closed)
+    for kind, name in differences(output_dir / door.PROTECTED, expected, thorough=True):
+        what = f"the file of {rows[name][0]}" if name in rows else _kind_of(output_dir / door.PROTECTED / name)
+        where = {"added": f"{what} in no manifest", UNREADABLE: f"{what} cannot be opened"}.get(kind, what)
+        if kind != "added" or listed:
+            problems.append(Problem(kind, where, f"{door.PROTECTED}/{name}"))
     problems += _beside(output_dir, chains)
     present = [output_dir / door.PROTECTED / file for file in expected]
-    size = sum(path.stat().st_size for path in present if path.is_file())
+    size = sum(os.path.getsize(path) for path in present if os.path.isfile(path))  # False where it cannot be known
     states = Counter(str(record["state"]) for _, record in rows.values())
-    closed = (output_dir / door.PRIVATE).is_dir() and not _is_open(output_dir / door.PRIVATE)
-    return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None, closed)
+    hidden = (output_dir / door.PRIVATE).is_dir() and not _is_open(output_dir / door.PRIVATE)
+    return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None, hidden)
+
+
+def _unreadable(name: str, error: OSError) -> Problem:
+    return Problem(UNREADABLE, f"{name} ({error.strerror})", name)
 
 
 def _is_open(folder: Path) -> bool:
@@ -169,6 +186,9 @@ def _read_chains(
         except IntegrityError as error:
             problems.append(Problem("edited", str(error), name))
             continue
+        except OSError as error:
+            problems.append(_unreadable(name, error))
+            continue
         if chain is not None and (head, len(found)) != (chain.head, chain.lines):
             detail = f"{name} has {len(found)} lines and was signed with {chain.lines}, or others"
             problems.append(Problem("edited", detail, name))
@@ -201,9 +221,9 @@ def _missing_shards(output_dir: Path, chains: dict[str, signature.Chain], shards
 
 def _kind_of(path: Path) -> str:
     """What an entry is, in words; by its name only where operating systems give it."""
-    if path.is_symlink():
+    if os.path.islink(path):
         return "a link"
-    if path.is_dir():
+    if os.path.isdir(path):
         return "a folder"
     if path.name.lower() in LEFT_BY_SYSTEMS:
         return f"{path.name}, which an operating system leaves (delete it),"

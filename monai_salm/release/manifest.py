@@ -151,41 +151,59 @@ def public_text(rows: Iterable[ManifestRow], versions: Mapping[str, str]) -> tup
     return link([header, *told])
 
 
-def differences(root: Path, expected: Mapping[str, str], *, folders: bool = False) -> Iterator[tuple[str, str]]:
+def differences(root: Path, expected: Mapping[str, str], *, thorough: bool = False) -> Iterator[tuple[str, str]]:
     """What a folder holds that it should not, lacks, or holds otherwise: pairs of what is wrong and the file's name.
 
     Args:
         root: the folder.
         expected: sha256 by path below it.
-        folders: tell of empty folders too.
+        thorough: tell of empty folders too, and go on where a file or folder cannot be read (``"unreadable"``).
+
+    Raises:
+        OSError: When something cannot be read, unless it is ``thorough``.
     """
-    present = dict(walk(root, folders=folders))
+    present = dict(walk(root, thorough=thorough))
+    closed = tuple(f"{name}/".lstrip("/") for name, kind in present.items() if kind is None)
     for name, digest in expected.items():
+        if name.startswith(closed):
+            continue
         if name not in present:
             yield "missing", name
-        elif not present[name] or door.sha256_of(root / name) != digest:
-            yield "changed", name
+            continue
+        try:
+            if not present[name] or door.sha256_of(root / name) != digest:
+                yield "changed", name
+        except OSError:
+            if not thorough:
+                raise
+            yield "unreadable", name
     for name in present.keys() - expected.keys():
-        yield "added", name
+        yield "unreadable" if present[name] is None else "added", name
 
 
-def walk(folder: Path, below: str = "", *, folders: bool = False) -> Iterator[tuple[str, bool]]:
+def walk(folder: Path, below: str = "", *, thorough: bool = False) -> Iterator[tuple[str, bool | None]]:
     """Path of everything in a folder but its folders, and whether it is a regular file; links are not followed.
 
     Args:
         folder: the folder.
         below: goes in front of each path.
-        folders: tell of empty folders too.
+        thorough: tell of empty folders too, and (None) of those that cannot be opened.
     """
     if not folder.is_dir():
         return
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    if not found and below and folders:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        if not thorough:
+            raise
+        yield below.removesuffix("/"), None
+        return
+    if not found and below and thorough:
         yield below.removesuffix("/"), False
     for entry in found:
         if entry.is_dir(follow_symlinks=False):
-            yield from walk(folder / entry.name, f"{below}{entry.name}/", folders=folders)
+            yield from walk(folder / entry.name, f"{below}{entry.name}/", thorough=thorough)
         else:
             yield f"{below}{entry.name}", entry.is_file(follow_symlinks=False)
 
