@@ -27,7 +27,7 @@ from monai_salm.release.gates import tally
 from monai_salm.release.identity import UidMap
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
-from monai_salm.release.visibility import Gate
+from monai_salm.release.visibility import Gate, measure
 
 HELD_OUT = "held out, not written"
 SAMPLES = 8
@@ -185,8 +185,10 @@ def _try(
             images = {case: formats.read(case, spatial_dims, window) for case in unit}
             reading = time.monotonic() - start
             deltas = {case: noise(image) for case, image in images.items()}
-            for case, image in images.items():
-                _look(gate, case, image, deltas[case])
+            for case, image in images.items() if gate else ():
+                outline = Outline(image.stored.shape, image.codec, image.spacing)
+                with suppress(RefusedError):  # noise shows more than a perturbation, and is no reason to refuse it
+                    measure(gate, case, outline, deltas[case], image.slices)
             written = sum(len(file.content) for file in formats.protect(unit, deltas.__getitem__, **options))
         except RefusedError as error:
             rate.refused[error.reason] += 1
@@ -199,17 +201,6 @@ def _try(
         rate.size += sum(path.stat().st_size for path in formats.files_of(unit))
         rate.voxels += sum(image.stored.size * _bytes_of(deltas[case]) for case, image in images.items())
     return rate
-
-
-def _look(gate: Gate | None, case: Case, image: StoredImage, delta: np.ndarray) -> None:
-    """Measure an image as the run would; noise, which shows more than a perturbation, is no reason to refuse it."""
-    if gate is None:
-        return
-    outline = Outline(image.stored.shape, image.codec, image.spacing)
-    axis, indices = gate.slices(outline, delta)
-    with suppress(RefusedError):
-        if indices:
-            gate(case, image.slices(axis, indices), delta.take(indices, axis + 1))
 
 
 def _bytes_of(delta: np.ndarray) -> int:

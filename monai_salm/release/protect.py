@@ -43,7 +43,7 @@ from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import LABEL, PROTECTED, IntegrityError, ManifestRow, read_manifest, sweep
 from monai_salm.release.progress import track
 from monai_salm.release.shards import Shard
-from monai_salm.release.visibility import VISIBILITY, CaseVisibility, Gate, VisibilityLog
+from monai_salm.release.visibility import VISIBILITY, CaseVisibility, Gate, VisibilityLog, measure
 from monai_salm.stored import StoredCodec
 
 __all__ = [
@@ -249,7 +249,7 @@ class _Writer:
         if len(done) == len(formats.files_of(unit)) + bool(mask) and all(there):
             return done
         if self.gate is not None:
-            self._visibility.keep([self._measure(case, outlines[case], deltas[case]) for case in unit])
+            self._visibility.keep([self._measure(self.gate, case, outlines[case], deltas[case]) for case in unit])
         facts = self._facts(outlines, deltas)
         written = door.commit(self.out, self._staged(unit, deltas, facts), self.shard.part)
         rows = [
@@ -274,14 +274,8 @@ class _Writer:
         self._journal.append(rows)
         return rows
 
-    def _measure(self, case: Case, outline: Outline, delta: np.ndarray) -> CaseVisibility:
-        """How visible a case would be; only what the gate looks at is read."""
-        assert self.gate is not None
-        axis, indices = self.gate.slices(outline, delta)
-        if not indices:
-            return CaseVisibility(case.sample_id, ())
-        image = formats.read_slices(case, self.spatial_dims, self.window, axis, indices)
-        return self.gate(case, image, delta.take(indices, axis + 1))
+    def _measure(self, gate: Gate, case: Case, outline: Outline, delta: np.ndarray) -> CaseVisibility:
+        return measure(gate, case, outline, delta, partial(formats.read_slices, case, self.spatial_dims, self.window))
 
     def _facts(self, outlines: Mapping[Case, Outline], deltas: Mapping[Case, np.ndarray]) -> dict[Path, _File]:
         facts: dict[Path, _File] = {}

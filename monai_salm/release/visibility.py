@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,27 @@ class Gate(Protocol):
 
     def __call__(self, case: Case, image: StoredImage, delta: np.ndarray) -> CaseVisibility:
         """Raises RefusedError to keep the case out of the release."""
+
+
+def measure(
+    gate: Gate, case: Case, outline: Outline, delta: np.ndarray, read: Callable[[int, Sequence[int]], StoredImage]
+) -> CaseVisibility:
+    """How visible a case would be; of its image only what the gate wants to see is asked for.
+
+    Args:
+        gate: measures it.
+        case: the case.
+        outline: of its image.
+        delta: lattice steps.
+        read: gives slices of the image along an axis.
+
+    Raises:
+        RefusedError: When the gate keeps the case out, or the image cannot be read.
+    """
+    axis, indices = gate.slices(outline, delta)
+    if not indices:
+        return CaseVisibility(case.sample_id, ())
+    return gate(case, read(axis, indices), delta.take(indices, axis + 1))
 
 
 class VisibilityLog:
