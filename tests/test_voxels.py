@@ -680,7 +680,28 @@ def test_slices_that_share_a_segmentation_are_refused_together(tmp_path):
     cohort = load_cohort(tmp_path, spatial_dims=2)
     assert len(cohort.cases) == 4
     assert reasons(cohort) == {"constant_image": 1, "mask_shared_with_unreleased": 3}
-    assert "refers to images that are not released, and a copy would name them" in cohort.refusals[0].detail
+    assert "refers to images that are not released (constant_image), and a copy" in cohort.refusals[0].detail
+
+
+@pytest.mark.parametrize("fault", ["overlap", "hidden", "duplicate"])
+def test_the_cause_of_many_refusals_is_named(tmp_path, fault):
+    """A fault of the one segmentation, of which all slices but one only say that they have no label."""
+    write_segmented(tmp_path, "A")
+    seg = tmp_path / "A" / "seg"
+    if fault == "overlap":
+        edit_dicom(seg, lambda dataset: setattr(dataset, "PixelData", b"\xff" * len(dataset.PixelData)))
+    elif fault == "hidden":
+        hidden = bytes(1 << 14)
+        edit_dicom(seg, lambda dataset: dataset.private_block(0x0099, "A", create=True).add_new(1, "OB", hidden))
+    else:
+        (tmp_path / "A" / "copy").write_bytes(seg.read_bytes())
+    causes = {
+        "overlap": "mask_overlap: segm",
+        "hidden": "companion_with_pixels: ",
+        "duplicate": "duplicate_uid: 2 files",
+    }
+    with pytest.raises(ValueError, match=rf"Refused: .*(4 no_label|3 mask_shared_).*; {causes[fault]}"):
+        load_cohort(tmp_path, spatial_dims=2)
 
 
 def test_images_that_share_a_label_file_with_a_tested_one_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -209,9 +210,12 @@ class _Findings:
         """Refuse a file that gave no header; its series may not do without it. A label file is refused by its cases."""
         uids = uids_of(path)
         self._unread[uids[1]].append(error)
-        if self.name(path) in self._mask_names:
+        named = labels = self.name(path) in self._mask_names
+        with suppress(RefusedError):
+            labels = labels or bool(self._voxels) and worker.call(dicom.is_segmentation, path)
+        if labels:
             self.masks.broken[self.name(path)] = error
-        else:
+        if not named:
             self.refuse([self.name(path), *filter(None, uids)], error)
 
     def _add_image(self, path: Path, form: str) -> None:

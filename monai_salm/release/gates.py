@@ -44,10 +44,16 @@ def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
 
 
 def summary(refusals: Sequence[Refusal | RefusedError]) -> str:
-    """Reasons with their counts, and what the most frequent one says: ``"2 broken_file; broken_file: repair it"``."""
+    """Reasons with their counts, and what the most frequent one says: ``"2 broken_file; broken_file: repair it"``.
+
+    Where that names another reason as its cause, what this one says.
+    """
     reasons = Counter(refusal.reason for refusal in refusals)
     most = next((each for each in refusals if reasons[each.reason] == max(reasons.values())), None)
-    return f"{tally(reasons)}; {most.reason}: {most.detail}" if most else "none"
+    if most is None:
+        return "none"
+    cause = next((each for each in refusals if each.reason != most.reason and each.reason in most.detail), most)
+    return f"{tally(reasons)}; {cause.reason}: {cause.detail}"
 
 
 def check_name(name: str) -> str:

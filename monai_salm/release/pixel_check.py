@@ -48,7 +48,8 @@ def sound_cases(
         except RefusedError as error:
             if unit[0].mask and len(unit) > 1:
                 refused += [
-                    (case.names, error if case is culprit else shared_mask(case), case.sample_id) for case in unit
+                    (case.names, error if case is culprit else shared_mask(case, error.reason), case.sample_id)
+                    for case in unit
                 ]
                 continue
             name = unit[0].sample_id if len(unit) == 1 else ""

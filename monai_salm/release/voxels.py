@@ -21,7 +21,7 @@ from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE, Names, read_pairs
-from monai_salm.release.gates import Refused, summary, uids_of
+from monai_salm.release.gates import Refused, summary, tally, uids_of
 from monai_salm.release.table import LabelRow, match, natural, where
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,11 @@ def other_classes(names: Iterable[str]) -> str:
     )
 
 
-def shared_mask(case: Case) -> RefusedError:
-    """The refusal of a case whose label file is that of another too, which is not released."""
-    dicom_seg = "refers to images that are not released, and a copy would name them"
-    others = dicom_seg if case.format == "dicom" else "also labels an image that is not released"
+def shared_mask(case: Case, cause: str = "") -> RefusedError:
+    """The refusal of a case whose label file is also that of one that is not released; ``cause``: why, if known."""
+    because = f" ({cause})" if cause else ""
+    dicom_seg = f"refers to images that are not released{because}, and a copy would name them"
+    others = dicom_seg if case.format == "dicom" else f"also labels an image that is not released{because}"
     detail = f"the label file {others}; release all of them, or give each its own label file"
     return RefusedError("mask_shared_with_unreleased", detail)
 
@@ -78,7 +79,7 @@ class Found:
 
     Args:
         files: path of each named label file that is there, by name.
-        broken: why a named label file cannot be used, by name.
+        broken: why a SEG file, or another label file that is named, cannot be used, by name.
         segmentations: path and header of each SEG file, by name.
         instances: series of each DICOM image, refused ones included, by instance UID.
     """
@@ -367,7 +368,10 @@ class _Finder:
         names = set().union(*(self._referring_to.get(name, ()) for name in case.names))
         self.seen |= names
         if not names:
-            dicom_seg = "no SEG file that can be used refers to this case; add one, or name its label file"
+            broken = (
+                f" (refused: {told})" if (told := tally(each.reason for each in self._found.broken.values())) else ""
+            )
+            dicom_seg = f"no SEG file that can be used refers to this case{broken}; add one, or name its label file"
             nothing = dicom_seg if case.format == "dicom" else "no label file is named for this case; name it"
             raise RefusedError("no_label", f"{nothing} in a table case,mask")
         if len(names) > 1:
