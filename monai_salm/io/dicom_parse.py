@@ -116,9 +116,8 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     Raises:
         RefusedError: ``unreadable`` when it is not a regular file or may not be read.
     """
-    with refusing("unreadable", "the file cannot be opened; check its permissions"):
-        with _open_regular(Path(path)) as file:
-            return _kind(file.read(132)) == "dicom"
+    with refusing("unreadable", "the file cannot be opened; check its permissions"), _open_regular(Path(path)) as file:
+        return _kind(file.read(132)) == "dicom"
 
 
 def _open_regular(path: Path) -> BinaryIO:
@@ -149,7 +148,7 @@ def read_header(path: str | os.PathLike[str]) -> Dataset:
     """
     with refusing("unreadable", "the file cannot be opened or its header is broken; export it again"):
         with _open_regular(Path(path)) as file:
-            header = _parse(file, os.fstat(file.fileno()).st_size, header_only=True)
+            header = _parse_header(file, os.fstat(file.fileno()).st_size)
         for keyword in _IDENTITY:
             header.get(keyword)  # decodes it, which fails here or never
         header.file_meta.get("MediaStorageSOPClassUID")
@@ -259,16 +258,19 @@ def parse(data: bytes, *, by_pydicom: bool = False) -> Dataset:
         by_pydicom: let pydicom alone find the elements, for a check that shares no code with the writer.
     """
     with refusing("unreadable", "the file is broken; export it again"):
-        return _parse(io.BytesIO(data), len(data), plain=not by_pydicom)
+        _check_file(data, len(data))
+        dataset = None if by_pydicom else _read_plain(data, None)
+        if dataset is None:
+            dataset = _read_any(io.BytesIO(data), None)
+        return _usual(dataset, next((name for name in PIXEL_TAGS.values() if name in dataset), None), len(data))
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, within the size budget."""
-    with refusing("unreadable", "the file cannot be opened"):
-        with _open_regular(Path(path)) as file:
-            size = os.fstat(file.fileno()).st_size
-            _check_size(size)
-            return file.read(size)
+    with refusing("unreadable", "the file cannot be opened"), _open_regular(Path(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_size(size)
+        return file.read(size)
 
 
 def _check_size(size: int) -> None:
@@ -276,25 +278,30 @@ def _check_size(size: int) -> None:
         raise RefusedError("over_budget", f"the file is larger than {MAX_FILE_BYTES >> 20} MiB")
 
 
-def _parse(file: BinaryIO, size: int, *, header_only: bool = False, plain: bool = True) -> Dataset:
+def _check_file(start: bytes, size: int) -> None:
     _check_size(size)
-    data = file.read(HEAD_BYTES if header_only else size)
-    kind = _kind(data)
+    kind = _kind(start)
     if kind == "bare":
         raise RefusedError("no_file_meta", "DICOM without its file header (part 10); export it as DICOM files")
     if kind == "other":
         raise RefusedError("not_dicom", "not a DICOM file")
+
+
+def _parse_header(file: BinaryIO, size: int) -> Dataset:
+    head = file.read(HEAD_BYTES)
+    _check_file(head, size)
     stop = _Stop(size)
-    dataset = _read_plain(data, stop if header_only else None) if plain else None
-    if dataset is None or header_only and stop.found is None and len(data) < size:
+    dataset = _read_plain(head, stop)
+    if dataset is None or stop.found is None and len(head) < size:  # the header goes on behind the head
         stop = _Stop(size)
-        dataset = _read_any(file, stop if header_only else None)
+        dataset = _read_any(file, stop)
+    return _usual(dataset, stop.found, stop.left)
+
+
+def _usual(dataset: FileDataset, pixels: str | None, encoded: int) -> Dataset:
+    """The data set within budgets and in little endian, with these pixels of so many bytes at most."""
     dataset.filename = dataset.buffer = dataset.fileobj_type = None  # it would hold on to the file
-    if header_only:
-        dataset.pixel_element, encoded = stop.found, stop.left
-    else:
-        dataset.pixel_element = next((name for name in PIXEL_TAGS.values() if name in dataset), None)
-        encoded = size
+    dataset.pixel_element = pixels
     check_budget(dataset, encoded)
     if dataset.file_meta.TransferSyntaxUID == uid.ExplicitVRBigEndian:
         to_little_endian(dataset)
@@ -372,9 +379,8 @@ def check_syntax(meta: Dataset) -> uid.UID:
     if syntax not in SYNTAXES:
         deflated = syntax == uid.DeflatedExplicitVRLittleEndian
         name = "deflated" if deflated else "unknown, video or not decodable here"
-        raise RefusedError(
-            "unsupported_transfer_syntax", f"transfer syntax is {name}; convert to Explicit VR Little Endian"
-        )
+        detail = f"transfer syntax is {name}; convert to Explicit VR Little Endian"
+        raise RefusedError("unsupported_transfer_syntax", detail)
     return uid.UID(syntax)
 
 
