@@ -38,11 +38,11 @@ class ProtectedFile:
 
     source: Path
     name: PurePosixPath
-    content: bytes | bytearray
+    content: bytes | memoryview
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Passed on as a buffer, as arrays are: a pickle that holds the bytes is copied three times on its way."""
-        return ProtectedFile, (self.source, self.name, PickleBuffer(bytearray(self.content)))
+        return ProtectedFile, (self.source, self.name, PickleBuffer(self.content))
 
 
 @dataclass(frozen=True)

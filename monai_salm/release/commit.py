@@ -54,7 +54,7 @@ class Staged(Generic[Result]):
     """
 
     name: PurePosixPath
-    content: bytes
+    content: bytes | memoryview
     verify: Callable[[Path], Result]
 
 
@@ -198,18 +198,20 @@ def give_one_time(folder: Path, when: datetime) -> None:
             os.utime(os.path.join(root, name), (when.timestamp(), when.timestamp()))
 
 
-def _stage(part: Path, content: bytes) -> str:
-    """Write and flush, then read back; the sha256 of what the disk gave."""
+def _stage(part: Path, content: bytes | memoryview) -> str:
+    """Write and flush, then read back; the sha256 of what the disk gave, which is what was written."""
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         _write_all(handle, content)
         os.fsync(handle)
     finally:
         os.close(handle)
-    digest = sha256_of(part)
-    if digest != sha256(content):
-        raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
-    return digest
+    view = memoryview(content)
+    with part.open("rb") as stream:
+        for start in range(0, len(content) + 1, _CHUNK):  # once more behind the last: nothing may follow
+            if stream.read(_CHUNK) != bytes(view[start : start + _CHUNK]):
+                raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
+    return sha256(content)
 
 
 def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None:
@@ -226,7 +228,7 @@ def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None
             os.close(handle)
 
 
-def sha256(content: bytes) -> str:
+def sha256(content: bytes | memoryview) -> str:
     """Hexadecimal sha256 of bytes."""
     return hashlib.sha256(content).hexdigest()
 
@@ -245,7 +247,7 @@ def holds(path: Path, sha256: str) -> bool:
     return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
 
 
-def _write_all(handle: int, content: bytes) -> None:
+def _write_all(handle: int, content: bytes | memoryview) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(handle, view) :]
