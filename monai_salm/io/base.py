@@ -194,15 +194,23 @@ def move(stored: np.ndarray, delta: np.ndarray, codec: StoredCodec) -> np.ndarra
     return codec.add(stored, delta)
 
 
-def compare(before: np.ndarray, after: np.ndarray, limit: float) -> FileCheck:
+def compare(before: np.ndarray, after: np.ndarray, limit: float, *, allow_unchanged: bool = False) -> FileCheck:
     """Count and bound the difference of two arrays of one type; equal bits are equal, NaN included.
 
+    Args:
+        before: the original values.
+        after: the protected ones.
+        limit: largest difference allowed.
+        allow_unchanged: let equal arrays pass.
+
     Raises:
-        RefusedError: When the difference exceeds ``limit`` (plus a float's own rounding) or is nowhere.
+        RefusedError: When the difference exceeds ``limit`` (plus a float's own rounding), or is nowhere.
     """
     if before.dtype.kind in "iu" and before.dtype.itemsize < 4:
         # The larger minus the smaller: as an unsigned number of the same width it cannot overflow.
-        change = np.subtract(np.maximum(before, after), np.minimum(before, after)).view(f"u{before.dtype.itemsize}")
+        change = np.maximum(before, after)
+        change -= np.minimum(before, after)
+        change = change.view(f"u{before.dtype.itemsize}")
         changed, excess = np.count_nonzero(change), int(change.max(initial=0)) - limit
     else:
         bits = np.dtype(f"u{before.dtype.itemsize}")
@@ -211,8 +219,8 @@ def compare(before: np.ndarray, after: np.ndarray, limit: float) -> FileCheck:
         change = np.abs(new - before[moved].astype(np.float64))
         rounding = np.abs(np.spacing(after[moved])).astype(np.float64) if before.dtype.kind == "f" else 0.0
         changed, excess = moved.sum(), (change - (limit + rounding)).max(initial=-np.inf)
-    if not changed:
+    if not (changed or allow_unchanged):
         raise RefusedError("verification_failed", "the written file equals its source: nothing was protected")
     if not excess <= 0:  # NaN neither
         raise RefusedError("verification_failed", f"a voxel moved by {change.max():g}, the budget allows {limit:g}")
-    return FileCheck(int(changed), float(change.max()))
+    return FileCheck(int(changed), float(change.max(initial=0)))

@@ -76,7 +76,7 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
         if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
             raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
         low, high = stored_range(dataset)
-        if plane.min() < low or plane.max() > high:
+        if high - low < (1 << 8 * dtype.itemsize) - 1 and (plane.min() < low or plane.max() > high):
             raise RefusedError(
                 "unused_bits_set",
                 "bits above Bits Stored are in use: an embedded overlay, or signed values that are not sign-extended; "

@@ -102,11 +102,18 @@ def _check_class(header: Dataset, spatial_dims: int) -> None:
 
 
 def _check_marks(header: Dataset, allow_protected: bool) -> None:
+    if is_protected(header) and not allow_protected:
+        raise RefusedError("already_protected", "this file is a protected copy; protect the original instead")
+    check_identity(header)
+
+
+def is_protected(header: Dataset) -> bool:
+    """Whether a file bears the mark of a protected copy."""
     for item in header.get("ContributingEquipmentSequence") or ():
         purposes = [code.get("CodeValue") for code in item.get("PurposeOfReferenceCodeSequence") or ()]
-        if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes and not allow_protected:
-            raise RefusedError("already_protected", "this file is a protected copy; protect the original instead")
-    check_identity(header)
+        if item.get("Manufacturer") == MANUFACTURER and MODIFYING_EQUIPMENT in purposes:
+            return True
+    return False
 
 
 def check_identity(header: Dataset) -> None:
