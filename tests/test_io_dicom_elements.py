@@ -19,6 +19,7 @@ from pydicom.tag import BaseTag
 
 from monai_salm.io import dicom_elements, dicom_parse
 from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_elements import ITEM
 
 FILES = [content for content in sources() if content[128:132] == b"DICM"]
 
@@ -63,6 +64,21 @@ def test_a_file_is_read_as_by_pydicom(tmp_path: Path, monkeypatch: pytest.Monkey
         assert ours[0] == outcome(dicom_parse.parse, content, by_pydicom=True)
         read += not isinstance(ours[0], str)
     assert read > len(contents) / 3
+
+
+def test_nothing_but_short_private_elements_is_left_out() -> None:
+    left_out = 0
+    for content in FILES:
+        try:
+            part, whole = dicom_parse.parse(content, least_private=64), dicom_parse.parse(content)
+        except RefusedError:
+            continue
+        lost = [element for tag, element in whole.items() if tag not in part]
+        assert all(element.tag.is_private and element.length < 64 and element.VR != "SQ" for element in lost)
+        assert not any((element.value or b"").startswith(ITEM) for element in lost)
+        assert dict(part.items()) == {tag: element for tag, element in whole.items() if tag in part}
+        left_out += len(lost)
+    assert left_out > 100
 
 
 @pytest.mark.parametrize("items_with_length", [False, True])

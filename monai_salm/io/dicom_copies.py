@@ -58,7 +58,7 @@ _CHUNK = 1 << 14
 """Bytes unpacked at a time: what follows the end of a member is copied, and a hostile value has many."""
 _WRAPPINGS = 3
 """So many layers are taken off: base64 of gzip of gzip."""
-_MIN_PART = 64
+LEAST_PART = 64
 """Bytes of an element that may be part of a copy; a part is a row at least."""
 _LEFT_OUT = frozenset({ICON, *PIXEL_TAGS})
 _LIKE = 0.9
@@ -132,7 +132,7 @@ def check_copies(header: Dataset, values: Sequence[Value]) -> None:
             rule = "is as long as the pixels, of 8 or 16 bits"
         if rule is not None:
             raise RefusedError("pixel_copy", f"element {tag} {rule}; remove it first")
-    parts = list(_parts(values, image, max(int(header.Columns), _MIN_PART)))
+    parts = list(_parts(values, image, max(int(header.Columns), LEAST_PART)))
     if "PixelData" in header:
         _check_pixels(header, image, large, parts)
     else:
@@ -216,7 +216,7 @@ def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: Bas
     for tag, element in dataset.items():
         value = element.value
         raw = isinstance(value, bytes)
-        if raw and len(value) < _MIN_PART or around is None and tag in _LEFT_OUT:
+        if raw and len(value) < LEAST_PART or around is None and tag in _LEFT_OUT:
             continue
         inside = private or tag.is_private
         if raw:

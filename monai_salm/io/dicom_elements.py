@@ -46,7 +46,9 @@ _TYPES = {
 """By the two bytes in the file: name, whether the length has four bytes, and the value of an empty element."""
 
 
-def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) -> tuple[Elements, int] | None:
+def read_elements(
+    data: bytes, position: int, tags: range, *, implicit: bool, least_private: int = 0
+) -> tuple[Elements, int] | None:
     """The elements from a position on, up to the first that is not wanted.
 
     Args:
@@ -54,6 +56,7 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
         position: of an element.
         tags: of the elements that are wanted.
         implicit: whether elements do not tell their type.
+        least_private: private elements with fewer bytes are left out, save sequences and what looks like one.
 
     Returns:
         The elements, none of them decoded, and the position of what comes next; None where ``data`` ends in the middle
@@ -81,9 +84,7 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
         tag, (name, long, empty) = _tag(group << 16 | number), kind
         if long:
             value_at += 4
-            if value_at > size:
-                return None
-            (length,) = _LONG.unpack_from(data, position + 8)
+            length = int.from_bytes(data[position + 8 : value_at], "little")
         if length == UNDEFINED:
             file = io.BytesIO(data)
             file.seek(position)
@@ -91,6 +92,8 @@ def read_elements(data: bytes, position: int, tags: range, *, implicit: bool) ->
             position = file.tell()
         else:
             position = value_at + length
+            if group & 1 and length < least_private and name != "SQ" and not data.startswith(ITEM, value_at):
+                continue
             value = data[value_at:position] if length else empty
             element = RawDataElement(tag, name, length, value, value_at, implicit, True)
         found[tag] = element

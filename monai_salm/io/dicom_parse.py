@@ -55,9 +55,8 @@ _IDENTITY = ("SOPClassUID", *_UIDS, "PatientID")
 _last: tuple[bytes, Elements, Elements, bool] | None = None
 """Of the file that was read last: bytes, elements of its meta and of its data set, whether they tell no types."""
 
-META_TAGS = range(0x00020000, 0x00030000)
+META_TAGS, IMAGE_TAGS = range(0x00020000, 0x00030000), range(0x7FE00008)
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
-
 STANDARD_ROOT = "1.2.840.10008."
 """UIDs that the DICOM standard itself defines; they name no instance."""
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
@@ -136,8 +135,8 @@ def _kind(head: bytes) -> str:
     return "bare" if len(head) >= 132 and head[:2] in (b"\x02\0", b"\x08\0") else "other"
 
 
-def read_header(path: str | os.PathLike[str]) -> Dataset:
-    """Everything in front of the pixel data, within budgets; the pixels are not read.
+def read_header(path: str | os.PathLike[str], *, least_private: int = 0) -> Dataset:
+    """Everything in front of the pixel data, within budgets; ``least_private`` as in :py:func:`parse`.
 
     ``header.pixel_element`` is the keyword of the pixel element that follows (``"PixelData"``, ``"FloatPixelData"``,
     ``"DoubleFloatPixelData"``), or None. What tells patient, study, series and instance can be read without errors.
@@ -148,7 +147,7 @@ def read_header(path: str | os.PathLike[str]) -> Dataset:
     """
     with refusing("unreadable", "the file cannot be opened or its header is broken; export it again"):
         with _open_regular(Path(path)) as file:
-            header = _parse_header(file, os.fstat(file.fileno()).st_size)
+            header = _parse_header(file, os.fstat(file.fileno()).st_size, least_private)
         for keyword in _IDENTITY:
             header.get(keyword)  # decodes it, which fails here or never
         header.file_meta.get("MediaStorageSOPClassUID")
@@ -158,7 +157,7 @@ def read_header(path: str | os.PathLike[str]) -> Dataset:
 
 def read_outline(path: str | os.PathLike[str]) -> Dataset:
     """As :py:func:`read_header`, without small private elements: half of a header, and a scan keeps many headers."""
-    header = read_header(path)
+    header = read_header(path, least_private=LARGE_PRIVATE_BYTES)
     for tag, element in list(header.items()):
         if tag.is_private and len(element.value or ()) < LARGE_PRIVATE_BYTES:
             header.pop(tag)
@@ -248,7 +247,7 @@ def identify_all(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str
     return [identify(path) for path in paths]
 
 
-def parse(data: bytes, *, by_pydicom: bool = False) -> Dataset:
+def parse(data: bytes, *, by_pydicom: bool = False, least_private: int = 0) -> Dataset:
     """The whole data set of a file's bytes; budgets and refusals as in :py:func:`read_header`.
 
     A big endian file comes back as Explicit VR Little Endian, which is also how its copy is written.
@@ -256,10 +255,11 @@ def parse(data: bytes, *, by_pydicom: bool = False) -> Dataset:
     Args:
         data: of the file.
         by_pydicom: let pydicom alone find the elements, for a check that shares no code with the writer.
+        least_private: private elements with fewer bytes (in many files most of all) may be left out, save sequences.
     """
     with refusing("unreadable", "the file is broken; export it again"):
         _check_file(data, len(data))
-        dataset = None if by_pydicom else _read_plain(data, None)
+        dataset = None if by_pydicom else _read_plain(data, None, least_private)
         if dataset is None:
             dataset = _read_any(io.BytesIO(data), None)
         return _usual(dataset, next((name for name in PIXEL_TAGS.values() if name in dataset), None), len(data))
@@ -287,11 +287,11 @@ def _check_file(start: bytes, size: int) -> None:
         raise RefusedError("not_dicom", "not a DICOM file")
 
 
-def _parse_header(file: BinaryIO, size: int) -> Dataset:
+def _parse_header(file: BinaryIO, size: int, least_private: int) -> Dataset:
     head = file.read(HEAD_BYTES)
     _check_file(head, size)
     stop = _Stop(size)
-    dataset = _read_plain(head, stop)
+    dataset = _read_plain(head, stop, least_private)
     if dataset is None or stop.found is None and len(head) < size:  # the header goes on behind the head
         stop = _Stop(size)
         dataset = _read_any(file, stop)
@@ -308,7 +308,7 @@ def _usual(dataset: FileDataset, pixels: str | None, encoded: int) -> Dataset:
     return dataset
 
 
-def _read_plain(data: bytes, stop: Stop | None) -> FileDataset | None:
+def _read_plain(data: bytes, stop: Stop | None, least_private: int = 0) -> FileDataset | None:
     """The data set, where it is encoded as most are; its elements are found many times faster than by pydicom alone.
 
     Those of the whole file that was read last are known, where all are plain bytes and not too many: an original is
@@ -319,25 +319,27 @@ def _read_plain(data: bytes, stop: Stop | None) -> FileDataset | None:
     last = _last
     if last is not None and stop is None and last[0] == data:
         _, meta, elements, implicit = last
+        file_meta = to_meta(dict(meta))
     else:
         try:
             found = read_elements(data, 132, META_TAGS, implicit=False)
             if found is None:
                 return None
             meta, position = found
-            syntax = check_syntax(to_meta(dict(meta)))
+            file_meta = to_meta(dict(meta))
+            syntax = check_syntax(file_meta)
             implicit = syntax == uid.ImplicitVRLittleEndian
-            found = read_elements(data, position, range(min(PIXEL_TAGS)), implicit=implicit)
+            found = read_elements(data, position, IMAGE_TAGS, implicit=implicit, least_private=least_private)
             if found is None or syntax == uid.ExplicitVRBigEndian:
                 return None
             elements, position = found
             read_rest(data, position, elements, stop, implicit=implicit)
         except Exception:  # the rest is pydicom's, which makes the best of it or fails too; a head can end anywhere
             return None
-        if stop is None:
+        if stop is None and not least_private:
             plain = len(data) <= MAX_KEPT_BYTES and all(element.is_raw for element in elements.values())
             _last = (data, meta, elements, implicit) if plain else None
-    return to_dataset(data[:128], to_meta(dict(meta)), dict(elements), implicit=implicit)
+    return to_dataset(data[:128], file_meta, dict(elements), implicit=implicit)
 
 
 def _read_any(file: BinaryIO, stop: Stop | None) -> FileDataset:

@@ -14,6 +14,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
+from monai_salm.io.dicom_copies import LEAST_PART
 from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers, headers_of
 from monai_salm.io.dicom_parse import parse, read_bytes, refusing
 from monai_salm.io.dicom_pixels import decode, stored_dtype, stored_range
@@ -172,7 +173,7 @@ def _decode(case: Case, spatial_dims: int) -> tuple[list[Path], list[Dataset], N
     files: list[Path] = []
     stored = np.empty(0)
     for path in case.files:
-        dataset = parse(read_bytes(path))
+        dataset = parse(read_bytes(path), least_private=LEAST_PART)
         check_supported(dataset, spatial_dims, allow_protected=True)
         frames = frame_headers(dataset)
         if headers and len(frames) * len(case.files) != len(stored):
