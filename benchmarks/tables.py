@@ -182,6 +182,8 @@ def main() -> None:
         "arena_more",
         "arena_augmented",
         "arena_bounds",
+        "arena_masked",
+        "arena_sizes",
         "arena_psnr",
         "arena_classes",
         "arena_volumes",
