@@ -14,13 +14,14 @@ from typing import Any
 from monai.data import CacheDataset
 from monai.networks.nets import DenseNet
 from monai.utils import set_determinism
+from networks import SmallViT, small_densenet121
 from setting import configured
 from torch import nn
 
 import monai_salm
 from monai_salm.engines import PerturbationTrainer
 from monai_salm.records import image_digest
-from monai_salm.surrogates import SmallViT, small_densenet121, small_resnet
+from monai_salm.surrogates import small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas
 from monai_salm.workflows import bundle_path

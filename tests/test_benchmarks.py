@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from exports import write_npz
+from torch import nn
+
+from monai_salm.surrogates import small_resnet
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 QUICK = {"rounds": 1, "surrogate_steps": 2, "perturbation_steps": 3}
@@ -94,3 +99,38 @@ def test_halves_of_a_cohort_share_no_patient_and_lose_no_case(load):
     old, new = load("later_cases").halves(cases)
     assert {one.group for one in old}.isdisjoint(one.group for one in new)
     assert len(old) == 12 and sorted(old + new, key=cases.index) == cases
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_networks_of_the_field_see_every_voxel_of_a_small_image_before_training(load, dims):
+    networks = load("networks")
+    image = torch.rand(2, 1, *[28] * dims, requires_grad=True)
+    wide = partial(small_resnet, width=64, blocks=(2, 2, 2, 2))
+    for make in (wide, networks.small_densenet121, partial(networks.SmallViT, spatial_size=[28] * dims)):
+        network = make(dims, 1, 3).eval()
+        found = network(image)
+        (slope,) = torch.autograd.grad(found.square().sum(), image)
+        assert found.shape == (2, 3) and (slope != 0).float().mean() > 0.99
+        assert not torch.allclose(found[0], found[1])
+
+
+def test_resnet18_and_densenet121_are_as_deep_as_published(load):
+    def convolutions(network):
+        return sum(isinstance(part, nn.Conv2d) and part.kernel_size[0] > 1 for part in network.modules())
+
+    assert convolutions(small_resnet(2, 1, 3, 64, (2, 2, 2, 2))) == 17  # and the last layer
+    assert convolutions(load("networks").small_densenet121(2, 1, 3)) == 1 + 58
+
+
+@pytest.mark.parametrize("size", [(12, 8), (9, 13), (8, 8, 12)])
+def test_a_vision_transformer_tells_places_apart_and_passes_over_what_fills_no_patch(load, size):
+    network = load("networks").SmallViT(len(size), 1, 3, size, width=32, layers=2).eval()
+    with torch.no_grad():
+        network.positions.normal_()
+    image = torch.rand(1, 1, *size)
+    moved = image.roll(4, 2)
+    assert not torch.allclose(network(image), network(moved), atol=1e-5)
+    with torch.no_grad():
+        network.positions.zero_()
+    whole = image[(..., *[slice(length // 4 * 4) for length in size])]
+    assert torch.allclose(network(image), network(whole.roll(4, 2)), atol=1e-5), "patches without a place are a set"

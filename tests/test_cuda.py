@@ -18,7 +18,7 @@ from test_engines import Kill, Killed, trainer, voxel_trainer
 
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.release.labels import load_cohort
-from monai_salm.surrogates import small_densenet121, small_resnet
+from monai_salm.surrogates import small_resnet
 from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.training import train_network
 
@@ -73,12 +73,11 @@ def test_every_defense_trains(defense):
     assert all(value.isfinite().all() for value in result.network.state_dict().values())
 
 
-@pytest.mark.parametrize("make", [small_resnet, small_densenet121])
-def test_a_victim_learns_as_on_the_cpu(make):
+def test_a_victim_learns_as_on_the_cpu():
     found = {}
     for device in ("cpu", "cuda"):
         options = {**QUICK, "epochs": 4, "batch_size": 16, "device": device}
-        result = train_network(TASK, partial(make, 2, 1, 2), images(96), images(64, 1), **options)
+        result = train_network(TASK, partial(small_resnet, 2, 1, 2), images(96), images(64, 1), **options)
         found[device] = result.row["auc"]
     assert found["cpu"] > 0.9 and found["cuda"] > 0.9
 

@@ -3,26 +3,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import UNet
-from torch import Tensor, nn
+from torch import Tensor
 
 from monai_salm.surrogates import (
     PaddedNetwork,
     RandomView,
     ResizeView,
     SmallCNN,
-    SmallViT,
     Surrogate,
     TextureClassifier,
     TextureReader,
-    small_densenet121,
     small_resnet,
 )
 
@@ -54,40 +50,6 @@ def test_surrogates_script_with_equal_output(dims, make):
     surrogate = Surrogate(make(dims, 1, 3), [16] * dims).eval()
     image = torch.rand(2, 1, *[20, 25, 18][:dims])
     assert torch.allclose(torch.jit.script(surrogate)(image), surrogate(image), atol=1e-6)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_networks_of_the_field_see_every_voxel_of_a_small_image_before_training(dims):
-    image = torch.rand(2, 1, *[28] * dims, requires_grad=True)
-    wide = partial(small_resnet, width=64, blocks=(2, 2, 2, 2))
-    for make in (wide, small_densenet121, partial(SmallViT, spatial_size=[28] * dims)):
-        network = make(dims, 1, 3).eval()
-        found = network(image)
-        (slope,) = torch.autograd.grad(found.square().sum(), image)
-        assert found.shape == (2, 3) and (slope != 0).float().mean() > 0.99
-        assert not torch.allclose(found[0], found[1])
-
-
-def test_resnet18_and_densenet121_are_as_deep_as_published():
-    def convolutions(network):
-        return sum(isinstance(part, nn.Conv2d) and part.kernel_size[0] > 1 for part in network.modules())
-
-    assert convolutions(small_resnet(2, 1, 3, 64, (2, 2, 2, 2))) == 17  # and the last layer
-    assert convolutions(small_densenet121(2, 1, 3)) == 1 + 58
-
-
-@pytest.mark.parametrize("size", [(12, 8), (9, 13), (8, 8, 12)])
-def test_a_vision_transformer_tells_places_apart_and_passes_over_what_fills_no_patch(size):
-    network = SmallViT(len(size), 1, 3, size, width=32, layers=2).eval()
-    with torch.no_grad():
-        network.positions.normal_()
-    image = torch.rand(1, 1, *size)
-    moved = image.roll(4, 2)
-    assert not torch.allclose(network(image), network(moved), atol=1e-5)
-    with torch.no_grad():
-        network.positions.zero_()
-    whole = image[(..., *[slice(length // 4 * 4) for length in size])]
-    assert torch.allclose(network(image), network(whole.roll(4, 2)), atol=1e-5), "patches without a place are a set"
 
 
 @pytest.mark.parametrize("dims", [2, 3])
