@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ def resize_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
 class ResizeView(nn.Module):
     """Resize (B, C, *native) to (B, C, *spatial_size), anti-aliased, differentiable and scriptable, in 2D or 3D.
 
+    Its size goes along with the weights of a network, which do not load where another one is seen.
+
     Args:
         spatial_size: size of the network's input in voxels.
 
@@ -43,6 +46,13 @@ class ResizeView(nn.Module):
     def __init__(self, spatial_size: Sequence[int]) -> None:
         super().__init__()
         self.spatial_size: list[int] = check_size("spatial_size", spatial_size)
+        self.register_buffer("size", torch.tensor(self.spatial_size))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        seen = state_dict.setdefault(f"{prefix}size", self.size).tolist()  # earlier versions did not keep it
+        if seen != self.spatial_size:
+            args[-1].append(f"the weights are of a network with spatial_size {seen}, this one has {self.spatial_size}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"spatial_size={self.spatial_size}"

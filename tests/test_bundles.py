@@ -374,6 +374,9 @@ def test_inference_says_how_well_the_surrogate_reads_the_written_files(whole):
     said = [line for line in result.stdout.splitlines() if line.startswith("accuracy of the surrogate")]
     assert len(said) == 1 and 0 <= float(said[0].rsplit(":")[1]) <= 1
     assert contents(whole.out / "protected") == before
+    del overrides["spatial_size"]  # the surrogate would see another size than in the fit
+    result = execute(command(FLAT, None, config="inference.yaml", **overrides), whole.cwd, 1)
+    assert "the weights are of a network with spatial_size [16, 16], this one has [64, 64]" in result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file")

@@ -52,6 +52,18 @@ def test_surrogates_script_with_equal_output(dims, make):
     assert torch.allclose(torch.jit.script(surrogate)(image), surrogate(image), atol=1e-6)
 
 
+def test_weights_do_not_load_where_another_size_is_seen():
+    """Of another size nothing in their shapes would tell."""
+    weights = Surrogate(TextureClassifier(2, 1, 3), [16, 16]).state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"with spatial_size \[16, 16\], this one has \[24, 24\]"):
+            Surrogate(TextureClassifier(2, 1, 3), [24, 24]).load_state_dict(weights, strict)
+    del weights["view.size"]  # as earlier versions wrote them
+    other = Surrogate(TextureClassifier(2, 1, 3), [24, 24])
+    other.load_state_dict(weights)
+    assert other.state_dict()["view.size"].tolist() == [24, 24] and "view.size" not in weights
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_random_view_is_a_function_of_its_parameters_and_differentiable(dims):
     view, image = RandomView(dims), torch.rand(4, 1, *[10] * dims, requires_grad=True)
