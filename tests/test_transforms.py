@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from exports import SIZE, class_map, write_decathlon, write_nifti, write_npz, write_segmentation, write_series
-from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch, set_track_meta
+from monai.data import (
+    CacheDataset,
+    CacheNTransDataset,
+    DataLoader,
+    Dataset,
+    MetaTensor,
+    PersistentDataset,
+    decollate_batch,
+    set_track_meta,
+)
 from monai.data.utils import pickle_hashing
 from monai.transforms import (
     Compose,
@@ -25,13 +34,16 @@ from monai.transforms import (
     Rotate90d,
     SaveImage,
     SaveImaged,
+    ScaleIntensityRanged,
     Spacingd,
+    ToMetaTensord,
 )
 from monai.utils import TransformBackends
 from pydicom import dcmread
 
 import monai_salm.transforms as transforms_module
 from monai_salm.bank import PerturbationBank, Record, image_digest
+from monai_salm.engines.cases import Cases
 from monai_salm.io import formats
 from monai_salm.io.base import Case, RefusedError
 from monai_salm.perturbations.budget import Budget
@@ -190,6 +202,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load(tmp_path / "labeled")
     with pytest.raises(ValueError, match="spatial_dims is 4"):
         LoadStored(spatial_dims=4)
+
+
+def test_monai_knows_which_axis_has_the_channels(tmp_path: Path) -> None:
+    case = load_cohort(write_decathlon(tmp_path, 2), spatial_dims=3).cases[0]
+    load = [LoadStoredd("image", spatial_dims=3), LoadMaskd("label", spatial_dims=3)]
+    found = Compose([*load, EnsureChannelFirstd(["image", "label"])])({"image": case, "label": case})
+    assert found["image"].shape == found["label"].shape == LoadMask(spatial_dims=3)(case).shape
 
 
 def test_archives_load_by_case(tmp_path: Path) -> None:
@@ -540,6 +559,17 @@ def test_predictions_go_back_to_the_grid_of_the_image(export: Catalog, bank: Per
     assert torch.equal(back.as_tensor(), torch.rot90(item["pred"].as_tensor(), -1, (1, 2)))
 
 
+def test_predictions_go_back_from_whatever_made_an_input_of_stored_integers(
+    export: Catalog, bank: PerturbationBank
+) -> None:
+    steps = [LoadStoredd("image", spatial_dims=3), ApplyPerturbationd("image", bank)]
+    steps += [ScaleIntensityRanged("image", 0, 1000, 0, 1), Rotate90d("image")]
+    item = Compose(steps)(items(export)[0])
+    item["pred"] = (item["image"] > 0.5).float()
+    back = Invertd("pred", Compose(steps), orig_keys="image")(item)["pred"]
+    assert torch.equal(back.as_tensor(), torch.rot90(item["pred"].as_tensor(), -1, (1, 2)))
+
+
 def test_network_inputs_can_be_resampled(export: Catalog, bank: PerturbationBank) -> None:
     pipeline = Compose(
         [
@@ -598,6 +628,50 @@ def test_batches_of_every_dataset_decollate_and_invert(
         assert equal(pipeline.inverse(item)["image"], clean.stored)
         unit = StoredToUnit()(item["image"])
         assert torch.equal(unit.as_tensor(), clean.codec.to_unit(item["image"].as_tensor()))
+
+
+# -------------------------------------------------------------------- without metadata
+
+
+def plain(values: dict) -> dict:
+    """Tensors of a dictionary without their metadata."""
+    return {key: np.asarray(value).tolist() for key, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def test_pipelines_give_the_same_where_metadata_are_not_tracked(export: Catalog, bank: PerturbationBank) -> None:
+    keys, (one, two, *_) = ["image", "other"], export.cases
+    steps = [LoadStoredd(keys, spatial_dims=3), ApplyPerturbationd(keys, bank)]
+    steps += [ComputeSparsityMaskd("other", ratio=0.2, criterion="random", mask_keys="early"), StoredToUnitd(keys)]
+    pipeline = Compose([*steps, ComputeSparsityMaskd("other", ratio=0.2)])
+    tracked = pipeline({"image": one, "other": two})
+    set_track_meta(False)
+    try:
+        found = pipeline({"image": one, "other": two})
+        with pytest.raises(ValueError, match="no 'stored_codec'"):
+            StoredToUnitd("image")(found)  # once is enough
+        early = Compose(steps[:2])({"image": one, "other": two})
+        assert equal(ApplyPerturbationd("image", bank).inverse(early)["image"], formats.read(one, 3).stored)
+    finally:
+        set_track_meta(True)
+    assert type(found["image"]) is torch.Tensor and plain(found) == plain(tracked)
+    again = ToMetaTensord(keys)(found)["other"]
+    assert again.meta["sample_id"] == two.sample_id and torch.equal(again.affine, tracked["other"].affine)
+
+
+@pytest.mark.parametrize("make", [PersistentDataset, partial(CacheNTransDataset, cache_n_trans=1)])
+def test_caches_keep_what_an_image_is_without_its_metadata(
+    export: Catalog, bank: PerturbationBank, tmp_path: Path, make: Callable
+) -> None:
+    rest = [ApplyPerturbationd("image", bank), StoredToUnitd("image")]
+    for _ in range(2):  # the first one reads files, the second the cache
+        dataset = make(items(export), Compose([LoadStoredd("image", spatial_dims=3)]), cache_dir=tmp_path)
+        facts = Cases(dataset, BUDGET, torch.device("cpu")).facts
+        assert [fact.sample_id for fact in facts] == [case.sample_id for case in export.cases]
+        for item, case in zip(dataset, export.cases, strict=True):
+            clean = formats.read(case, 3)
+            expected = clean.codec.to_unit(torch.from_numpy(clean.stored + bank[case.sample_id].numpy()))
+            assert equal(Compose(rest)(item)["image"], expected.numpy())
+    assert type(item["image"]) is torch.Tensor
 
 
 def test_a_persistent_cache_notices_another_round_of_the_bank(export: Catalog, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from monai_salm.perturbations.voxels import IGNORED
 from monai_salm.records import as_array, image_digest
 from monai_salm.release.progress import track
 from monai_salm.stored import StoredCodec, lattice_of
-from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
+from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array, told
 
 CODE_STRENGTH = (1.0, 4.0)
 """Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
@@ -129,10 +129,11 @@ class Cases:
     def _examine(self, at: int, budget: Budget) -> Facts:
         item = self.dataset[at]
         image, label = item[CommonKeys.IMAGE], _label(item)
-        codec = codec_of(image, None)
+        known = told(item, CommonKeys.IMAGE)
+        codec = codec_of(image, known["codec"])
         stored = stored_array(image, codec)
         self.n_classes = max(self.n_classes, 1 + int(label.max()))
-        sample_id, target = meta_of(image, "sample_id"), int(label) if label.ndim == 0 else ""
+        sample_id, target = meta_of(image, "sample_id", known["sample_id"]), int(label) if label.ndim == 0 else ""
         if label.ndim:
             self.voxelwise = True
             target = hashlib.sha256(as_array(label).tobytes()).hexdigest()

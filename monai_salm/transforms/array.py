@@ -214,7 +214,8 @@ class ApplyPerturbation(InvertibleTransform):
     ) -> NdarrayOrTensor:
         """The clean stored values, checked against the digest of the image that was fitted.
 
-        What is in unit intensity passes as it is: a prediction, say, which ``Invertd`` brings back to the image's grid.
+        What is in unit intensity, or in other values than integers where the file holds these, passes as it is: a
+        prediction, say, which ``Invertd`` brings back to the image's grid.
 
         Raises:
             ValueError: When they cannot be restored exactly (float files round).
@@ -224,6 +225,8 @@ class ApplyPerturbation(InvertibleTransform):
             out = img.clone()
             sample_id = self.pop_transform(out)["extra_info"]["sample_id"]
             if meta_of(out, "intensity") == "unit":
+                return out
+            if out.is_floating_point() and np.dtype(codec_of(out, codec).dtype).kind in "iu":
                 return out
         name, stored, known = self._parts(img, sample_id, codec)
         record = self.bank.record(name)

@@ -2,7 +2,8 @@
 """Dictionary versions of the array transforms.
 
 Facts about an image that its metadata do not tell (arrays and plain tensors have none) are looked up in the dictionary
-under the same names: ``sample_id`` and ``stored_codec``.
+under the same names, ``sample_id`` and ``stored_codec``, and in the metadata that ``LoadStoredd`` puts beside the image
+too, as ``LoadImaged(image_only=False)`` does: ``image_meta_dict``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from monai.config import KeysCollection
 from monai.transforms import InvertibleTransform, MapTransform
 from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils.enums import PostFix
 
 from monai_salm.bank import PerturbationBank
 from monai_salm.io.base import Window
@@ -29,6 +31,7 @@ from monai_salm.transforms.array import (
     StoredToUnit,
 )
 from monai_salm.transforms.files import LoadMask, LoadStored, SaveStored
+from monai_salm.transforms.meta import told
 
 Data = Mapping[Hashable, Any]
 
@@ -61,7 +64,7 @@ class LoadStoredd(MapTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self.load(d[key])
+            d[key], d[PostFix.meta(key)] = self.load.read(d[key])
         return d
 
 
@@ -104,7 +107,9 @@ class StoredToUnitd(MapTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self.to_unit(d[key], d.get("stored_codec"))
+            d[key] = self.to_unit(d[key], told(d, key)["codec"])
+            if (beside := PostFix.meta(key)) in d:
+                d[beside] = {**d[beside], "intensity": "unit"}
         return d
 
 
@@ -147,8 +152,7 @@ class ComputeSparsityMaskd(MapTransform):
         d = dict(data)
         for key, gradient_key, mask_key in self.key_iterator(d, self.gradient_keys, self.mask_keys):
             gradient = None if gradient_key is None else d[gradient_key]
-            known = {"sample_id": d.get("sample_id"), "codec": d.get("stored_codec")}
-            d[mask_key] = self.mask(d[key], gradient, **known)
+            d[mask_key] = self.mask(d[key], gradient, **told(d, key))
         return d
 
 
@@ -204,14 +208,14 @@ class ApplyPerturbationd(MapTransform, InvertibleTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self.apply(d[key], d.get("sample_id"), d.get("stored_codec"))
+            d[key] = self.apply(d[key], **told(d, key))
         return d
 
     def inverse(self, data: Data) -> dict[Hashable, Any]:
         """Clean stored values; see :py:meth:`monai_salm.transforms.ApplyPerturbation.inverse`."""
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self.apply.inverse(d[key], d.get("sample_id"), d.get("stored_codec"))
+            d[key] = self.apply.inverse(d[key], **told(d, key))
         return d
 
 
@@ -244,7 +248,7 @@ class SnapToStoredd(MapTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)
         for key, image_key in self.key_iterator(d, self.image_keys):
-            d[key] = self.snap(d[key], d[image_key], d.get("stored_codec"))
+            d[key] = self.snap(d[key], d[image_key], told(d, image_key)["codec"])
         return d
 
 
@@ -283,7 +287,7 @@ class SaveStoredd(MapTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self.save(d[key], d.get("sample_id"))
+            d[key] = self.save(d[key], told(d, key)["sample_id"])
         return d
 
 

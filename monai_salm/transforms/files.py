@@ -13,7 +13,7 @@ import torch
 from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor, get_track_meta
 from monai.transforms import Transform
-from monai.utils import TransformBackends, convert_to_tensor
+from monai.utils import MetaKeys, TransformBackends, convert_to_tensor
 from torch import Tensor
 
 from monai_salm.io import dicom, formats, nifti, raster, worker
@@ -79,13 +79,14 @@ class LoadStored(Transform):
         Raises:
             RefusedError: When the file cannot be protected.
         """
+        return self.read(source)[0]
+
+    def read(self, source: Case | str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:
+        """The same, and the metadata beside it, whether or not MONAI tracks them."""
         case = source if isinstance(source, Case) else case_of(source, self.spatial_dims, root=self.root)
         image = formats.read(case, self.spatial_dims, self.window)
-        stored = convert_to_tensor(image.stored, track_meta=get_track_meta())
-        if isinstance(stored, MetaTensor):
-            meta = {"stored_codec": image.codec.to_meta(), "intensity": "stored"}
-            stored.meta = {**stored.meta, **_named(case), **meta, "affine": affine_of(image.spacing)}
-        return stored
+        meta = _meta(case, image.spacing) | {"stored_codec": image.codec.to_meta(), "intensity": "stored"}
+        return _tracked(image.stored, meta), meta
 
 
 class LoadMask(Transform):
@@ -115,11 +116,8 @@ class LoadMask(Transform):
             RefusedError: When image and label do not fit each other.
             ValueError: When the case has no mask.
         """
-        mask = convert_to_tensor(read_mask(source, self.spatial_dims), track_meta=get_track_meta())
-        if isinstance(mask, MetaTensor):
-            affine = affine_of(formats.read_spacing(source, self.spatial_dims))
-            mask.meta = {**mask.meta, **_named(source), "affine": affine}
-        return mask
+        mask = read_mask(source, self.spatial_dims)
+        return _tracked(mask, _meta(source, formats.read_spacing(source, self.spatial_dims)))
 
 
 class SaveStored(Transform):
@@ -212,9 +210,17 @@ class SaveStored(Transform):
         return delta, (codec.levels(self.budget) * codec.step, codec.physical_limit(self.budget))
 
 
-def _named(case: Case) -> dict[str, str]:
-    """Metadata that tell which case it is, to us and to MONAI."""
-    return {"sample_id": case.sample_id, "filename_or_obj": case.sample_id}
+def _meta(case: Case, spacing: tuple[float, ...]) -> dict[str, Any]:
+    """Metadata that tell which case it is and how it lies, to us and to MONAI."""
+    named = {"sample_id": case.sample_id, MetaKeys.ORIGINAL_CHANNEL_DIM: 0, "filename_or_obj": case.sample_id}
+    return named | {"affine": affine_of(spacing)}
+
+
+def _tracked(values: np.ndarray, meta: dict[str, Any]) -> Tensor:
+    tensor = convert_to_tensor(values, track_meta=get_track_meta())
+    if isinstance(tensor, MetaTensor):
+        tensor.meta = {**tensor.meta, **meta}
+    return tensor
 
 
 def case_of(path: str | os.PathLike[str], spatial_dims: int, *, root: str | os.PathLike[str] | None = None) -> Case:

@@ -16,6 +16,7 @@ import torch
 from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor, get_track_meta
 from monai.utils import convert_to_tensor
+from monai.utils.enums import PostFix
 from torch import Tensor
 
 from monai_salm.records import as_array
@@ -34,6 +35,14 @@ def meta_of(img: Any, key: str, given: Any = None) -> Any:
     if found is not None and given is not None and found != given:
         raise ValueError(f"the image's metadata say {key} {found!r}, the call says {given!r}; they must agree")
     return given if found is None else found
+
+
+def told(data: Mapping[Any, Any], key: Any) -> dict[str, Any]:
+    """The same facts of the image under a key, as arguments of a transform's call: from the dictionary itself, or from
+    the metadata beside the image, where MONAI has them if it does not track them (``image_meta_dict``)."""
+    beside = data.get(PostFix.meta(key), {})
+    codec = None if beside.get("intensity") == "unit" else data.get("stored_codec", beside.get("stored_codec"))
+    return {"sample_id": data.get("sample_id", beside.get("sample_id")), "codec": codec}
 
 
 def codec_of(img: NdarrayOrTensor, given: CodecLike | None) -> StoredCodec:
