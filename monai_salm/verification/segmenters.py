@@ -18,6 +18,7 @@ from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance
+from monai.networks import one_hot
 from monai.transforms import Compose, RandCropByPosNegLabeld, Randomizable, Spacing, SpatialPadd
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
@@ -237,20 +238,15 @@ def volume_scores(
         >>> dice.tolist(), hd95.tolist()
         ([0.75], [2.0])
     """
-    dice, hd95 = np.full(n_classes - 1, np.nan), np.full(n_classes - 1, np.nan)
-    for index in range(1, n_classes):
-        found, real = (predicted == index)[None, None], (truth == index)[None, None]
-        if not real.any():
-            continue
-        dice[index - 1] = float(compute_dice(found.float(), real.float()))
-        if surface and found.any():
-            with warnings.catch_warnings():  # MONAI 1.6 warns of how it calls itself
-                warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
-                distance = compute_hausdorff_distance(found, real, True, percentile=95, spacing=list(spacing))
-            hd95[index - 1] = float(distance)
-        elif surface:
-            hd95[index - 1] = math.hypot(*(size * length for size, length in zip(spacing, truth.shape, strict=True)))
-    return dice, hd95
+    found, real = (one_hot(labels[None, None], n_classes) for labels in (predicted, truth))
+    dice = compute_dice(found, real, include_background=False)[0].double().numpy()
+    if not surface:
+        return dice, np.full_like(dice, np.nan)
+    with warnings.catch_warnings():  # of classes that are not there, and MONAI 1.6 of how it calls itself
+        warnings.simplefilter("ignore")
+        hd95 = compute_hausdorff_distance(found, real, percentile=95, spacing=list(spacing))[0].double().numpy()
+    diagonal = math.hypot(*(size * length for size, length in zip(spacing, truth.shape, strict=True)))
+    return dice, np.where(np.isnan(dice), np.nan, np.where(np.isfinite(hd95), hd95, diagonal))
 
 
 def _means(cases: Sequence[np.ndarray]) -> list[float | None]:
