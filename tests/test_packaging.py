@@ -168,6 +168,7 @@ def test_metadata_has_what_the_specification_demands(name):
     image, pred = tensors["inputs"]["image"], tensors["outputs"]["pred"]
     assert TENSOR_KEYS | {"modality"} <= image.keys() and TENSOR_KEYS <= pred.keys()
     assert len(image["spatial_shape"]) == int(name[5])
+    assert "logit" in content["pred_classes"] and pred["type"] != "probabilities"
     assert len(pred["channel_def"]) == pred["num_channels"] and len(image["channel_def"]) == image["num_channels"]
 
 
