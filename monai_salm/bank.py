@@ -146,6 +146,11 @@ class PerturbationBank(Mapping[str, Tensor]):
         """As :py:meth:`load`, for whoever has no more of the image than its :py:func:`image_digest`."""
         return _of_image(self.record(sample_id), "the image", digest, step)
 
+    def levels(self, sample_id: str) -> int:
+        """Most steps that the budget of the fit allows in this image."""
+        query = "SELECT levels FROM record WHERE generation = (SELECT best FROM status) AND sample_id = ?"
+        return self._one(query, sample_id)[0]
+
     def state(self) -> tuple[int, bytes] | None:
         """Round and trainer's state of the last complete round; None before the first.
 

@@ -16,12 +16,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+import torch
 from dicom_files import fitting_delta
 from exports import write_labels, write_nifti, write_npz, write_series
 from pydicom import dcmread
 
+from monai_salm.bank import PerturbationBank
 from monai_salm.io import formats
 from monai_salm.perturbations.budget import Budget
+from monai_salm.records import Record, image_digest
 from monai_salm.release import commit as door
 from monai_salm.release.commit import OutputError, Staged, check_output, commit
 from monai_salm.release.labels import Cohort, load_cohort
@@ -201,6 +204,24 @@ def test_a_case_without_perturbation_is_refused_and_never_copied(tmp_path, capsy
     reasons = "delta_outside_bounds, 1 empty_perturbation, 1 no_perturbation, 1 other_image, 1 outside_budget"
     assert capsys.readouterr().out.count(f"5 refused (1 {reasons}), 1 files protected: see {tmp_path}") == 1
     assert len(list((tmp_path / "out" / "protected").rglob("*.nii.gz"))) == 1
+
+
+def test_a_fit_of_another_budget_or_window_is_refused(tmp_path):
+    cohort = nifti_cohort(tmp_path / "in", 2)
+    deltas, budget, records = bank_of(cohort), "8/255", []
+    for case in cohort.cases:
+        image = formats.read(case, 3)
+        levels = image.codec.levels(Budget.parse(budget))
+        delta = torch.from_numpy(deltas[case.sample_id])
+        records.append(Record(case.sample_id, delta, image_digest(image.stored), levels))
+    bank = PerturbationBank(tmp_path / "bank.sqlite", create=True)
+    bank.commit(records, round_=0, score=0.0, state=b"", final=True)
+    wider = (image.codec.window[0], image.codec.window[1] + image.codec.width)
+    for index, other in enumerate(({"budget": "16/255"}, {"budget": budget, "window": wider})):
+        with pytest.raises(ValueError, match=r"every case was refused \(outside_budget\)"):
+            protect(cohort, bank, tmp_path / str(index), **other)
+        assert "steps in this image, those of now" in read_refusals(tmp_path / str(index))[0].detail
+    assert protect(cohort, bank, tmp_path / "out", budget=budget)
 
 
 def test_a_budget_below_one_step_and_an_empty_bank_protect_nothing(tmp_path):

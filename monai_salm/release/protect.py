@@ -284,7 +284,7 @@ class _Writer:
             owned.setdefault(owner_id(case), []).append(case)
         for owner, cases in owned.items():
             codecs = [outlines[case].codec for case in cases]
-            levels = max(self._check_budget(outlines[case].codec, deltas[case]) for case in cases)
+            levels = max(self._check_budget(case, outlines[case].codec, deltas[case]) for case in cases)
             limit = levels * max(codec.step for codec in codecs)
             physical = max(codec.physical_limit(self.budget) for codec in codecs)
             files = formats.files_of(cases)
@@ -348,11 +348,11 @@ class _Writer:
             )
         return delta
 
-    def _check_budget(self, codec: StoredCodec, delta: np.ndarray) -> int:
+    def _check_budget(self, case: Case, codec: StoredCodec, delta: np.ndarray) -> int:
         """Levels of the budget in this image. (Where voxels may go is for ``io.base.move`` to say, as they do.)
 
         Raises:
-            RefusedError: When the perturbation leaves the budget.
+            RefusedError: When the perturbation leaves the budget, or was fitted with another one or another window.
         """
         try:
             levels = codec.slice_levels(self.budget)
@@ -363,6 +363,10 @@ class _Writer:
             raise RefusedError(
                 "outside_budget", f"the perturbation leaves the budget of {self.budget}; fit again with it"
             )
+        fitted = self.bank.levels(case.sample_id) if hasattr(self.bank, "levels") else max(levels)
+        if fitted != max(levels):
+            now = f"budget and window of the fit allow {fitted} steps in this image, those of now {max(levels)}"
+            raise RefusedError("outside_budget", f"{now}; give those of the fit")
         return max(levels)
 
     def _digest(self, unit: Sequence[Case], deltas: Mapping[Case, np.ndarray]) -> str:
