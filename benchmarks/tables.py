@@ -185,6 +185,7 @@ def main() -> None:
         "arena_masked",
         "arena_sizes",
         "arena_psnr",
+        "arena_psnr_kept",
         "arena_classes",
         "arena_volumes",
         "arena_color",
