@@ -23,7 +23,9 @@ _NOT_TESTED: dict[str, frozenset[str]] = {
     "Adversarial training and other training methods that are made to withstand perturbations.": frozenset(
         {"adversarial"}
     ),
-    "Networks that were pre-trained on other data, large networks, other input sizes, and long training schedules.": frozenset(),
+    "Networks that were pre-trained on other data, large ones, other input sizes, and long training schedules.": (
+        frozenset()
+    ),
     "Training on a mixture of protected and clean images, and images of the same patients from elsewhere.": frozenset(
         {"clean_20"}
     ),
