@@ -44,11 +44,9 @@ EM_AS_PUBLISHED = {
     "surrogate_steps": 20,
     "perturbation_steps": 20,
     "perturbation::step_size": 0.1,
-    "perturbation::refresh": "call",
 }
 """Alternating min-min steps with the 20 plain sign steps of a tenth of the budget of arXiv 2101.04898; surrogate and
-perturbation see the same random views as in all other fits. A mask of "once" would keep voxels that a round left at 0
-out of all later rounds."""
+perturbation see the same random views as in all other fits."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def every_method() -> list[type[Perturbation]]:
 
 def build(method: type[Perturbation], *, voxelwise: bool = False, seed: int = 0) -> Perturbation:
     """With a sparse random mask and few steps, where a method has such settings; else as it comes."""
-    quick = {"mask": SparsityMask(ratio=0.3, criterion="random"), "steps": 3, "look": 3, "seed": seed}
+    quick = {"mask": SparsityMask(ratio=0.3, criterion="random"), "steps": 3, "seed": seed}
     quick |= {"count": 2, "num_classes": 3 if voxelwise else 2}
     names = {name for kind in method.__mro__ if kind is not object for name in inspect.signature(kind).parameters}
     return method(**{name: value for name, value in quick.items() if name in names})

@@ -47,7 +47,7 @@ def box(shape: tuple[int, ...], levels: int, seed: int = 0) -> Lattice:
 def methods(ratio: float) -> list[Perturbation]:
     return [
         SALM(mask=SparsityMask(ratio=ratio)),
-        SALM(mask=SparsityMask(ratio=ratio, criterion="gradient_input"), refresh="step"),
+        SALM(mask=SparsityMask(ratio=ratio, criterion="gradient_input")),
         SALM(mask=SparsityMask(ratio=ratio, criterion="random", scope="class"), psnr=36.0),
         SALM(mask=SparsityMask(ratio=ratio, criterion="foreground", scope="channel")),
         RandomSign(mask=SparsityMask(ratio=ratio, criterion="random")),
@@ -116,16 +116,24 @@ class TestClosedForm:
         objective.reset_mean()
         assert objective.mean() == 0
 
-    def test_a_mask_once_chosen_keeps_its_support_unless_it_is_refreshed(self):
+    def test_every_call_chooses_its_mask_anew(self):
         image = torch.rand(2, 1, 8, 8, generator=gen())
         lattice, label = free(image.shape, 4), torch.tensor([0, 1])
         objective = Objective(Surrogate(SmallCNN(2, 1, 2, (4, 4)), [8, 8]), CROSS_ENTROPY)
         start = torch.zeros(image.shape, dtype=torch.int16)
         start[..., 0] = 1
-        for refresh, same in (("once", True), ("call", False), ("step", False)):
-            method = SALM(mask=SparsityMask(ratio=0.2, criterion="random"), refresh=refresh)
-            delta = method(objective, image, label, lattice, start, generator=gen())
-            assert ((delta != 0)[..., 1:].any() == (not same)) and (delta != 0).any()
+        method = SALM(mask=SparsityMask(ratio=0.2, criterion="random"))
+        delta = method(objective, image, label, lattice, start, generator=gen())
+        assert (delta != 0)[..., 1:].any(), "or voxels that one round leaves at 0 stay there"
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_a_loss_that_is_not_of_each_label_is_refused(self, reduction):
+        loss, image = nn.CrossEntropyLoss(reduction=reduction), torch.rand(2, 1, 4, 4)
+        with pytest.raises(ValueError, match=r"returned \(\) for \(2,\) labels; give it reduction='none'"):
+            Objective(linear(torch.ones(1, 4, 4)).network, loss)(image, image, torch.tensor([0, 1]), gen())
+        network = Surrogate(nn.Conv2d(1, 2, 1))
+        with pytest.raises(ValueError, match=r"for \(2, 4, 4\) labels; give it reduction='none'"):
+            VoxelObjective(network, loss, tile_size=(4, 4))(image, image, (image > 0.5).int(), gen())
 
     @pytest.mark.parametrize("dims", [2, 3])
     @pytest.mark.parametrize("psnr", [33.0, 36.0, 48.0])
@@ -218,8 +226,6 @@ class TestClosedForm:
             {"steps": None},
             {"step_size": 0},
             {"momentum": 1.0},
-            {"look": 0},
-            {"refresh": "never"},
         ]
         for options in (
             *wrong,

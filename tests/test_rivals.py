@@ -124,14 +124,15 @@ class TestPatterns:
     @pytest.mark.parametrize("size", [(28, 28), (31, 40), (12, 14, 16)])
     def test_patches_are_constant_and_near_the_corner_of_their_class(self, size):
         image = torch.full((4, 1, *size), 0.5)
-        delta = self.applied(SeparablePatches(seed=3, cells=4, spread=0.1), image, FOUR)
+        delta = self.applied(SeparablePatches(seed=3, cells=4), image, FOUR)
         assert len(delta[0].unique()) <= min(4 ** len(size), 17)
         signs = delta.sign()
         assert torch.equal(signs[0], signs[2]) and not torch.equal(delta[0], delta[2])
         assert (signs[0] != signs[1]).any() and delta.abs().mean() > 0.85 * 8
 
-    def test_patches_lie_at_the_same_fraction_of_images_of_another_size(self):
-        method = SeparablePatches(seed=3, spread=0.0)
+    def test_patches_lie_at_the_same_fraction_of_images_of_another_size(self, monkeypatch):
+        monkeypatch.setattr("monai_salm.perturbations.patterns.SPREAD", 0.0)
+        method = SeparablePatches(seed=3)
         small, large = (self.applied(method, torch.full((2, 1, *size), 0.5), FOUR[:2]) for size in ((8, 8), (16, 24)))
         assert torch.equal(small.repeat_interleave(2, 2).repeat_interleave(3, 3), large)
 
@@ -146,9 +147,10 @@ class TestPatterns:
         size = left.abs().flatten(2).mean(2) / deviation[:, None]
         assert size.diagonal().max() < 1e-3 and (size + torch.eye(3)).min() > 0.1
 
-    def test_the_rule_is_readable_from_what_is_stored(self):
+    def test_the_rule_is_readable_from_what_is_stored(self, monkeypatch):
+        monkeypatch.setattr("monai_salm.perturbations.patterns.CUT", 2.5)  # cut off less
         image = torch.full((4, 1, 28, 28), 0.5)
-        delta = self.applied(AutoregressiveNoise(seed=5, count=2, cut=2.5), image, FOUR)
+        delta = self.applied(AutoregressiveNoise(seed=5, count=2), image, FOUR)
         kernels = torch.cat([processes(5, 2, 1, 2), torch.full((2, 1, 1), -1.0)], 2).reshape(2, 1, 3, 3)
         left = nn.functional.conv2d(delta, kernels).abs().flatten(2).mean(2)
         assert torch.equal(left.argmin(1), FOUR) and not torch.equal(delta[0], delta[2])

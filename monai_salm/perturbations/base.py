@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
@@ -40,6 +40,20 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def unreduced(losses: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a loss returned, if it is one value per label.
+
+    Raises:
+        ValueError: When it is not.
+    """
+    if losses.shape != tuple(shape):
+        raise ValueError(
+            f"the loss returned {tuple(losses.shape)} for {tuple(shape)} labels; give it reduction='none', so that it "
+            "has one value for each"
+        )
+    return losses
+
+
 def mean_size(gradient: Tensor) -> Tensor:
     """Mean absolute value of each (C, *spatial) of a batch, (B, 1, ...), above 0."""
     size = gradient.abs().flatten(1).mean(1).reshape(-1, *[1] * (gradient.ndim - 1))
@@ -52,7 +66,7 @@ class Objective(nn.Module):
     Args:
         network: the surrogate: a module with a ``view`` from images of any size to one size, linear and differentiable,
             and a ``network`` from there to a prediction (:py:class:`monai_salm.surrogates.Surrogate`).
-        loss: one value per image from prediction and label.
+        loss: one value per image from prediction and label (``reduction="none"``).
         view: random view drawn anew for every evaluation (``draw(batch, generator)`` and ``forward(image, drawn)``).
             None: the image as it is.
     """
@@ -71,7 +85,7 @@ class Objective(nn.Module):
         seen = self.network.view(image) + self.network.view(delta)
         if self.view is not None:
             seen = self.view(seen, self.view.draw(len(seen), generator))
-        losses = self.loss(self.network.network(self.harden(seen, label)), label)
+        losses = unreduced(self.loss(self.network.network(self.harden(seen, label)), label), label.shape[:1])
         self._note(losses, len(image))
         return losses
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from monai_salm.perturbations.base import Batch, Objective, Perturbation
 from monai_salm.perturbations.voxels import require_voxel_labels
 
+STEP = 0.25
+"""One descent step, as a fraction of the budget."""
+
 
 def checkerboard(image: Tensor, cell: int) -> Tensor:
     """+1 and -1 in cells of ``cell`` voxels, of the shape of (B, C, *spatial) images."""
@@ -53,12 +56,11 @@ class ContourInterior(Perturbation):
 
     Args:
         steps: descent steps.
-        step_size: of one step, as a fraction of the budget.
         interior: least bound inside, as a fraction of the budget.
     """
 
-    def __init__(self, *, steps: int = 8, step_size: float = 0.25, interior: float = 0.25) -> None:
-        self.steps, self.step_size, self.interior = steps, step_size, interior
+    def __init__(self, *, steps: int = 8, interior: float = 0.25) -> None:
+        self.steps, self.interior = steps, interior
 
     def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
         image, label, lattice = batch
@@ -68,7 +70,7 @@ class ContourInterior(Perturbation):
         steps = start
         for _ in range(self.steps):
             gradient = self.gradient(objective, batch, steps, generator)
-            steps = steps - self.step_size * lattice.levels * gradient.sign()
+            steps = steps - STEP * lattice.levels * gradient.sign()
             steps = lattice.project(torch.maximum(torch.minimum(steps, bound), -bound))
         return steps
 
@@ -97,13 +99,12 @@ class SliceSpectrum(Perturbation):
 
     Args:
         steps: descent steps.
-        step_size: of one step, as a fraction of the budget.
         spectrum: weight of the distance of spectra.
         logits: weight of the change of the logits.
     """
 
-    def __init__(self, *, steps: int = 8, step_size: float = 0.25, spectrum: float = 0.2, logits: float = 0.05) -> None:
-        self.steps, self.step_size, self.spectrum, self.logits = steps, step_size, spectrum, logits
+    def __init__(self, *, steps: int = 8, spectrum: float = 0.2, logits: float = 0.05) -> None:
+        self.steps, self.spectrum, self.logits = steps, spectrum, logits
 
     def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
         image, label, lattice = batch
@@ -120,7 +121,7 @@ class SliceSpectrum(Perturbation):
             objective.passes += len(image)  # the second one of this step, through the network itself
             gradient = self.gradient(objective, batch, steps, generator)
             gradient = gradient + diversity * lattice.unit_step.sign()
-            steps = steps - self.step_size * lattice.levels * gradient.sign() * labeled
+            steps = steps - STEP * lattice.levels * gradient.sign() * labeled
             steps = lattice.project(steps)
         return steps * labeled
 

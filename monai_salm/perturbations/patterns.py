@@ -12,6 +12,11 @@ from torch import Tensor
 from monai_salm.perturbations.autoregression import processes, run
 from monai_salm.perturbations.base import Batch, Objective, Perturbation
 
+SPREAD = 0.1
+"""Standard deviation of an image's separable patches around their corner, as a fraction of the budget."""
+CUT = 1.4
+"""Standard deviations of autoregressive noise that the budget stands for."""
+
 
 def require_class_labels(label: Tensor) -> None:
     """Check that there is one class index per image, (B,).
@@ -77,22 +82,21 @@ class SeparablePatches(_SeededPattern):
     Args:
         seed: of the corners.
         cells: patches per axis.
-        spread: standard deviation of an image's patches around its corner, as a fraction of the budget.
 
     Raises:
-        ValueError: When ``cells`` is below 1 or ``spread`` negative.
+        ValueError: When ``cells`` is below 1.
     """
 
-    def __init__(self, *, seed: int, cells: int = 4, spread: float = 0.1) -> None:
+    def __init__(self, *, seed: int, cells: int = 4) -> None:
         super().__init__(seed=seed)
-        if cells < 1 or spread < 0:
-            raise ValueError(f"cells is {cells} and spread {spread}; use 1 patch or more and a spread of 0 or more")
-        self.cells, self.spread = cells, spread
+        if cells < 1:
+            raise ValueError(f"cells is {cells}; use 1 patch or more")
+        self.cells = cells
 
     def patterns(self, label: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
         grid = (shape[1], *[self.cells] * (len(shape) - 2))
         corner = torch.where(torch.rand(grid, generator=self.of_class(label)) < 0.5, -1.0, 1.0)
-        points = corner + self.spread * torch.randn(shape[0], *grid, generator=generator)
+        points = corner + SPREAD * torch.randn(shape[0], *grid, generator=generator)
         return F.interpolate(points.clamp(-1, 1), size=shape[2:])
 
 
@@ -101,24 +105,23 @@ class AutoregressiveNoise(_SeededPattern):
     before it, each image a random beginning. A convolution with the rule leaves nothing of its class, and something of
     others.
 
-    Different from the original: bounded in L-infinity (what exceeds ``cut`` standard deviations is cut off) in place of
-    L2; rules are the best of random ones by a farthest-point search in place of the first that are good enough; volumes
-    have rules of 3 voxels per axis, of which 26 precede. Rounding to stored integers blurs the rule.
+    Different from the original: bounded in L-infinity (what exceeds :py:data:`CUT` standard deviations is cut off) in
+    place of L2; rules are the best of random ones by a farthest-point search in place of the first that are good
+    enough; volumes have rules of 3 voxels per axis, of which 26 precede. Rounding to stored integers blurs the rule.
 
     Args:
         seed: of the rules.
         count: number of rules, no fewer than classes.
-        cut: standard deviations that the budget stands for.
 
     Raises:
-        ValueError: When ``cut`` is not above 0, or a label is ``count`` or more.
+        ValueError: When ``count`` is below 1, or a label of a call is ``count`` or more.
     """
 
-    def __init__(self, *, seed: int, count: int, cut: float = 1.4) -> None:
+    def __init__(self, *, seed: int, count: int) -> None:
         super().__init__(seed=seed)
-        if cut <= 0 or count < 1:
-            raise ValueError(f"cut is {cut} and count {count}; use a cut above 0 and a rule for every class")
-        self.count, self.cut = count, cut
+        if count < 1:
+            raise ValueError(f"count is {count}; use a rule for every class")
+        self.count = count
 
     def patterns(self, label: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
         if label >= self.count:
@@ -126,4 +129,4 @@ class AutoregressiveNoise(_SeededPattern):
         rule = processes(self.seed, self.count, shape[1], len(shape) - 2)[label]
         noise = run(rule.expand(shape[0], *rule.shape), shape[2:], generator)
         deviation = noise.square().flatten(1).mean(1).sqrt().reshape(-1, *[1] * (noise.ndim - 1))
-        return (noise / (self.cut * deviation)).clamp(-1, 1)
+        return (noise / (CUT * deviation)).clamp(-1, 1)

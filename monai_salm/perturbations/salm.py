@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.similarity import structural_similarity
 
-Refresh = Literal["once", "call", "step"]
+LOOK = 3
+"""Gradients that are seen before a call chooses its mask (at most all of it); until then every voxel moves."""
 _THRESHOLDS, _HALVINGS = 1e3, 12
 """Thresholds that are looked through are the largest gradient times or by this; steps of the search (0.3 %)."""
 _MOST_PSNR = 60.0
@@ -29,7 +29,8 @@ Bound = Callable[[Tensor, Tensor | slice], Tensor]
 class SALM(Perturbation):
     """Signed gradient descent on the objective, only in the voxels that matter most (idea: arXiv 2403.10573).
 
-    The paper leaves mask criterion, ratio, scope and refresh open: they are options here, and the defaults are ours.
+    The paper leaves mask criterion, ratio, scope and refresh open: the first three are options here, with defaults of
+    ours; every call chooses its mask anew.
     The descent follows an exponential mean of the gradients (arXiv 1710.06081), each scaled to mean 1, since random
     views make single gradients noisy; the mask is chosen by the same mean.
 
@@ -39,16 +40,13 @@ class SALM(Perturbation):
         steps: descent steps per call.
         step_size: of one step, as a fraction of the budget.
         momentum: weight of the past in the mean of the gradients, in [0, 1).
-        look: gradients that are seen before a call chooses its mask (at most ``steps``); until then every voxel moves.
-        refresh: choose the mask anew in every ``"call"``, at every ``"step"`` of it, or ``"once"``: a start that is not
-            zero keeps its support.
         psnr: least PSNR of each protected image in dB, on its own grid and in its window. Where the budget allows more,
             voxels move in proportion to the mean of their gradients, and only those with the largest ones by the whole
             budget: a wave keeps its form, in place of its signs. None: as far as the budget allows.
         ssim: least structural similarity of each protected image, kept in the same way. None: no bound.
 
     Raises:
-        ValueError: When a number is out of range or ``refresh`` unknown.
+        ValueError: When a number is out of range.
     """
 
     def __init__(
@@ -58,23 +56,18 @@ class SALM(Perturbation):
         steps: int = 8,
         step_size: float = 0.25,
         momentum: float = 0.8,
-        look: int = 3,
-        refresh: Refresh = "call",
         psnr: float | None = None,
         ssim: float | None = None,
     ) -> None:
         check_number("perturbation_steps", steps, least=1, most=1e9, whole=True)
-        check_number("look", look, least=1, whole=True)
         check_number("step_size", step_size, above=0)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
-        if refresh not in get_args(Refresh):
-            raise ValueError(f"mask refresh is {refresh!r}; use one of {', '.join(get_args(Refresh))}")
         for name, value, most in (("psnr", psnr, _MOST_PSNR), ("ssim", ssim, _MOST_SSIM)):
             if value is not None:
                 check_number(name, value, above=0, most=most)
         self.mask, self.steps, self.step_size, self.momentum = mask, steps, step_size, momentum
-        self.look, self.refresh, self.psnr, self.ssim = min(look, steps), refresh, psnr, ssim
+        self.psnr, self.ssim = psnr, ssim
 
     def compute(self, objective: Objective, batch: Batch, start: Tensor, generator: torch.Generator) -> Tensor:
         image, label, lattice = batch
@@ -82,16 +75,14 @@ class SALM(Perturbation):
         lower, upper = lattice.lower.to(image.dtype), lattice.upper.to(image.dtype)
         movable = lower < upper
         stride = self.step_size * lattice.levels
-        chosen = self.refresh == "once" and bool(start.any())
-        keep = (start != 0 if chosen else movable).to(image.dtype)
+        keep = movable.to(image.dtype)
         steps, mean = start.clone(), torch.zeros_like(start)
         seen = batch._replace(image=objective.network.view(image))  # the same in every step
         for step in range(1, self.steps + 1):
             gradient = self.gradient(objective, seen, steps * keep, generator)
             mean.mul_(self.momentum).add_(gradient.div_(mean_size(gradient)))
-            if not chosen and step >= self.look:
+            if step == min(LOOK, self.steps):
                 keep = self.mask(image, mean, label=label, movable=movable, generator=generator).to(image.dtype)
-                chosen = self.refresh != "step"
             torch.clamp(steps.sub_(mean.sign().mul_(stride)), lower, upper, out=steps)
         steps.mul_(keep)
         bounds = self._bounds(image, lattice)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from monai_salm.convolution import mean_nearby
 from monai_salm.errors import check_number, check_size
-from monai_salm.perturbations.base import Loss, Objective, mean_size
+from monai_salm.perturbations.base import Loss, Objective, mean_size, unreduced
 
 IGNORED = 255
 """Class index of voxels that have no part in the loss: the halo of a tile, and what lies outside of a volume."""
@@ -148,7 +148,7 @@ class VoxelObjective(Objective):
         truth = label[:, 0].long()
         share = weights.gather(1, truth.flatten(1).clamp(max=weights.shape[1] - 1)).reshape(truth.shape)
         truth = truth.masked_fill(truth == IGNORED, _NO_LOSS)
-        return (self.loss(network(seen), truth) * share).flatten(1).sum(1)
+        return (unreduced(self.loss(network(seen), truth), truth.shape) * share).flatten(1).sum(1)
 
     @staticmethod
     def _weights(image: Tensor, label: Tensor) -> Tensor:
