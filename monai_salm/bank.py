@@ -51,7 +51,8 @@ class PerturbationBank(Mapping[str, Tensor]):
 
     Args:
         path: the SQLite file.
-        fingerprint: digest of the configuration that the perturbations were fitted with; None: take any.
+        fingerprint: digest of the configuration that the perturbations are fitted with; None: take any. The first
+            round settles it: before that there is nothing that another one would spoil.
         create: make the file if there is none.
 
     Raises:
@@ -270,6 +271,8 @@ class PerturbationBank(Mapping[str, Tensor]):
     ) -> None:
         changes: dict[str, Any] = {"generation": generation, "round": round_, "finished": int(final)}
         changes |= {"state": state, "state_digest": hashlib.sha256(state).hexdigest()}
+        if self.fingerprint is not None:
+            changes["fingerprint"] = self.fingerprint
         best_score = db.execute("SELECT best_score FROM status").fetchone()[0]
         if final or best_score is None or score < best_score:
             changes |= {"best": generation, "best_score": score, "revision": _revision(db, generation)}
@@ -306,7 +309,7 @@ class PerturbationBank(Mapping[str, Tensor]):
                 db.execute(statement)
             db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            db.execute("INSERT INTO status (id, fingerprint) VALUES (1, ?)", (self.fingerprint or "",))
+            db.execute("INSERT INTO status (id, fingerprint) VALUES (1, '')")
 
     def _check_is_bank(self) -> None:
         with self._session() as db:
@@ -315,8 +318,8 @@ class PerturbationBank(Mapping[str, Tensor]):
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version != _SCHEMA_VERSION:
                 raise ValueError(f"{self.path} has bank version {version}, not {_SCHEMA_VERSION}: fit again")
-            found = db.execute("SELECT fingerprint FROM status").fetchone()[0]
-        if self.fingerprint is not None and found != self.fingerprint:
+            found, generation = db.execute("SELECT fingerprint, generation FROM status").fetchone()
+        if generation and self.fingerprint is not None and found != self.fingerprint:
             raise OtherSettingsError(
                 f"{self.path} was fitted with fingerprint {found[:12]!r}, now it is {self.fingerprint[:12]!r}: "
                 "the configuration or the images changed. Use a new output folder, or the old ones"

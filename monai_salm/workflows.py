@@ -189,7 +189,9 @@ def check_same_fit(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
     Raises:
         ValueError: When there are some, of another of our bundles, budget or mask ratio.
     """
-    if (output_dir / BANK).is_file() and bundle in bundle_names():
+    from monai_salm.bank import PerturbationBank
+
+    if bundle in bundle_names() and (output_dir / BANK).is_file() and len(PerturbationBank(output_dir / BANK)):
         changed = changed_settings(output_dir, bundle, overrides)
         if certain := [changed[name] for name in ("bundle", "epsilon", "mask_ratio") if name in changed]:
             raise ValueError(

@@ -237,11 +237,13 @@ def test_an_array_is_put_in_order_whatever_its_axes(
 
 
 def test_opening_with_another_configuration_names_the_way_out(bank: PerturbationBank) -> None:
+    assert PerturbationBank(bank.path, fingerprint="other").fingerprint == "other", "nothing was fitted yet"
+    bank.commit(cohort(1), round_=1, score=0.5, state=b"")
     for create in (False, True):
         assert PerturbationBank(bank.path, fingerprint="config", create=create).fingerprint == "config"
         with pytest.raises(ValueError, match="the configuration or the images changed. Use a new output folder"):
             PerturbationBank(bank.path, fingerprint="other", create=create)
-    assert len(PerturbationBank(bank.path)) == 0
+    assert len(PerturbationBank(bank.path)) == 2
 
 
 def test_opening_what_is_not_there_or_no_bank_fails_clearly(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
-from monai.data import MetaTensor
-from monai.handlers import StatsHandler
+from monai.data import CacheDataset, Dataset, MetaTensor
+from monai.handlers import EarlyStopHandler, StatsHandler
+from monai.transforms import Compose, Lambdad, OneOf, RandFlipd
 from torch import nn
 
 from monai_salm.engines import PerturbationTrainer
@@ -55,7 +57,7 @@ def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationT
         "max_epochs": rounds,
         "surrogate_steps": 3,
         "batch_size": 4,
-        "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps, look=1),
+        "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps),
         "budget": "8/255",
     } | options
     return PerturbationTrainer(
@@ -97,7 +99,7 @@ def voxel_trainer(
     surrogate = surrogate or segmenter(dims, guarded=guard > 0)
     given = {"view": RandomView(dims), "tile_size": (tile,) * (axes or dims), "halo": halo, "guard_weight": guard}
     options["objective"] = VoxelObjective(surrogate, nn.CrossEntropyLoss(reduction="none"), **given)
-    options["perturbation"] = method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps, look=1)
+    options["perturbation"] = method or SALM(mask=SparsityMask(ratio=0.3, scope="class"), steps=steps)
     return trainer(folder, volumes(dims) if dataset is None else dataset, rounds=2, **options)
 
 
@@ -219,10 +221,9 @@ def test_what_a_method_learned_of_the_cohort_survives_a_kill_and_serves_other_ca
     second.run()
     assert second.bank.revision == whole.bank.revision
     finished = trainer(tmp_path / "killed", **options | {"perturbation": ClasswiseErrorMinimizing()})
-    (other,) = finished.perturb(cases(1, shapes=((12, 12),)), calls=1).values()
+    (other,) = finished.perturb(cases(1, shapes=((12, 12),))).values()
     assert torch.equal(other, whole.bank.current("case-0")) and torch.equal(other, whole.bank.current("case-2"))
-    with pytest.raises(ValueError, match="call survey"):  # nothing is left of the fit before
-        trainer(tmp_path / "new", **options).perturb(cases(1, shapes=((12, 12),)), calls=1)
+    assert trainer(tmp_path / "new", **options).perturbation.learned is None, "nothing is left of the fit before"
 
 
 def test_nothing_is_perturbed_by_a_surrogate_that_was_not_fitted(tmp_path):
@@ -302,7 +303,7 @@ def test_another_setting_of_the_loss_is_another_fit(tmp_path):
     loss, weighted = (
         torch.nn.CrossEntropyLoss(reduction="none", weight=weight) for weight in (None, torch.tensor([1.0, 9.0]))
     )
-    trainer(tmp_path, objective=Objective(network, loss))
+    trainer(tmp_path, objective=Objective(network, loss)).run()
     with pytest.raises(ValueError, match="configuration"):
         trainer(tmp_path, objective=Objective(network, weighted))
     smoothed = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
@@ -326,10 +327,74 @@ def test_other_cases_get_perturbations_without_touching_bank_or_network(tmp_path
     assert all(torch.equal(delta, deltas[name]) for name, delta in fit.perturb(others).items())
 
 
-def test_it_stops_when_the_loss_has_settled(tmp_path):
-    fit = trainer(tmp_path, rounds=30, settle=0.99)
+def test_a_round_after_which_a_handler_ends_the_fit_is_the_result(tmp_path):
+    fit = trainer(tmp_path, rounds=30, model_file=tmp_path / "model.pt")
+    EarlyStopHandler(patience=2, score_function=lambda engine: 0.0, trainer=fit).attach(fit)
     fit.run()
-    assert fit.bank.finished and fit.state.epoch == 4
+    assert fit.bank.finished and fit.state.epoch == 3
+    assert all(torch.equal(fit.bank[name], delta) for name, delta in fit.deltas.items())
+    weights, network = torch.load(tmp_path / "model.pt", weights_only=True), fit.objective.network.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in network.items())
+
+
+@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("how", [RuntimeError, KeyboardInterrupt, None])
+def test_a_fit_that_ends_within_a_round_can_be_run_again(tmp_path, how, at):
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    fit, ended = trainer(tmp_path, model_file=tmp_path / "model.pt"), []
+
+    @fit.on(Events.ITERATION_COMPLETED)
+    def end() -> None:
+        if ended or fit.state.iteration < at:
+            return
+        ended.append(at)
+        if how:
+            raise how
+        fit.terminate()
+
+    with pytest.raises(how) if how else nullcontext():
+        fit.run()
+    assert not fit.bank.finished and not (tmp_path / "model.pt").exists(), "there is no result"
+    fit.run()
+    assert fit.bank.finished and fit.bank.revision == whole.bank.revision and (tmp_path / "model.pt").exists()
+    assert (fit.scores, fit.passes_per_image) == (whole.scores, whole.passes_per_image)
+
+
+def test_a_model_of_an_unfinished_fit_is_replaced(tmp_path):
+    fit = trainer(tmp_path, model_file=tmp_path / "model.pt")
+    torch.save({}, tmp_path / "model.pt")
+    fit.run()
+    assert torch.load(tmp_path / "model.pt", weights_only=True)
+
+
+def test_settings_are_free_until_a_round_is_complete(tmp_path):
+    trainer(tmp_path)  # only made
+    fit = trainer(tmp_path, steps=3)
+    fit.optimizer.param_groups[0]["lr"] = fit.base_rates[0] = 1e30
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        fit.run()
+    trainer(tmp_path, steps=4).run()
+    assert trainer(tmp_path, steps=4).bank.finished
+    with pytest.raises(ValueError, match="configuration"):
+        trainer(tmp_path, steps=3)
+
+
+def test_each_iteration_has_a_loss_also_where_nothing_is_trained(tmp_path):
+    losses = []
+    fit = trainer(tmp_path, surrogate_steps=0, rounds=2)
+    fit.add_event_handler(Events.ITERATION_COMPLETED, lambda: losses.append(float(fit.state.output[0]["loss"])))
+    fit.run()
+    assert losses == [0.0, 0.0]
+
+
+def test_a_dataset_that_changes_at_every_reading_is_refused(tmp_path):
+    flip = RandFlipd("image", prob=0.5)
+    for transform, name in ((flip, "RandFlipd"), (Compose([Compose([flip])]), "RandFlipd"), (OneOf([flip]), "OneOf")):
+        with pytest.raises(ValueError, match=f"{name} changes an image at every reading"):
+            trainer(tmp_path, Dataset(cases(), transform))
+    steady = Compose([Compose([Lambdad("image", lambda image: image)])])
+    trainer(tmp_path, CacheDataset(cases(), steady, progress=False))
 
 
 def test_bad_datasets_are_named(tmp_path):
@@ -561,7 +626,7 @@ def test_fit_of_volumes_whose_slices_are_scaled_differently_uses_each_slices_own
     dataset = sliced_cases()
     surrogate = Surrogate(SmallCNN(3, 1, 2, (4, 8)), (8, 8, 3))
     objective = Objective(surrogate, nn.CrossEntropyLoss(reduction="none"), view=RandomView(3))
-    method = SALM(mask=SparsityMask(ratio=0.5), steps=2, step_size=1.0, look=1)
+    method = SALM(mask=SparsityMask(ratio=0.5), steps=2, step_size=1.0)
     fit = trainer(tmp_path, dataset, rounds=1, objective=objective, perturbation=method, budget="2 physical")
     fit.run()
     for item in dataset:

@@ -46,7 +46,7 @@ class TestTrainer:
         first = trainer(tmp_path / "1", cases(8), model_file=tmp_path / "1/model.pt")
         first.run()
         further = cases(12)[8:]
-        expected = first.perturb(further, calls=3)
+        expected = first.perturb(further)
         later = trainer(tmp_path / "2", further, surrogate_file=tmp_path / "1/model.pt", model_file=tmp_path / "2/m.pt")
         later.run()
         assert later.bank.finished and set(later.bank) == set(expected)

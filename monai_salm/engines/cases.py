@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from monai.transforms import Compose, RandomizableTrait
 from monai.utils import CommonKeys
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from monai_salm.perturbations.base import Batch
+from monai_salm.errors import check_size
+from monai_salm.perturbations.base import Batch, Objective
 from monai_salm.perturbations.budget import Budget, Lattice
 from monai_salm.perturbations.codes import class_codes, voxel_codes
 from monai_salm.perturbations.voxels import IGNORED
@@ -57,16 +59,21 @@ class Cases:
 
     Args:
         dataset: items ``{"image": stored values from LoadStored, "label": class index}``, or with voxel labels, which
-            are (1, *spatial) class indices.
+            are (1, *spatial) class indices; the same ones at every reading.
         budget: largest change of a voxel.
         device: where tensors are handed out.
 
     Raises:
-        ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, or an image and its
-            voxel labels differ in shape.
+        ValueError: When the dataset is empty, an id occurs twice, the budget does not fit an image, an image and its
+            voxel labels differ in shape, or the dataset's transform is random.
     """
 
     def __init__(self, dataset: Dataset, budget: Budget, device: torch.device) -> None:
+        if random := _first_random(getattr(dataset, "transform", None)):
+            raise ValueError(
+                f"{random} changes an image at every reading, and its perturbation belongs to the file as it is; leave "
+                "it out of the dataset's transform: random views are the view of the objective"
+            )
         self.dataset, self.device = dataset, device
         self.n_classes, self.voxelwise = 0, False
         self.facts = [self._examine(at, budget) for at in track(range(len(dataset)), "reading")]  # type: ignore[arg-type]
@@ -143,6 +150,13 @@ class Cases:
                     "load both with LoadStored and LoadMask"
                 )
         return Facts(sample_id, target, codec, stored.shape, image_digest(stored), codec.levels(budget))
+
+
+def _first_random(transform: object) -> str:
+    """Name of a random transform in it; empty where there is none."""
+    if type(transform) is Compose:  # which counts as random, whatever is in it
+        return next(filter(None, map(_first_random, transform.transforms)), "")
+    return type(transform).__name__ if isinstance(transform, RandomizableTrait) else ""
 
 
 def _label(item: Mapping[str, object]) -> Tensor:
@@ -254,6 +268,24 @@ class Patches(Samples):
         sides = [(max(0, -at), size - length - max(0, -at)) for at, length, size in places]
         padding = [voxels for before, after in sides[::-1] for voxels in (before, after)]
         return F.pad(part, padding, value=fill)
+
+
+def samples_of(
+    cases: Cases, objective: Objective, patch_size: Sequence[int] | None, *, coded: bool, seed: int
+) -> Samples:
+    """What an objective's surrogate trains on: whole images, or patches of volumes with voxel labels."""
+    if cases.voxelwise:
+        size = objective.tile_size if patch_size is None else patch_size
+        for name, given in (("patch_size", size), ("tile_size", getattr(objective, "tile_size", size))):
+            check_size(name, given, len(cases.facts[0].shape) - 1)
+        return Patches(cases, size, coded=coded, seed=seed)
+    view = objective.network.view
+    if not hasattr(view, "spatial_size"):
+        raise ValueError(
+            "the surrogate sees each image on its own grid, and images that have labels as a whole are trained on in "
+            "one size: give the surrogate a spatial_size"
+        )
+    return ResizedImages(cases, view.spatial_size, view, coded=coded, seed=seed)
 
 
 class Steps:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -23,18 +24,16 @@ from torch.utils.data import Dataset
 
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
-from monai_salm.engines.cases import Cases, Patches, ResizedImages, Samples, Steps, derive
+from monai_salm.engines.cases import Cases, Steps, derive, samples_of
 from monai_salm.engines.errors import leave_to_the_caller
 from monai_salm.engines.kept import UnfinishedRound, load_weights, save_weights
-from monai_salm.errors import check_number, check_size
+from monai_salm.errors import check_number
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
 from monai_salm.records import Record, as_array, smallest_type
 from monai_salm.release.progress import track
 from monai_salm.surrogates import TextureReader
 
-SETTLED_OVER = 3
-"""Rounds over which the loss is compared to tell whether it has settled."""
 KEPT_EVERY_S = 20.0
 """Perturbations are put on disk so often; a killed run loses those since."""
 
@@ -45,7 +44,12 @@ class PerturbationTrainer(Trainer):
     An epoch is a round: ``surrogate_steps`` optimizer steps, then one call of the perturbation for every case, so that
     in the end every perturbation belongs to the final surrogate. Each round is one transaction of the bank, with all
     that is needed to go on: a run that was killed goes on from there and ends with the same bytes (on the same CPU and
-    versions). Everything random is drawn from ``seed`` and the position in the run, so no generator state is kept.
+    versions); the bank alone does that, a ``CheckpointLoader`` does not. Everything random in the fit is drawn from
+    ``seed`` and the position in the run, so no generator state is kept; the network's initial weights are the caller's
+    (``monai.utils.set_determinism`` before it is built).
+
+    A handler that terminates the fit at the end of a round, such as MONAI's ``EarlyStopHandler``, makes that round the
+    result. Within a round nothing is the result: the next run goes on from the last complete one.
 
     With ``transplant`` the surrogate sees the perturbation of one case on the image of another and has to tell the
     former's class: nothing but the perturbation can help. In the first round, when there are none, it learns to read
@@ -54,11 +58,12 @@ class PerturbationTrainer(Trainer):
 
     Args:
         device: where to compute.
-        max_epochs: rounds at most; fewer when the loss settles.
+        max_epochs: rounds at most.
         dataset: items ``{"image": stored values from LoadStored, "label": class index}``, or with (1, *spatial) class
-            indices from LoadMask for voxel labels. Shapes may differ.
+            indices from LoadMask for voxel labels. Shapes may differ; nothing random may be in its transform.
         objective: surrogate, loss and views; its network is trained here.
-        optimizer: of the surrogate's parameters.
+        optimizer: of the surrogate's parameters. Each round warms its learning rate up and lets it fall to 0, so that a
+            schedule of yours would have no effect.
         perturbation: the method, such as :py:class:`monai_salm.perturbations.salm.SALM`.
         budget: largest change of a voxel, see :py:meth:`Budget.parse`.
         bank_file: where the perturbations go (SQLite); an unfinished fit there is continued.
@@ -68,17 +73,20 @@ class PerturbationTrainer(Trainer):
         patch_size: with voxel labels, voxels per axis of what the surrogate trains on; default: the objective's tile.
         transplant: train the surrogate on perturbations moved to other images, see above.
         seed: of everything random; the secret of the release.
-        settle: stop when the loss fell by less than this fraction within three rounds; 0 runs all rounds.
         model_file: where the final surrogate's weights go; None: nowhere.
         surrogate_file: weights of an earlier fit, as ``model_file`` has them. The surrogate is then used as it is, with
             ``surrogate_steps`` or not: each round only makes perturbations, so that further cases are protected alike.
-        train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``.
+        train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``, 0 where the
+            surrogate is not trained.
 
     Raises:
-        ValueError: When a number is out of range, the dataset is empty, an id occurs twice, the budget does not fit an
-            image, or the bank holds a fit with another configuration; when the surrogate has no ``spatial_size`` and
-            whole images have labels; when the weights are not of this network, and when the device cannot be used.
+        ValueError: When a number is out of range, the dataset is empty or random, an id occurs twice, the budget does
+            not fit an image, or the bank holds a fit with another configuration; when the surrogate has no
+            ``spatial_size`` and whole images have labels; when the weights are not of this network, and when the device
+            cannot be used.
     """
+
+    interrupt_resume_enabled = False  # ignite's way to go on within a round, which is ours only at its beginning
 
     def __init__(
         self,
@@ -96,7 +104,6 @@ class PerturbationTrainer(Trainer):
         patch_size: Sequence[int] | None = None,
         transplant: bool = True,
         seed: int = 0,
-        settle: float = 0.0,
         model_file: str | os.PathLike[str] | None = None,
         surrogate_file: str | os.PathLike[str] | None = None,
         train_handlers: Sequence[Any] | None = None,
@@ -106,7 +113,7 @@ class PerturbationTrainer(Trainer):
         check_number("surrogate_steps", surrogate_steps, least=0, most=1e9, whole=True)
         check_number("seed", seed, whole=True)
         self.objective, self.optimizer, self.perturbation = objective, optimizer, perturbation
-        self.budget, self.batch_size, self.seed, self.settle = Budget.parse(budget), batch_size, seed, settle
+        self.budget, self.batch_size, self.seed = Budget.parse(budget), batch_size, seed
         self.model_file, self.transplant, self.patch_size = model_file, transplant, patch_size
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         check_number("learning_rate", min(self.base_rates), above=0, most=1000)
@@ -125,16 +132,16 @@ class PerturbationTrainer(Trainer):
             decollate=False,
         )
         leave_to_the_caller(self)
-        self.samples = self._samples()
+        self.samples = samples_of(self.cases, objective, patch_size, coded=transplant, seed=derive(seed, "codes"))
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
         self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
         self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), self.bank.fingerprint)
-        self.deltas: dict[str, Tensor] = {}
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
         self._prime()
         self.perturbation.learned = None  # a method may come from another fit
+        self._initial: dict[str, Any] = {}
         self._restore()
         self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
         self.add_event_handler(Events.EPOCH_COMPLETED, lambda: self._end_round({}, {}))
@@ -142,33 +149,43 @@ class PerturbationTrainer(Trainer):
 
     def run(self) -> None:
         """Fit from what an earlier run has done to the end; returns at once when the bank is finished."""
-        if not self.bank.finished:
+        fitting = not self.bank.finished
+        if fitting:
             self._fit()
+        if not self.bank.finished:  # a handler ended it
+            return
         self._unfinished.clear()
-        if self.model_file is not None and not Path(self.model_file).is_file():
+        if self.model_file is not None and (fitting or not Path(self.model_file).is_file()):
             save_weights(self.objective.network, Path(self.model_file))
 
     def _fit(self) -> None:
+        if self._initial:  # an earlier run of this object did not end
+            self._restore()
+        else:
+            self._initial = copy.deepcopy(self._state())
         kept = self._unfinished.read(self.state.epoch + 1, self._compute_device)
         self._bar = track(range(self._ticks_left() - (self.state.epoch_length if kept else 0)), "fitting")
         if kept is not None:
             self._go_on(*kept)
         if not self.bank.finished:
             super().run()
-        for _ in self._bar:  # a fit that settled early leaves ticks
+        for _ in self._bar:  # a fit that a handler ended leaves ticks
             pass
+        if not self.bank.finished and 0 < self.state.epoch == len(self.scores):
+            self._commit(final=True)
 
     def _go_on(self, state: dict[str, Any], deltas: dict[str, Tensor], tally: dict[str, float]) -> None:
         """The rest of a round whose surrogate is trained, and of whose cases some are perturbed."""
         self._load(state, self.state.epoch + 1)
         self._end_round(deltas, tally)
 
-    def perturb(self, dataset: Dataset, calls: int | None = None) -> dict[str, Tensor]:
-        """Perturbations of other cases by the frozen surrogate; neither it nor the bank changes.
+    def perturb(self, dataset: Dataset) -> dict[str, Tensor]:
+        """Perturbations of other cases by the frozen surrogate, from none in as many calls as a case had in the fit.
+
+        Neither the surrogate nor the bank changes.
 
         Args:
             dataset: items as for the fit.
-            calls: calls of the perturbation per case, from none; default: as many as a case had in the fit.
 
         Returns:
             (C, *spatial) integer lattice steps by sample id.
@@ -176,12 +193,11 @@ class PerturbationTrainer(Trainer):
         Raises:
             ValueError: When there was no fit yet.
         """
-        calls = calls or self.state.epoch
-        if not calls:
+        if not self.state.epoch:
             raise ValueError("nothing was fitted that other cases could be perturbed by; call run() first")
         cases = Cases(dataset, self.budget, self._compute_device)
         deltas: dict[str, Tensor] = {}
-        for call in range(calls):
+        for call in range(self.state.epoch):
             for batch in track(self._groups(cases), "perturbing"):
                 deltas |= self._perturb(cases, batch, deltas, ("other", call))
         return deltas
@@ -202,7 +218,7 @@ class PerturbationTrainer(Trainer):
             "optimizer": [type(self.optimizer).__name__, str(sorted(self.optimizer.defaults.items()))],
             "perturbation": str(self.perturbation),
             "budget": str(self.budget),
-            "rounds": [self.state.max_epochs, self.state.epoch_length, self.batch_size, self.seed, self.settle],
+            "rounds": [self.state.max_epochs, self.state.epoch_length, self.batch_size, self.seed],
             "cases": [[fact.sample_id, fact.label, fact.digest] for fact in self.cases.facts],
         }
         if self.cases.voxelwise:
@@ -223,7 +239,7 @@ class PerturbationTrainer(Trainer):
         """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
         if not self.trains:
             next(self._bar, None)
-            return []
+            return [{CommonKeys.LOSS: torch.zeros(())}]
         started, before = time.monotonic(), self.objective.passes
         generator = self._generator("step", engine.state.iteration)
         clean, delta, label = self.samples(batchdata, self.deltas, generator)
@@ -243,22 +259,6 @@ class PerturbationTrainer(Trainer):
         next(self._bar, None)
         return [{CommonKeys.LOSS: loss.detach()}]
 
-    def _samples(self) -> Samples:
-        """What the surrogate trains on: whole images, or patches of volumes with voxel labels."""
-        options = {"coded": self.transplant, "seed": derive(self.seed, "codes")}
-        if self.cases.voxelwise:
-            size = self.objective.tile_size if self.patch_size is None else self.patch_size
-            for name, given in (("patch_size", size), ("tile_size", getattr(self.objective, "tile_size", size))):
-                check_size(name, given, len(self.cases.facts[0].shape) - 1)
-            return Patches(self.cases, size, **options)
-        view = self.objective.network.view
-        if not hasattr(view, "spatial_size"):
-            raise ValueError(
-                "the surrogate sees each image on its own grid, and images that have labels as a whole are trained on "
-                "in one size: give the surrogate a spatial_size"
-            )
-        return ResizedImages(self.cases, view.spatial_size, view, **options)
-
     def _warmth(self, step: int) -> float:
         """Learning rate of a round's step as a fraction of the optimizer's: warm-up over a fifth, then a cosine."""
         position = (step + 1) / self.state.epoch_length
@@ -267,11 +267,7 @@ class PerturbationTrainer(Trainer):
     def _end_round(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> None:
         self.scores.append(self._perturb_all(done, tally))
         self.state.metrics["perturbed_loss"] = self.scores[-1]
-        settled = self._settled()
-        self._commit(final=settled or self.state.epoch == self.state.max_epochs)
-        if settled:
-            self.logger.info(f"the loss has settled after {self.state.epoch} rounds")
-            self.terminate()
+        self._commit(final=self.state.epoch == self.state.max_epochs)
 
     def _perturb_all(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> float:
         """One call of the perturbation for every case that is not done; returns the mean objective on the way."""
@@ -322,11 +318,6 @@ class PerturbationTrainer(Trainer):
         types = (getattr(torch, smallest_type(fact.levels)) for fact in facts)
         return {fact.sample_id: delta.to(kind) for fact, kind, delta in zip(facts, types, found.cpu(), strict=True)}
 
-    def _settled(self) -> bool:
-        if not self.settle or len(self.scores) <= SETTLED_OVER:
-            return False
-        return self.scores[-1] > (1 - self.settle) * self.scores[-1 - SETTLED_OVER]
-
     def _generator(self, *position: Any) -> torch.Generator:
         return torch.Generator().manual_seed(derive(self.seed, *position))
 
@@ -358,12 +349,15 @@ class PerturbationTrainer(Trainer):
             reader.look_for(self.samples.codes, self._generator("prime"))
 
     def _restore(self) -> None:
-        kept = self.bank.state()
-        if kept is None:
-            return
-        round_, blob = kept
-        self._load(torch.load(io.BytesIO(blob), map_location=self._compute_device, weights_only=True), round_)
-        if not self.bank.finished:
+        """Everything as the last complete round left it, or as it was before the first."""
+        round_, blob = self.bank.state() or (0, b"")
+        state = copy.deepcopy(self._initial)
+        if round_:
+            state = torch.load(io.BytesIO(blob), map_location=self._compute_device, weights_only=True)
+        if state:
+            self._load(state, round_)
+        self.deltas: dict[str, Tensor] = {}
+        if round_ and not self.bank.finished:
             self.deltas = {fact.sample_id: self.bank.current(fact.sample_id) for fact in self.cases.facts}
 
     def _load(self, state: dict[str, Any], round_: int) -> None:
