@@ -54,7 +54,6 @@ class Method:
     """How perturbations come about: a trainer of the configuration, with other values; without them there are none."""
 
     overrides: Mapping[str, Any] | None = None
-    trainer: str = "train::trainer"
 
 
 def _target(name: str, **options: Any) -> dict[str, Any]:
@@ -104,7 +103,7 @@ METHODS: dict[str, Method] = {
     "clean": Method(),
     "blind": Method(),
     "random_noise": _pattern("salm.RandomSign", mask=_target("masks.SparsityMask", ratio="@mask_ratio")),
-    "random_mask_0.4": Method({"mask_ratio": 0.4}, "control::trainer"),
+    "random_mask_0.4": Method({"mask_ratio": 0.4, "perturbation::mask::criterion": "random"}),
     "salm_1.0": Method({"mask_ratio": 1.0}),
     "salm_0.4": Method({"mask_ratio": 0.4}),
     "salm_0.2": Method({"mask_ratio": 0.2}),
@@ -188,11 +187,11 @@ def fitted_trainer(
     values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **method.overrides, **(overrides or {})}
     bundle = f"salm_{len(spatial_size)}d_classification"
     shipped = (bundle_path(bundle) / "configs/train.yaml").read_text()
-    decisive = json.dumps([shipped, values, method.trainer, _digest(dataset), _code()], sort_keys=True)
+    decisive = json.dumps([shipped, values, _digest(dataset), _code()], sort_keys=True)
     folder = work / hashlib.sha256(decisive.encode()).hexdigest()[:16]
     parser = configured(bundle, {**values, "output_dir": str(folder), "train::dataset": dataset})
     set_determinism(seed=seed)
-    trainer = parser.get_parsed_content(method.trainer)
+    trainer = parser.get_parsed_content("train::trainer")
     trainer.run()
     return trainer
 

@@ -63,28 +63,24 @@ def _rival(name: str) -> dict[str, Any]:
     return {**ALTERNATING, "perturbation": {"_target_": target, "steps": "@perturbation_steps"}}
 
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "protected": ("train::trainer", {}),
-    "random_mask": ("control::trainer", {}),
-    "em": (
-        "train::trainer",
-        {**ALTERNATING, "mask_ratio": 1.0, "perturbation::step_size": 0.1, "perturbation::momentum": 0.0},
-    ),
-    "contour_interior": ("train::trainer", _rival("ContourInterior")),
-    "slice_spectrum": ("train::trainer", _rival("SliceSpectrum")),
+METHODS: dict[str, dict[str, Any]] = {
+    "protected": {},
+    "random_mask": {"mask_criterion": "random"},
+    "em": {**ALTERNATING, "mask_ratio": 1.0, "perturbation::step_size": 0.1, "perturbation::momentum": 0.0},
+    "contour_interior": _rival("ContourInterior"),
+    "slice_spectrum": _rival("SliceSpectrum"),
 }
-"""Which trainer of the bundle fits an arm, and what differs from the bundle's configuration."""
+"""What differs from the bundle's configuration in the fit of an arm."""
 
 
 def fit(method: str, settings: Mapping[str, Any], bank: Path) -> dict[str, Any]:
     """Fit a method into ``bank``, or take what is there; its cost and fidelity. To be run in a process of its own."""
     torch.set_num_threads(1)
     kept = bank.exists()
-    trainer_id, overrides = METHODS[method]
-    parser = configured(BUNDLE, {**settings, **overrides})
-    parser[f"{trainer_id}::bank_file"] = str(bank)
+    files = {"train::trainer::bank_file": str(bank), "train::trainer::model_file": None}
+    parser = configured(BUNDLE, {**settings, **METHODS[method], **files})
     set_determinism(seed=parser["seed"])
-    trainer = parser.get_parsed_content(trainer_id)
+    trainer = parser.get_parsed_content("train::trainer")
     before = _peak_memory()
     trainer.run()
     return {

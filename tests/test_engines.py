@@ -18,6 +18,7 @@ from torch import nn
 
 from monai_salm.engines import PerturbationTrainer
 from monai_salm.engines.cases import Cases, Patches
+from monai_salm.engines.control import with_random_mask
 from monai_salm.perturbations.base import Objective
 from monai_salm.perturbations.budget import Budget
 from monai_salm.perturbations.classwise import ClasswiseErrorMinimizing
@@ -366,6 +367,21 @@ def test_a_model_of_an_unfinished_fit_is_replaced(tmp_path):
     torch.save({}, tmp_path / "model.pt")
     fit.run()
     assert torch.load(tmp_path / "model.pt", weights_only=True)
+
+
+@each_kind
+def test_a_control_is_the_same_fit_from_its_beginning_with_a_random_mask(tmp_path, make):
+    fit, options = make(tmp_path), {"ratio": 0.4} if make is trainer else {"ratio": 0.3, "scope": "class"}
+    controls = [with_random_mask(fit, tmp_path / "before.sqlite")]
+    fit.run()
+    controls.append(with_random_mask(fit, tmp_path / "after.sqlite"))
+    random = SALM(mask=SparsityMask(**options, criterion="random"), steps=2)
+    controls.append(make(tmp_path / "said", **{"perturbation" if make is trainer else "method": random}))
+    for control in controls:
+        control.run()
+    assert len({control.bank.revision for control in controls}) == 1 and fit.perturbation.mask.criterion == "gradient"
+    with pytest.raises(ValueError, match="LabelMarker has no mask"):
+        with_random_mask(voxel_trainer(tmp_path / "marker", method=LabelMarker()), tmp_path / "control.sqlite")
 
 
 def test_settings_are_free_until_a_round_is_complete(tmp_path):
