@@ -122,14 +122,12 @@ def measure(settings: dict[str, Any], methods: Sequence[str], victims: Sequence[
     parser = configured(BUNDLE, settings)
     set_determinism(seed=parser["seed"])
     parser["study::victims"] = {name: parser["study::victims"][name] for name in victims}
-    parser["study::timing"] = {}
-    parser["study::controls"] = {}
     parser["study::workers"] = workers
     parser["study::rules"] = {"min_victims": min(2, len(victims))}
     parser.get_parsed_content("protect_cohort")()
-    study = parser.get_parsed_content("study")
-    study.controls = {name: PerturbationBank(bank) for name, bank in banks.items() if name != "protected"}
-    results = study.run()
+    study, trainer, held_out = (parser.get_parsed_content(name) for name in ("study", "train::trainer", "held_out"))
+    controls = {name: PerturbationBank(bank) for name, bank in banks.items() if name != "protected"}
+    results = study.run(trainer, controls, held_out)
     return {**results, "fits": costs, "config": {**results["config"], **{k: str(v) for k, v in settings.items()}}}
 
 

@@ -21,6 +21,7 @@ from monai.transforms import (
     RandSpatialCropSamplesd,
     SpatialPadd,
 )
+from test_study import HELD_OUT, trainer
 from torch import nn
 
 from monai_salm.io.masks import read_mask
@@ -385,11 +386,8 @@ def test_study_of_voxel_labels_end_to_end(released, out, capsys):
         out,
         seeds=2,
         victims={"tiny": TinySegmenter, "narrow": partial(TinySegmenter, width=8)},
-        controls={"random_mask": random_mask},
-        held_out_deltas=lambda: swap(cohort),
-        mask_ratio=0.1,
         rules={"min_seeds": 2},
-    ).run()
+    ).run(trainer(swap(cohort)), {"random_mask": random_mask}, HELD_OUT)
     validate_results(results)
     assert json.loads((out / "report.json").read_text()) == results
     assert results["metric"] == "dice" and results["chance"] is None and results["schema_version"] == "2.0"
@@ -480,7 +478,7 @@ def test_missing_classes_and_arguments_of_the_other_task_are_named(released, out
     with pytest.raises(ValueError, match="transforms"):
         study(cohort, out, augment=RandomView(3))
     with pytest.raises(ValueError, match="label_marker"):
-        study(cohort, out, controls={"label_marker": {}})
+        study(cohort, out).run(controls={"label_marker": {}})
     rows = []
     for index in range(4):
         label = np.zeros((8, 8, 8), np.uint8)

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -119,6 +120,23 @@ def study(cohort: Cohort, out: Path, **options) -> VictimStudy:
     return VictimStudy(cohort=cohort, output_dir=out, **given | options)
 
 
+HELD_OUT = ["held-out cases"]
+FIT = {"seed": 3, "surrogate_steps": 9, "batch_size": 4, "transplant": True}
+
+
+def trainer(deltas: dict[str, np.ndarray]) -> SimpleNamespace:
+    """What a study asks of a trainer, which would perturb held-out cases by ``deltas``."""
+
+    def perturb(dataset: list[str]) -> dict[str, np.ndarray]:
+        assert dataset is HELD_OUT
+        return deltas
+
+    made = {"perturbation": SimpleNamespace(mask=SimpleNamespace(ratio=0.1)), "base_rates": [0.01], "seconds": 5.0}
+    made |= {"state": SimpleNamespace(max_epochs=3), "objective": SimpleNamespace(view="as it is"), "perturb": perturb}
+    passes = {"surrogate_training": 3.0, "perturbation": 4.0, "total": 7.0}
+    return SimpleNamespace(**FIT | made, passes_per_image=passes)
+
+
 def means(results: dict) -> dict[str, float]:
     return {arm: part["all"]["balanced_accuracy"]["mean"] for arm, part in results["summary"].items()}
 
@@ -186,6 +204,7 @@ def test_diverged_victim_is_no_evidence():
 
 def test_marker_takes_the_anatomy_away_and_blind_is_chance(released, out):
     cohort, _ = released
+    fit = trainer(markers(cohort))
     random_mask = {name: np.roll(delta, (3, 3), (1, 2)) for name, delta in markers(cohort, 1).items()}
     plain = WindowVisibility(0.0, 1000.0, 30.0, 0.9, 45.0, 0.99)
     VisibilityLog(out).keep([CaseVisibility("a", (plain,)), CaseVisibility("b", (replace(plain, psnr=None),))])
@@ -193,14 +212,14 @@ def test_marker_takes_the_anatomy_away_and_blind_is_chance(released, out):
         cohort,
         out,
         victims={"corner": Brightness, "cnn": partial(SmallCNN, 2, 1, 2, features=(4, 8))},
-        controls={"random_mask": random_mask},
-        held_out_deltas=lambda: markers(cohort),
-        mask_ratio=0.1,
-        passes_per_image={"surrogate_training": 3.0, "perturbation": 4.0, "total": 7.0},
-        config=lambda: {"epsilon": BUDGET},
+        config={"epsilon": BUDGET},
         rules={"ssim_mean": 0.1, "min_seeds": 2},
-    ).run()
+    ).run(fit, {"random_mask": SimpleNamespace(bank=random_mask, seconds=6.0)}, HELD_OUT)
     validate_results(results)
+    told = {"mask": str(fit.perturbation), "rounds": 3, "learning_rate": 0.01, "view": "as it is"}
+    assert results["config"] == {"epsilon": BUDGET, **FIT, **told}
+    assert results["fidelity"]["mask_fraction_asked"] == 0.1
+    assert results["timing"].items() >= {"fit": 5.0, "fit of the random-mask control": 6.0}.items()
     found = means(results)
     assert list(found) == ["clean", "protected", "random_noise", "random_mask", "blind"]
     assert found["clean"] > 0.9
@@ -276,9 +295,9 @@ def test_worker_processes_give_the_same_rows(released, out):
     cohort, _ = released
     options = {"victims": {"cnn": partial(SmallCNN, 2, 1, 2, features=(4,))}, "epochs": 3, "augment": RandomView(2)}
     ledger = out / "private" / "study.jsonl"
-    side_by_side = study(cohort, out, workers=2, held_out_deltas=markers(cohort), **options).run()
+    side_by_side = study(cohort, out, workers=2, **options).run(trainer(markers(cohort)), None, HELD_OUT)
     ledger.unlink()
-    alone = study(cohort, out, workers=1, held_out_deltas=markers(cohort), **options).run()
+    alone = study(cohort, out, workers=1, **options).run(trainer(markers(cohort)), None, HELD_OUT)
     assert untimed(side_by_side["arms"]) == untimed(alone["arms"])
     assert side_by_side["utility"] == alone["utility"]
 
@@ -318,7 +337,7 @@ def test_one_case_of_a_control_is_missing(released, out):
     control = markers(cohort)
     del control[cohort.train[3].sample_id]
     with pytest.raises(ValueError, match="control 'random_mask'.* no perturbation for case-"):
-        study(cohort, out, controls={"random_mask": control}).run()
+        study(cohort, out).run(controls={"random_mask": control})
 
 
 def test_missing_protected_file_is_an_integrity_error(released, out):
@@ -381,13 +400,17 @@ def test_unprotected_folder_and_missing_classes_are_named(released, out, tmp_pat
         ({"workers": 0}, "workers is 0"),
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": 0.0}, "learning_rate"),
-        ({"controls": {"blind": {}}}, "blind"),
         ({"budget": "0 stored"}, "above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(released, out, options, words):
     with pytest.raises(ValueError, match=words):
         study(released[0], out, **options)
+
+
+def test_a_control_of_a_name_that_is_taken_is_refused(released, out):
+    with pytest.raises(ValueError, match="may not be called blind"):
+        study(released[0], out).run(controls={"blind": {}})
 
 
 def test_victim_with_wrong_number_of_outputs_is_refused(released, out):
@@ -433,8 +456,7 @@ def test_volumes_are_studied_too(tmp_path):
         victims={"cnn": partial(SmallCNN, 3, 1, 2, features=(4,))},
         seeds=[7],
         epochs=2,
-        held_out_deltas=deltas,
-    ).run()
+    ).run(trainer(deltas), None, HELD_OUT)
     assert [row["seed"] for row in results["arms"]] == [7] * 4
     assert results["fidelity"]["max_error_stored"] == 1
     assert len(results["utility"]) == 1

@@ -10,47 +10,9 @@ import torch
 from torch import nn
 
 from monai_salm.errors import check_number, check_size
-from monai_salm.release.labels import Cohort
-from monai_salm.verification.defenses import defenses_of
-from monai_salm.verification.segmenters import Segmentation
 from monai_salm.verification.training import victim_digest
 
-__all__ = ["check_settings", "check_study", "seeds_of"]
-
-
-def check_study(
-    cohort: Cohort,
-    *,
-    spatial_dims: int,
-    spatial_size: Sequence[int],
-    in_channels: int,
-    victims: Mapping[str, Callable[[], nn.Module]],
-    seeds: Sequence[int] | int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    defenses: str | Sequence[str] | None,
-    eval_split: str,
-    workers: int | None = None,
-    resample: float = 1.0,
-) -> None:
-    """Whether a study with these settings can be, before hours of a fit are spent for it; each victim is tried once.
-
-    Args:
-        in_channels: colors of the images.
-        cohort, spatial_dims, spatial_size, victims, seeds, epochs, batch_size, learning_rate, defenses, eval_split,
-            workers, resample: as of :class:`VictimStudy`.
-
-    Raises:
-        ValueError: When it cannot.
-    """
-    cohort.tested(eval_split)
-    recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    check_settings(spatial_dims, spatial_size, victims, seeds_of(seeds), recipe, workers)
-    if cohort.voxelwise:
-        Segmentation(tuple(cohort.classes), tuple(spatial_size), resample=resample)
-    defenses_of(defenses or (), cohort.voxelwise)
-    _check_victims(victims, (in_channels, *spatial_size), len(cohort.classes), cohort.voxelwise)
+__all__ = ["check_settings", "check_victims", "seeds_of"]
 
 
 def seeds_of(seeds: Sequence[int] | int) -> list[int]:
@@ -86,7 +48,7 @@ def check_settings(
         raise ValueError(f"a study needs a victim and different seeds; got {list(victims)} and {list(seeds)}")
 
 
-def _check_victims(
+def check_victims(
     victims: Mapping[str, Callable[[], nn.Module]], size: Sequence[int], n_classes: int, voxelwise: bool
 ) -> None:
     """Try each kind of victim once.

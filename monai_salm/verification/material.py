@@ -41,7 +41,7 @@ class Settings:
     window: Window
     budget: Budget
     controls: Mapping[str, Deltas]
-    held_out_deltas: Callable[[], Deltas] | Deltas | None
+    held_out_deltas: Callable[[], Deltas] | None
     ssim_cases: int
     device: torch.device
     seed: int
@@ -114,8 +114,7 @@ class Material:
 
     def _held_out_deltas(self) -> Deltas | None:
         given = self._settings.held_out_deltas
-        unreleased = self._held_out - self._twins.keys()
-        return given() if unreleased and callable(given) else given  # type: ignore[return-value]
+        return given() if given and self._held_out - self._twins.keys() else None
 
     def _read(self, case: Case) -> None:
         settings, task, name = self._settings, self._settings.task, case.sample_id

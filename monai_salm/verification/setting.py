@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study ran on, and what no study here tests: the parts of a report that are not measured."""
+"""What a study ran on, with which fit, and what no study here tests: what is not measured of a report."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from monai_salm import __version__
+from monai_salm.engines import PerturbationTrainer
 
-__all__ = ["cores", "machine", "not_tested", "versions"]
+__all__ = ["cores", "fit_settings", "machine", "not_tested", "seconds_of", "versions"]
 
 _NOT_TESTED: dict[str, frozenset[str]] = {
     "Defenses: JPEG compression, resampling, blurring and other filters that may be used before training.": frozenset(
@@ -49,6 +50,28 @@ def not_tested(defenses: Collection[str] = ()) -> list[str]:
         *(["Defenses other than the listed ones, other strengths of these, and several at once."] * bool(defenses)),
         *left,
     ]
+
+
+def fit_settings(trainer: PerturbationTrainer | None) -> dict[str, Any]:
+    """What a trainer was made with."""
+    if trainer is None:
+        return {}
+    return {
+        "seed": trainer.seed,
+        "mask": str(trainer.perturbation),
+        "rounds": trainer.state.max_epochs,
+        "surrogate_steps": trainer.surrogate_steps,
+        "batch_size": trainer.batch_size,
+        "learning_rate": trainer.base_rates[0],
+        "transplant": trainer.transplant,
+        "view": str(trainer.objective.view),
+    }
+
+
+def seconds_of(trainer: Any, controls: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of the fits that made perturbations, where it was trainers of this process."""
+    fits = {"fit": trainer} | {f"fit of the {name.replace('_', '-')} control": made for name, made in controls.items()}
+    return {name: made.seconds for name, made in fits.items() if hasattr(made, "seconds")}
 
 
 def versions() -> dict[str, str]:

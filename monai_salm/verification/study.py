@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch.utils.data import Dataset
 
+from monai_salm.engines import PerturbationTrainer
 from monai_salm.io.base import Case, Window
 from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import commit as door
@@ -27,7 +29,7 @@ from monai_salm.release.protect import IntegrityError, read_protected, read_refu
 from monai_salm.release.visibility import read_visibility
 from monai_salm.surrogates import RandomView
 from monai_salm.verification.arms import Arm, Deltas, VolumeArm
-from monai_salm.verification.asked import check_settings, seeds_of
+from monai_salm.verification.asked import check_settings, check_victims, seeds_of
 from monai_salm.verification.defenses import defenses_of
 from monai_salm.verification.fidelity import SSIM_CASES
 from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
@@ -43,7 +45,7 @@ from monai_salm.verification.resistance import (
 )
 from monai_salm.verification.results import build_results, write_json
 from monai_salm.verification.segmenters import Segmentation, Transforms
-from monai_salm.verification.setting import machine, not_tested, versions
+from monai_salm.verification.setting import fit_settings, machine, not_tested, seconds_of, versions
 from monai_salm.verification.training import Task, victim_digest
 from monai_salm.verification.utility import utility_rows
 from monai_salm.verification.verdict import PROTECTED, VerdictRules
@@ -84,11 +86,7 @@ class VictimStudy:
         transforms: makes training patches of a labeled image, such as a ``Compose`` of random crops and MONAI's usual
             augmentation; segmentation, see :py:class:`monai_salm.verification.segmenters.Segmentation`.
         resample: voxel size of the study relative to the files'; segmentation.
-        controls: further arms, as perturbations by ``sample_id``, such as ``{"random_mask": bank}``.
-        held_out_deltas: perturbations of held-out cases, or a function that makes them, to measure what protection does
-            to a model that was trained on clean images. Held-out cases that were released need none.
-        mask_ratio: the fraction that the configuration asked for.
-        passes_per_image, timing, config: parts of the report, or functions that return them.
+        config: what the report tells of the settings, besides what the trainer knows.
         eval_split: ``"test"``, or ``"val"`` to make choices without a look at the test cases.
         defenses: ``"standard"``, ``"full"``, or names of defenses that victims are trained with too, on the clean and
             the protected arm, see :py:mod:`monai_salm.verification.defenses`; they do not change the verdict.
@@ -120,12 +118,7 @@ class VictimStudy:
         augment: RandomView | None = None,
         transforms: Transforms | None = None,
         resample: float = 1.0,
-        controls: Mapping[str, Deltas] | None = None,
-        held_out_deltas: Callable[[], Deltas] | Deltas | None = None,
-        mask_ratio: float | None = None,
-        passes_per_image: Callable[[], Mapping[str, float]] | Mapping[str, float] | None = None,
-        timing: Callable[[], Mapping[str, float]] | Mapping[str, float] | None = None,
-        config: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         eval_split: str = "test",
         defenses: str | Sequence[str] | None = None,
         rules: Mapping[str, Any] | None = None,
@@ -133,43 +126,76 @@ class VictimStudy:
         workers: int | None = None,
         seed: int = 0,
     ) -> None:
+        self.window, self.seeds = as_window(window), seeds_of(seeds)
+        self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        check_settings(spatial_dims, spatial_size, victims, self.seeds, self.recipe, workers)
+        cohort.tested(eval_split)
         self.cohort, self.output_dir = cohort, Path(output_dir).absolute()
         self.spatial_dims, self.spatial_size = spatial_dims, tuple(int(size) for size in spatial_size)
-        self.window = as_window(window)
         self.victims, self.budget = dict(victims), Budget.parse(budget)
-        self.seeds = seeds_of(seeds)
-        self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         self.recipe["weight_decay"] = weight_decay
         self.learning = self._task(augment, transforms, resample)
-        self.controls = dict(controls or {})
-        self.held_out_deltas, self.mask_ratio = held_out_deltas, mask_ratio
-        self.passes_per_image, self.timing, self.config = passes_per_image, timing, config
-        self.eval_split, self.seed = eval_split, seed
+        self.config, self.eval_split, self.seed = dict(config or {}), eval_split, seed
         self.defenses = defenses_of(defenses, self.cohort.voxelwise) if defenses else ()
         self.rules = VerdictRules(**{**self.learning.rules, **(rules or {})})
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.workers = default_workers(self.device) if workers is None else workers
         self.results: dict[str, Any] | None = None
-        self._check_arguments()
 
-    def run(self) -> dict[str, Any]:
+    def check(self, in_channels: int) -> None:
+        """Try each victim once on images of ``in_channels`` colors, before hours of a fit are spent for the study.
+
+        Raises:
+            ValueError: When one cannot be trained on images of this size, or its output does not fit the classes.
+        """
+        size = (in_channels, *self.spatial_size)
+        check_victims(self.victims, size, len(self.cohort.classes), self.cohort.voxelwise)
+
+    def run(
+        self,
+        trainer: PerturbationTrainer | None = None,
+        controls: Mapping[str, PerturbationTrainer | Deltas] | None = None,
+        held_out: Dataset | None = None,
+    ) -> dict[str, Any]:
         """Do what is not done yet, write the report and print the verdict.
+
+        Args:
+            trainer: of the perturbations, for what the report tells of the fit.
+            controls: further arms, as trainers or perturbations by ``sample_id``, such as ``{"random_mask": bank}``.
+            held_out: items, as for the trainer, of held-out cases that were not released: it perturbs them to measure
+                what protection does to a model that was trained on clean images.
 
         Returns:
             The contents of ``report.json``.
 
         Raises:
-            ValueError: When nothing was protected, or a class is missing among training or held-out cases.
+            ValueError: When nothing was protected, a class is missing among training or held-out cases, or a control
+                has the name of an arm that the study makes itself.
             IntegrityError: When a protected file is missing or changed.
         """
-        start = time.monotonic()
+        start, controls = time.monotonic(), dict(controls or {})
+        if taken := sorted(set(controls) & set(own_arms(self.learning))):
+            raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
+        mask = getattr(getattr(trainer, "perturbation", None), "mask", None)
         twins = self._twins()
         train = [case for case in self.cohort.train if case.sample_id in twins]
-        held_out = list(self.cohort.tested(self.eval_split))
+        held_out_cases = list(self.cohort.tested(self.eval_split))
         door.open_output(self.output_dir)
         door.clear_staging(self.output_dir)
         with self._scratch() as folder:
-            material = Material(self._settings(), train, held_out, twins, folder)
+            settings = Settings(
+                cohort=self.cohort,
+                task=self.learning,
+                spatial_dims=self.spatial_dims,
+                window=self.window,
+                budget=self.budget,
+                controls={name: getattr(made, "bank", made) for name, made in controls.items()},
+                held_out_deltas=None if trainer is None or held_out is None else partial(trainer.perturb, held_out),
+                ssim_cases=SSIM_CASES[self.spatial_dims],
+                device=self.device,
+                seed=self.seed,
+            )
+            material = Material(settings, train, held_out_cases, twins, folder)
             self._check_classes(train, material.present)
             self._warn_of_ssim(material.fidelity.mean_ssim)
             jobs = self._jobs(material.arms, material.test)
@@ -179,7 +205,7 @@ class VictimStudy:
             run_jobs(list(jobs.values()), ledger, self.workers)
             networks = {key[1:]: partial(ledger.network, job) for key, job in jobs.items() if job.keep}
             utility = utility_rows(networks, material, self.learning, int(self.recipe["batch_size"]), self.device)
-            resisted = self._resistance(jobs, ledger, held_out, material)
+            resisted = self._resistance(jobs, ledger, held_out_cases, material)
         rows = _rows(jobs, ledger)
         self.results = build_results(
             task=self._heading() + self.learning.note,
@@ -187,18 +213,18 @@ class VictimStudy:
             rows=rows,
             classes=list(self.cohort.classes),
             chance=self.learning.chance,
-            fidelity=material.fidelity.result(self.mask_ratio, read_visibility(self.output_dir)),
+            fidelity=material.fidelity.result(mask and mask.ratio, read_visibility(self.output_dir)),
             budget=material.budget(),
             utility=utility,
             defenses=resistance(rows, resisted, self.defenses, self.learning.metric, self.learning.chance, self.rules),
             leakage=material.leakage.result(),
-            passes_per_image=_value(self.passes_per_image),
-            timing={**_value(self.timing), "verify": time.monotonic() - start},
-            cohort=self._describe_cohort(twins, held_out, material.present),
-            config=_value(self.config),
+            passes_per_image=trainer and trainer.passes_per_image,
+            timing={**seconds_of(trainer, controls), "verify": time.monotonic() - start},
+            cohort=self._describe_cohort(twins, held_out_cases, material.present),
+            config=self.config | fit_settings(trainer),
             versions=versions(),
             machine=machine(self.device),
-            not_tested=self._not_tested(utility, resisted),
+            not_tested=self._not_tested(utility, resisted, controls),
             rules=self.rules,
         )
         write_json(self.results, self.output_dir / "report.json")
@@ -238,28 +264,7 @@ class VictimStudy:
             raise ValueError("transforms and resample are for cohorts with voxel labels; use augment and spatial_size")
         return Classification(classes, augment, self.spatial_size)
 
-    def _settings(self) -> Settings:
-        return Settings(
-            cohort=self.cohort,
-            task=self.learning,
-            spatial_dims=self.spatial_dims,
-            window=self.window,
-            budget=self.budget,
-            controls=self.controls,
-            held_out_deltas=self.held_out_deltas,
-            ssim_cases=SSIM_CASES[self.spatial_dims],
-            device=self.device,
-            seed=self.seed,
-        )
-
     # ---------------------------------------------------------------- checks
-
-    def _check_arguments(self) -> None:
-        self.cohort.tested(self.eval_split)
-        check_settings(self.spatial_dims, self.spatial_size, self.victims, self.seeds, self.recipe, self.workers)
-        taken = sorted(set(self.controls) & set(own_arms(self.learning)))
-        if taken:
-            raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
 
     def _twins(self) -> dict[str, Case]:
         """Written files of the released cases.
@@ -376,19 +381,15 @@ class VictimStudy:
             "refused": [{"case": refusal.name, "reason": refusal.reason} for refusal in refusals],
         }
 
-    def _not_tested(self, utility: Sequence[Any], defenses: Collection[str]) -> list[str]:
+    def _not_tested(self, utility: Sequence[Any], defenses: Collection[str], controls: Collection[str]) -> list[str]:
         known = [*not_tested(defenses), *self.learning.not_tested]
         if not utility:
             known.append("What protection does to a model trained on clean images: no held-out case was protected.")
-        if "random_mask" not in self.controls:
+        if "random_mask" not in controls:
             known.append("The control with a random mask of the same ratio: whether the choice of voxels matters.")
         if self.eval_split == "val":
             known.append("Test cases: this report is on validation cases, which choices may have been made by.")
         return known
-
-
-def _value(given: Any) -> dict[str, Any]:
-    return dict((given() if callable(given) else given) or {})
 
 
 def _rows(jobs: Mapping[Training, Job], ledger: Ledger) -> list[dict[str, Any]]:
