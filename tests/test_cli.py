@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from exports import write_decathlon, write_labels, write_nifti, write_npz, write_series
 from pydicom.data import get_testdata_file
 
 from monai_salm import cli, workflows
+from monai_salm.bank import PerturbationBank, Record
 from monai_salm.cli.arguments import setting
 from monai_salm.cli.codes import BAD_INPUT, DONE, FAILED, INTEGRITY, INTERRUPTED, LOCKED, NOT_PROTECTED, UNREAD
 from monai_salm.release import labels, lock
@@ -706,7 +708,11 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     (out / "private").mkdir(parents=True)
     (out / "private" / "run.json").touch()
     assert run(*command, "--mask-ratio", 0.2)[0] == DONE
-    (out / workflows.BANK).touch()  # the fit is not run here
+    # No fit is run here.
+    perturbed = Record("case", torch.zeros(1, 2, 2, dtype=torch.int32), "digest", 1)
+    PerturbationBank(out / workflows.BANK, create=True).commit(
+        [perturbed], round_=1, score=0.0, state=b""
+    )  # no fit here
     (out / "manifest.jsonl").touch()
     started.clear()
     assert_refused(run(*command), "mask_ratio was 0.2 and is 0.4", "another output folder")
