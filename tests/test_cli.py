@@ -710,9 +710,7 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     assert run(*command, "--mask-ratio", 0.2)[0] == DONE
     # No fit is run here.
     perturbed = Record("case", torch.zeros(1, 2, 2, dtype=torch.int32), "digest", 1)
-    PerturbationBank(out / workflows.BANK, create=True).commit(
-        [perturbed], round_=1, score=0.0, state=b""
-    )  # no fit here
+    PerturbationBank(out / workflows.BANK, create=True).commit([perturbed], round_=1, score=0.0, state=b"")
     (out / "manifest.jsonl").touch()
     started.clear()
     assert_refused(run(*command), "mask_ratio was 0.2 and is 0.4", "another output folder")
