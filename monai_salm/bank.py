@@ -232,7 +232,10 @@ class PerturbationBank(Mapping[str, Tensor]):
 
     def _begin_round(self, round_: int, final: bool) -> int:
         with self._session(write=True) as db:
-            generation, last, finished = db.execute("SELECT generation, round, finished FROM status").fetchone()
+            status = db.execute("SELECT generation, round, finished, fingerprint FROM status").fetchone()
+            generation, last, finished, found = status
+            if generation:  # another run may have settled it since this object was made
+                self._check_fingerprint(found)
             if finished:
                 raise ValueError(f"{self.path.name} is finished; use a new output folder to fit again")
             if last is not None and round_ < last + (not final):
@@ -319,10 +322,14 @@ class PerturbationBank(Mapping[str, Tensor]):
             if version != _SCHEMA_VERSION:
                 raise ValueError(f"{self.path} has bank version {version}, not {_SCHEMA_VERSION}: fit again")
             found, generation = db.execute("SELECT fingerprint, generation FROM status").fetchone()
-        if generation and self.fingerprint is not None and found != self.fingerprint:
+        if generation:
+            self._check_fingerprint(found)
+
+    def _check_fingerprint(self, found: str) -> None:
+        if self.fingerprint is not None and found != self.fingerprint:
             raise OtherSettingsError(
                 f"{self.path} was fitted with fingerprint {found[:12]!r}, now it is {self.fingerprint[:12]!r}: "
-                "the configuration or the images changed. Use a new output folder, or the old ones"
+                "the configuration, the images or monai_salm changed. Use a new output folder, or the old ones"
             )
 
     def _one(self, query: str, *arguments: Any) -> Any:

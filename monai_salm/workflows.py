@@ -189,15 +189,23 @@ def check_same_fit(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
     Raises:
         ValueError: When there are some, of another of our bundles, budget or mask ratio.
     """
-    from monai_salm.bank import PerturbationBank
-
-    if bundle in bundle_names() and (output_dir / BANK).is_file() and len(PerturbationBank(output_dir / BANK)):
+    if bundle in bundle_names() and is_begun(output_dir):
         changed = changed_settings(output_dir, bundle, overrides)
         if certain := [changed[name] for name in ("bundle", "epsilon", "mask_ratio") if name in changed]:
             raise ValueError(
                 f"{output_dir} holds perturbations of other settings: {', '.join(certain)}; give the earlier ones, or "
                 "another output folder"
             )
+
+
+def is_begun(output_dir: Path) -> bool:
+    """Whether a folder holds perturbations of a complete round, which settle the settings."""
+    from monai_salm.bank import PerturbationBank
+
+    try:
+        return (output_dir / BANK).is_file() and len(PerturbationBank(output_dir / BANK)) > 0
+    except ValueError:  # empty, as a killed run leaves it; what is damaged the fit tells
+        return False
 
 
 def plain_settings(bundle: str, names: Sequence[str]) -> dict[str, Any]:
@@ -366,6 +374,9 @@ def _unwrapped(error: BaseException) -> BaseException:
     part = ""
     while type(error) is RuntimeError and str(error).startswith(_WRAPPED) and error.__cause__ is not None:
         part, error = str(error), error.__cause__
+    ours = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("monai_salm.")
+    if ours or isinstance(error, TypeError) and "'monai_salm." in part:
+        return ValueError(f"the bundle asks for what this version of monai_salm does not have; copy it anew: {error}")
     made = _OF_LIBRARIES.match(part)
     if made and isinstance(error, (ValueError, TypeError)):
         return ValueError(f"{made[1]} does not take the settings that it is given: {error}")

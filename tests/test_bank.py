@@ -241,9 +241,17 @@ def test_opening_with_another_configuration_names_the_way_out(bank: Perturbation
     bank.commit(cohort(1), round_=1, score=0.5, state=b"")
     for create in (False, True):
         assert PerturbationBank(bank.path, fingerprint="config", create=create).fingerprint == "config"
-        with pytest.raises(ValueError, match="the configuration or the images changed. Use a new output folder"):
+        with pytest.raises(ValueError, match="the images or monai_salm changed. Use a new output folder"):
             PerturbationBank(bank.path, fingerprint="other", create=create)
     assert len(PerturbationBank(bank.path)) == 2
+
+
+def test_a_fit_does_not_go_into_the_round_of_another_that_began_beside_it(bank: PerturbationBank) -> None:
+    other = PerturbationBank(bank.path, fingerprint="other")
+    bank.commit(cohort(1), round_=1, score=0.5, state=b"")
+    with pytest.raises(ValueError, match="the images or monai_salm changed"):
+        other.commit(cohort(2), round_=1, score=0.1, state=b"", final=True)
+    assert values(bank) == [1, -1]
 
 
 def test_opening_what_is_not_there_or_no_bank_fails_clearly(tmp_path: Path) -> None:

@@ -586,7 +586,7 @@ def test_another_setting_on_the_same_output_is_an_error_and_inference_goes_on(vo
     *changed, inference = one_by_one(jobs, voxels.export.parent)
     for name, result in zip(CHANGES, changed, strict=True):
         assert result.returncode == 1, name
-        assert "the configuration or the images changed" in result.stderr, f"{name}:\n{result.stderr}"
+        assert "the configuration, the images or monai_salm changed" in result.stderr, f"{name}:\n{result.stderr}"
     assert inference.returncode == 0, inference.stderr
     said = [line for line in inference.stdout.splitlines() if line.startswith("Dice of the surrogate")]
     assert len(said) == 1 and 0 <= float(said[0].rsplit(":")[1]) <= 1

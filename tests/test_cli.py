@@ -721,6 +721,18 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     assert run(*command, "--mask-ratio", 0.2, "--epsilon", "8/255 window", "--set", "epochs=1")[0] == DONE
 
 
+def test_settings_are_free_until_a_round_of_the_fit_is_there(run, started, export, tmp_path):
+    out = tmp_path / "out"
+    command = ("protect", export, out, "--no-verify", "--dim", 3)
+    assert run(*command, "--mask-ratio", 0.2)[0] == DONE
+    for name in ("private/run.json", workflows.BANK):  # as a fit leaves them that was killed in its first round
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    workflows.save_run(out, "salm_3d_classification", {"mask_ratio": 0.2})
+    assert run(*command, "--mask-ratio", 0.3)[0] == DONE
+    assert workflows.load_run(out)[1]["mask_ratio"] == 0.3
+
+
 def test_settings_that_nothing_was_made_with_are_forgotten(run, export, stub, tmp_path):
     prepare = "monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
     command = ("protect", export, tmp_path / "out", "--bundle", stub)

@@ -194,6 +194,8 @@ def test_pseudonym_is_stable_and_says_nothing() -> None:
         "patients/001/a.png, patients/001/b.png",
         "sub-HC_001_T1.nii, sub-HC_001_T2.nii",
         "patient_T1_07.nii, patient_T1_07_2.nii",
+        "patient_AB_slice_1.png, patient_AB_slice_2.png, patient_AB image_3.png",
+        "sub-ABC_T1w.nii, sub-ABC_task-rest_bold.nii.gz",
     ],
 )
 def test_files_of_one_patient_are_known_as_that(names):
@@ -211,6 +213,8 @@ def test_files_of_one_patient_are_known_as_that(names):
         "patient_A.png, patient_B.png",
         "patient_T1_07.nii, patient_T1_08.nii",
         "patient_slice_1.png, patient_slice_2.png",
+        "patient_data_image_1.png, patient_data_image_2.png",
+        "patient_AB_slice_1.png, patient_CD_slice_1.png",
         "patients/001/a.png, patients/002/a.png",
         "Patient (1)/a.png, Patient (2)/a.png",
     ],

@@ -69,7 +69,7 @@ class TestTrainer:
         for name, seed in (("1", 1), ("2", 2)):
             trainer(tmp_path / name, cases(8), rounds=1, seed=seed, model_file=tmp_path / name / "model.pt").run()
         trainer(tmp_path / "3", cases(2), surrogate_file=tmp_path / "1/model.pt").run()
-        with pytest.raises(ValueError, match="the configuration or the images changed"):
+        with pytest.raises(ValueError, match="the configuration, the images or monai_salm changed"):
             trainer(tmp_path / "3", cases(2), surrogate_file=tmp_path / "2/model.pt")
 
     def test_weights_of_another_network_and_none_are_told(self, tmp_path):

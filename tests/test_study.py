@@ -319,6 +319,9 @@ def test_without_test_split_written_files_of_held_out_cases_give_utility(tmp_pat
 def test_verdict_decides_the_exit_code(released, out, capsys):
     cohort, _ = released
     failed = study(cohort, out, epochs=1, rules={"min_seeds": 9, "ssim_mean": 0.9999})
+    with pytest.raises(ValueError, match="not run"):
+        failed.raise_for_verdict()
+    failed.run()
     with pytest.raises(SystemExit) as caught:
         failed.raise_for_verdict()
     assert caught.value.code == 3
@@ -328,7 +331,9 @@ def test_verdict_decides_the_exit_code(released, out, capsys):
     assert "report.html" in shown.out and "the verdict asks for 0.9999: a fit with" in shown.out
     lenient = {"closed_gap_mean": -9, "closed_gap_low": -9, "protected_above_chance": None, "ssim_mean": -1}
     lenient |= {"min_seeds": 1, "min_victims": 1, "clean_learned": -9, "clean_above_blind": -9, "control_within": None}
-    study(cohort, out, rules=lenient).raise_for_verdict()
+    passed = study(cohort, out, rules=lenient)
+    passed.run()
+    passed.raise_for_verdict()
     assert "the verdict asks for" not in capsys.readouterr().out
 
 

@@ -396,6 +396,10 @@ def test_applying_and_inverting_are_exact_for_every_format(export: Catalog, bank
         assert protected.meta["sample_id"] == case.sample_id and len(protected.applied_operations) == 1
         again = apply.inverse(protected)
         assert equal(again, values) and again.dtype == clean.dtype and again.applied_operations == []
+        if not clean.is_floating_point():
+            assert equal(apply.inverse(protected.double()), values), "the image, in another type"
+            prediction = protected.double() + 0.5
+            assert equal(apply.inverse(prediction), np.asarray(prediction)), "what it cannot be passes"
         assert equal(clean, values) and clean.applied_operations == [] and len(protected.applied_operations) == 1
 
 

@@ -123,7 +123,9 @@ def protect(options: argparse.Namespace) -> int:
     if options.shard:
         workflows.check_same_run(options.out, bundle, overrides)
         return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}), told=True)
-    made = any((options.out / name).exists() for name in (workflows.BANK, PROTECTED))
+    made = workflows.is_begun(options.out) or (options.out / PROTECTED).exists()
+    if not made:  # settings of a run that ended before there was anything
+        workflows.save_run(options.out, bundle, overrides)
     try:
         code = _stages(bundle, stages, overrides)
     except BaseException as error:  # the settings that something was made with stay

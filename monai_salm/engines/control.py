@@ -7,25 +7,25 @@ import copy
 import os
 
 from monai_salm.engines.trainer import PerturbationTrainer
+from monai_salm.perturbations.masks import SparsityMask
 
 __all__ = ["with_random_mask"]
 
 
-def with_random_mask(trainer: PerturbationTrainer, bank_file: str | os.PathLike[str]) -> PerturbationTrainer:
+def with_random_mask(trainer: PerturbationTrainer, bank_file: str | os.PathLike[str]) -> PerturbationTrainer | None:
     """The same fit from its beginning with a random mask: does it matter which voxels change?
 
     Network and optimizer begin as those of the other fit did, also where that one took the weights of an earlier fit.
 
+    None where the method has no mask that could be random: the study then goes without, and says so.
+
     Args:
         trainer: of the other fit, which stays as it is.
         bank_file: where the control's perturbations go.
-
-    Raises:
-        ValueError: When the method has no mask.
     """
     perturbation, (objective, optimizer) = copy.copy(trainer.perturbation), copy.deepcopy(trainer.untrained)
-    if not hasattr(perturbation, "mask"):
-        raise ValueError(f"{type(perturbation).__name__} has no mask that could be random: it has no such control")
+    if not isinstance(getattr(perturbation, "mask", None), SparsityMask):
+        return None
     perturbation.mask = copy.copy(perturbation.mask)
     perturbation.mask.criterion = "random"
     return PerturbationTrainer(

@@ -25,10 +25,12 @@ KEY_BYTES = 32
 _ENDINGS = (".nii.gz", ".nii", ".npz", ".png", ".tif", ".tiff")
 _PATIENT = re.compile(
     r"""
-    (?<![^/]) sub-[a-z0-9]+ (?=/)  # the folder of a subject in BIDS
+    (?<![^/]) sub-[a-z0-9]+ (?=/)  # the folder of a subject in BIDS, and the name of a file there
+    | (?<![^/]) sub-[a-z0-9]+ (?= (?:_[a-z]+-[a-z0-9]+)* _[a-z0-9]*[a-z][a-z0-9]* \. )
     | (?<![^/]) (?:patient|subject)s?/ [^/]*\d[^/]* (?=/)
     | (?<![a-z0-9]) (?:sub | subject | patient | pat | (?<![^/])pt | pt(?=\d))  # PT within a name is PET
       (?: \d[a-z0-9]*
+        | [-_ (]+ [a-z]{2,3} (?= [-_ ]+ (?:slice|image|img|frame|view) (?![a-z]) )  # initials
         | (?: [-_ (]+ (?:[a-z]{2,} | t[12][a-z]*) )* [-_ (]+ [a-z]*\d[a-z0-9]*
         | [-_ (]+ [a-z] (?![a-z0-9]) )
     """,
@@ -190,8 +192,9 @@ def patient_in(name: str) -> str:
     """What names the patient in the path of a file, empty where nothing does.
 
     The first of: ``patient``, ``subject``, ``sub``, ``pat`` (and ``pt``, where a name begins with it or its number
-    follows at once) with all that follows up to the first number in the same name, or with a single letter; a folder
-    with a number in one that is called ``patients`` or ``subjects``; a folder ``sub-LABEL``. Words alone are no patient
+    follows at once) with all that follows up to the first number in the same name, or with a single letter, or with two
+    or three where a slice, an image, a frame or a view follows; a folder with a number in one that is called
+    ``patients`` or ``subjects``; ``sub-LABEL`` of a BIDS folder or file. Words alone are no patient
     (``patient_scans``). What stands before does not count, for an image and its other series often lie in folders of
     their own: ``patient_7`` of two sites is one patient.
 

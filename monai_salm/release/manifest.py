@@ -189,9 +189,9 @@ def walk(folder: Path, below: str = "", *, thorough: bool = False) -> Iterator[t
         below: goes in front of each path.
         thorough: tell of empty folders too, and (None) of those that cannot be opened.
     """
-    if not folder.is_dir():
-        return
     try:
+        if not folder.is_dir():
+            return
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except OSError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -226,14 +227,24 @@ class ApplyPerturbation(InvertibleTransform):
             sample_id = self.pop_transform(out)["extra_info"]["sample_id"]
             if meta_of(out, "intensity") == "unit":
                 return out
-            if out.is_floating_point() and np.dtype(codec_of(out, codec).dtype).kind in "iu":
+            kind = np.dtype(codec_of(out, codec).dtype)
+            if out.is_floating_point() and kind.kind in "iu":
+                values = plain_array(out)
+                if not (values == values.astype(kind)).all():
+                    return out
+                img = MetaTensor(values.astype(kind), meta=out.meta)  # the image perhaps, of which a type changed
+                with suppress(ValueError):
+                    return convert_to_dst_type(self._clean(img, sample_id, codec), dst=out)[0]
                 return out
+        return convert_to_dst_type(self._clean(img, sample_id, codec), dst=out)[0]
+
+    def _clean(self, img: NdarrayOrTensor, sample_id: str | None, codec: CodecLike | None) -> np.ndarray:
         name, stored, known = self._parts(img, sample_id, codec)
         record = self.bank.record(name)
         if stored.shape == tuple(record.delta.shape):
             clean = known.add(stored, -record.delta.to(torch.int64).numpy())
             if image_digest(clean) == record.image_digest:
-                return convert_to_dst_type(clean, dst=out)[0]
+                return clean
         raise ValueError(
             f"{name}: subtracting the perturbation does not give back the image that it was fitted on. Another "
             "transform changed the values, the bank is another one, or the file holds floats, which round"

@@ -173,7 +173,7 @@ class VictimStudy:
                 has the name of an arm that the study makes itself.
             IntegrityError: When a protected file is missing or changed.
         """
-        start, controls = time.monotonic(), dict(controls or {})
+        start, controls = time.monotonic(), {name: made for name, made in (controls or {}).items() if made is not None}
         if taken := sorted(set(controls) & set(own_arms(self.learning))):
             raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
         mask = getattr(getattr(trainer, "perturbation", None), "mask", None)
@@ -237,12 +237,14 @@ class VictimStudy:
         return self.results
 
     def raise_for_verdict(self) -> None:
-        """Leave with exit code 3, after the reasons, unless the verdict is "protected"; runs the study if need be.
+        """Leave with exit code 3, after the reasons, unless the verdict is "protected".
 
         Raises:
+            ValueError: When the study was not run.
             SystemExit: When the verdict is "not protected" or "inconclusive".
         """
-        results = self.results or self.run()
+        if (results := self.results) is None:
+            raise ValueError("the study was not run, so that it has no verdict; call run() first")
         if results["verdict"] != PROTECTED:
             console = Console(stderr=True)
             for reason in results["verdict_reasons"]:
