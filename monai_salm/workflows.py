@@ -327,7 +327,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
                 workflow.run_id = run_id
                 workflow.run()
             workflow.finalize()
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             inner = _unwrapped(error)
             if inner is error:
                 raise
@@ -374,8 +374,8 @@ def _unwrapped(error: BaseException) -> BaseException:
     part = ""
     while type(error) is RuntimeError and str(error).startswith(_WRAPPED) and error.__cause__ is not None:
         part, error = str(error), error.__cause__
-    ours = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("monai_salm.")
-    if ours or isinstance(error, TypeError) and "'monai_salm." in part:
+    gone = isinstance(error, ModuleNotFoundError) and "monai_salm." in str(error)
+    if gone or isinstance(error, TypeError) and "'monai_salm." in part:
         return ValueError(f"the bundle asks for what this version of monai_salm does not have; copy it anew: {error}")
     made = _OF_LIBRARIES.match(part)
     if made and isinstance(error, (ValueError, TypeError)):

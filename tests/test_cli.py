@@ -733,6 +733,20 @@ def test_settings_are_free_until_a_round_of_the_fit_is_there(run, started, expor
     assert workflows.load_run(out)[1]["mask_ratio"] == 0.3
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "{_target_: monai_salm.verification.asked.gone, _mode_: callable}",
+        "{_target_: monai_salm.verification.study.VictimStudy, gone: 1}",
+    ],
+)
+def test_a_bundle_of_another_version_is_told(run, export, stub, tmp_path, part):
+    config = Path(stub) / "configs" / "train.yaml"
+    config.write_text(config.read_text() + f"gone: {part}\n")
+    result = run("protect", export, tmp_path / "out", "--bundle", stub, "--set", "at_fit=$@gone")
+    assert_refused(result, "this version of monai_salm does not have; copy it anew", "gone")
+
+
 def test_settings_that_nothing_was_made_with_are_forgotten(run, export, stub, tmp_path):
     prepare = "monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
     command = ("protect", export, tmp_path / "out", "--bundle", stub)
