@@ -19,7 +19,6 @@ from setting import configured
 from torch import nn
 
 import monai_salm
-from monai_salm.engines import PerturbationTrainer
 from monai_salm.records import image_digest
 from monai_salm.surrogates import small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
@@ -133,11 +132,12 @@ UNBOUNDED = tuple(name for name in FITTED if "epsilon" in METHODS[name].override
 
 @dataclass(frozen=True)
 class Fitted:
-    """Perturbations by ``sample_id``, and what they cost."""
+    """Perturbations by ``sample_id``, what they cost, and those of other cases by the same surrogate."""
 
     deltas: Deltas
     seconds: float
     passes: dict[str, float]
+    perturb: Callable[[CacheDataset], Deltas]
 
 
 def fit(
@@ -150,22 +150,7 @@ def fit(
     work: Path,
     overrides: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Perturbations of a classification data set, and what they cost; arguments as of :py:func:`fitted_trainer`."""
-    trainer = fitted_trainer(name, dataset, classes, spatial_size, seed, epsilon, work, overrides)
-    return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image)
-
-
-def fitted_trainer(
-    name: str,
-    dataset: CacheDataset,
-    classes: int,
-    spatial_size: Sequence[int],
-    seed: int,
-    epsilon: str,
-    work: Path,
-    overrides: Mapping[str, Any] | None = None,
-) -> PerturbationTrainer:
-    """The trainer of a method after its fit; a finished fit of the same configuration is read from ``work``.
+    """Perturbations of a classification data set; a finished fit of the same configuration is read from ``work``.
 
     Args:
         name: of :py:data:`METHODS`.
@@ -193,7 +178,7 @@ def fitted_trainer(
     set_determinism(seed=seed)
     trainer = parser.get_parsed_content("train::trainer")
     trainer.run()
-    return trainer
+    return Fitted(trainer.bank, trainer.seconds, trainer.passes_per_image, trainer.perturb)
 
 
 @lru_cache

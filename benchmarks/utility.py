@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from arena_data import Part, load
-from methods import fitted_trainer, victims
+from methods import fit, victims
 from setting import command_line, configured, write
 from torch import Tensor
 
@@ -51,14 +51,14 @@ def measure(data: Path, work: Path) -> dict[str, Any]:
     }
     rows = []
     for method in METHODS:
-        for fit in range(SEEDS):
-            trainer = fitted_trainer(method, images.train.dataset, len(images.classes), size, fit, "8/255", work)
-            deltas = {"training": trainer.bank, "test": trainer.perturb(images.test.dataset)}
+        for of_fit in range(SEEDS):
+            fitted = fit(method, images.train.dataset, len(images.classes), size, of_fit, "8/255", work)
+            deltas = {"training": fitted.deltas, "test": fitted.perturb(images.test.dataset)}
             for name, part in parts.items():
                 protected = _seen(part, deltas[name])
                 for (victim, seed), network in networks.items():
                     before, after = (task.evaluate(network, shown, 32) for shown in (clean[name], protected))
-                    row = {"method": method, "fit": fit, "images": name, "victim": victim, "seed": seed}
+                    row = {"method": method, "fit": of_fit, "images": name, "victim": victim, "seed": seed}
                     rows.append(row | {"clean": before[METRIC], "protected": after[METRIC]})
                     rows[-1] |= {"clean_auc": before["auc"], "protected_auc": after["auc"]}
                     print(*rows[-1].values(), flush=True)

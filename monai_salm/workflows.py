@@ -200,10 +200,12 @@ def check_same_fit(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
 
 def is_begun(output_dir: Path) -> bool:
     """Whether a folder holds perturbations of a complete round, which settle the settings."""
+    if not (output_dir / BANK).is_file():
+        return False
     from monai_salm.bank import PerturbationBank
 
     try:
-        return (output_dir / BANK).is_file() and len(PerturbationBank(output_dir / BANK)) > 0
+        return len(PerturbationBank(output_dir / BANK)) > 0
     except ValueError:  # empty, as a killed run leaves it; what is damaged the fit tells
         return False
 

@@ -93,7 +93,7 @@ def protect_cohort(
         One row per released file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
 
     Raises:
-        ValueError: When the output folder cannot be used, holds a release made from other inputs or in another number
+        ValueError: When the fit is not finished, the output folder cannot be used, holds a release made from other inputs or in another number
             of shards, or when no case could be protected.
         LockedError: When another process writes the same.
         OutputError: When the disk is full or not writable; the same command goes on later.
@@ -106,6 +106,8 @@ def protect_cohort(
     shard = Shard.parse(shard or Shard())
     if rename and bids.is_tree(root):
         raise ValueError("the names of a BIDS tree say what its files are; protect it without 'rename'")
+    if not getattr(bank, "finished", True):  # an earlier round would protect less
+        raise ValueError("the fit is not finished; run the stage 'fit' again, it goes on where it was")
     door.check_output(root, output_dir)
     door.open_output(output_dir)
     with lock.holding(output_dir, shard.lock):
