@@ -93,8 +93,8 @@ def protect_cohort(
         One row per released file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
 
     Raises:
-        ValueError: When the fit is not finished, the output folder cannot be used, holds a release made from other inputs or in another number
-            of shards, or when no case could be protected.
+        ValueError: When the fit is not finished, the output folder cannot be used, holds a release made from other
+            inputs or in another number of shards, or when no case could be protected.
         LockedError: When another process writes the same.
         OutputError: When the disk is full or not writable; the same command goes on later.
         IntegrityError: When ``protected/`` holds a file that this release did not write.
