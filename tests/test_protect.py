@@ -227,7 +227,7 @@ def test_a_fit_of_another_budget_or_window_is_refused(tmp_path):
 def test_an_unfinished_fit_is_not_written(tmp_path):
     cohort = nifti_cohort(tmp_path / "in")
     bank = PerturbationBank(tmp_path / "bank.sqlite", create=True)
-    bank.commit([Record("case", torch.zeros(1, 2, 2), "digest", 1)], round_=1, score=0.0, state=b"")
+    bank.commit([Record("case", torch.zeros(1, 2, 2, dtype=torch.int32), "digest", 1)], round_=1, score=0.0, state=b"")
     with pytest.raises(ValueError, match="fit is not finished; run the stage 'fit' again"):
         protect(cohort, bank, tmp_path / "out")
     assert not (tmp_path / "out").exists()
