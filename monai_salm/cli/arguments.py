@@ -14,12 +14,16 @@ from monai_salm.cli.codes import EXIT_CODES
 
 _DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
 
-_SHARD_HELP = "only write part I of N with perturbations that are there; other processes write the others into OUT"
-_NAMES_HELP = "show the names of files in place of pseudonyms; they may be personal"
-_EPSILON_HELP = "largest change, as '8/255', '5 HU', '12 stored' or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
-_DEFENSES_HELP = "train victims that fight the protection too; the report says what is left of it, the verdict stays"
-_VISIBILITY_HELP = "of each image beside its own JPEG 2000 copy at 5:1: report it, or refuse what is more visible"
-_LIKE_HELP = "an earlier release: protect further cases with its surrogate and key; nothing is fitted or verified"
+_SHARD_HELP = "only write part I of N, after --fit-only; other processes write the other parts into the same OUT"
+_NAMES_HELP = "show the names of files in place of pseudonyms; names may be personal"
+_EPSILON_HELP = (
+    "largest change of a voxel: '8/255' (of the intensity window; the default), '5 HU', '12 stored' (integers of the "
+    "file) or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
+)
+_RATIO_HELP = "fraction of the voxels that may change, in (0, 1] (default: 0.4, or 0.15 where voxels have labels)"
+_DEFENSES_HELP = "also measure what is left when a third party fights the protection; this does not change the verdict"
+_VISIBILITY_HELP = "what to do with images that change more visibly than their JPEG 2000 copy at 5:1 (default: report)"
+_LIKE_HELP = "an earlier release: protect further cases of its task with its surrogate and key, without fit or study"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "monai-salm",
-        description="Protected copies of medical image data sets: sparsity-aware local masking (SALM) for MONAI.",
+        description="Write a protected copy of a labeled medical image data set, from which networks\n"
+        "learn little, and measure what it is worth. Begin with:\n\n"
+        "  monai-salm inspect EXPORT        what is there, and what would be refused\n"
+        "  monai-salm protect EXPORT OUT    write OUT/protected, the copy to share, and a report\n"
+        "  monai-salm verify OUT            check the copy, and measure again what it is worth",
         epilog=EXIT_CODES,
         formatter_class=formatter,
     )
@@ -36,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help=debug)
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    inspect = verbs.add_parser("inspect", help="list what an export holds and what would be refused, with reasons")
+    inspect = verbs.add_parser("inspect", help="list what an export holds, and what would be refused and why")
     inspect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
     _add_input(inspect)
     inspect.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
@@ -44,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--names", action="store_true", help=_NAMES_HELP)
     inspect.set_defaults(command=commands.inspect)
 
-    protect = verbs.add_parser("protect", help="write the protected copy of an export, and verify it")
+    protect = verbs.add_parser("protect", help="write the protected copy of an export, and measure what it is worth")
     protect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
     protect.add_argument("out", type=Path, metavar="OUT", help="new or empty folder; OUT/protected is what you share")
     _add_input(protect)
@@ -53,15 +61,15 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
     which.add_argument("--like", type=Path, metavar="OUT1", help=_LIKE_HELP)
     protect.add_argument("--epsilon", metavar="BUDGET", help=_EPSILON_HELP)
-    protect.add_argument("--mask-ratio", type=float, metavar="R", help="part of the voxels that may change, in (0, 1]")
+    protect.add_argument("--mask-ratio", type=float, metavar="R", help=_RATIO_HELP)
     protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=_VISIBILITY_HELP)
     _add_set(protect)
-    rename = "new names for files that would keep those of the export: NIfTI, PNG, TIFF, archives"
+    rename = "give new names to files that would keep those of the export: NIfTI, PNG, TIFF, archives"
     protect.add_argument("--rename", action="store_true", help=rename)
-    protect.add_argument("--dry-run", action="store_true", help="only tell what would be done; nothing is written")
+    protect.add_argument("--dry-run", action="store_true", help="only tell what would be done; write nothing")
     protect.add_argument("--push", type=_target, metavar="AET@host:port", help="then send it to a PACS, as 'push' does")
     stages = protect.add_mutually_exclusive_group()
-    stages.add_argument("--no-verify", action="store_true", help="only write; 'verify OUT' does the rest later")
+    stages.add_argument("--no-verify", action="store_true", help="write without a study; 'verify OUT' does it later")
     stages.add_argument("--fit-only", action="store_true", help="only make the perturbations; --shard writes later")
     stages.add_argument("--shard", type=_shard, metavar="I/N", help=_SHARD_HELP)
     protect.set_defaults(command=commands.protect)
@@ -69,9 +77,10 @@ def parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser(
         "verify",
         help="check that a protected copy is what was written, then measure what it is worth",
-        description="First every file is held against manifest, chain and signature; this needs neither the export nor "
-        "OUT/private. Then, where OUT/private tells how the copy was made, the study of victims is run, with a report "
-        "and a verdict.",
+        description="First, every file is compared with manifest, chain and signature. This needs\n"
+        "neither the export nor OUT/private. Then, where OUT/private tells how the copy\n"
+        "was made, the study is run: networks are trained on the clean and on the\n"
+        "protected images and tested on clean ones. It ends with a report and a verdict.",
         epilog=EXIT_CODES,
         formatter_class=formatter,
     )
@@ -86,15 +95,15 @@ def parser() -> argparse.ArgumentParser:
     _add_set(verify)
     verify.set_defaults(command=commands.verify)
 
-    push = verbs.add_parser("push", help="send a release to a PACS, and compare what it then gives back")
+    push = verbs.add_parser("push", help="send a release to a PACS, and compare what the PACS gives back")
     push.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote")
-    push.add_argument("target", type=_target, metavar="AET@host:port", help="the PACS")
+    push.add_argument("target", type=_target, metavar="AET@host:port", help="title and address of the PACS")
     push.add_argument(
         "--aet",
         type=_title,
         default="MONAI_SALM",
         metavar="TITLE",
-        help="what to call ourselves (default: %(default)s)",
+        help="our own AE title (default: %(default)s)",
     )
     push.set_defaults(command=commands.push)
 
@@ -128,7 +137,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
-    help_ = "override any setting of the bundle's train.yaml; may be repeated"
+    help_ = "change any setting of the bundle's train.yaml; may be repeated"
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help=help_)
 
 
