@@ -10,9 +10,8 @@ from torch import Tensor
 
 __all__ = ["structural_similarity"]
 
-_WINDOW = 11
-_SIGMA = 1.5
-_C1, _C2 = 0.01**2, 0.03**2
+_WINDOW, _SIGMA = 11, 1.5  # of the Gaussian, in voxels
+_C1, _C2 = 0.01**2, 0.03**2  # of the paper, for a data range of 1
 _SLAB = 32
 """Places along the first axis that are computed at once."""
 
@@ -57,6 +56,7 @@ def _similarity(one: Tensor, other: Tensor, kernels: Sequence[list[float]]) -> T
 
 
 def _smooth(image: Tensor, kernels: Sequence[list[float]]) -> Tensor:
+    """Weighted means of (B, C, *spatial) over the window, one kernel per axis, where the window lies inside."""
     for axis, kernel in enumerate(kernels, 2):
         length = image.shape[axis] - len(kernel) + 1
         parts = [image.narrow(axis, start, length) for start in range(len(kernel))]

@@ -143,8 +143,8 @@ class TestTiles:
         seen = torch.zeros(size, dtype=torch.int)
         objective = VoxelObjective(nn.Identity(), CROSS_ENTROPY, tile_size=tile, halo=halo)
         for inner, outer in objective.tiles(size):
-            assert outer[0] is Ellipsis
-            for own, around, length, most in zip(inner, outer[1:], size, tile, strict=True):
+            assert inner[0] is outer[0] is Ellipsis
+            for own, around, length, most in zip(inner[1:], outer[1:], size, tile, strict=True):
                 assert 0 < own.stop - own.start <= most
                 assert around == slice(max(0, own.start - halo), min(length, own.stop + halo))
             seen[inner] += 1

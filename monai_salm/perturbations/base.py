@@ -6,19 +6,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from monai_salm.perturbations.budget import Lattice
 
+if TYPE_CHECKING:  # masks.py needs this module
+    from monai_salm.perturbations.masks import SparsityMask
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, label) -> one loss per image, (B,)."""
 
 
 class Batch(NamedTuple):
-    """What a call of a method is about: images, their labels, and the changes that the images allow."""
+    """Images of one shape, their labels, and the changes that they allow.
+
+    ``image`` is (B, C, *spatial) in unit intensity; ``label`` has (B,) classes, or (B, 1, *spatial) class indices.
+    """
 
     image: Tensor
     label: Tensor
@@ -41,10 +47,14 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def unreduced(losses: Tensor, shape: Sequence[int]) -> Tensor:
-    """What a loss returned, if it is one value per label.
+    """``losses`` as they are, once it is known that there is one for each label.
+
+    Args:
+        losses: what a loss returned.
+        shape: of the labels.
 
     Raises:
-        ValueError: When it is not.
+        ValueError: When the shapes differ, as those of a loss with ``reduction="mean"`` do.
     """
     if losses.shape != tuple(shape):
         raise ValueError(
@@ -54,9 +64,14 @@ def unreduced(losses: Tensor, shape: Sequence[int]) -> Tensor:
     return losses
 
 
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """(B,) values as (B, 1, ...), which broadcast over (B, C, *spatial) images."""
+    return values.reshape(-1, *[1] * (images.ndim - 1))
+
+
 def mean_size(gradient: Tensor) -> Tensor:
-    """Mean absolute value of each (C, *spatial) of a batch, (B, 1, ...), above 0."""
-    size = gradient.abs().flatten(1).mean(1).reshape(-1, *[1] * (gradient.ndim - 1))
+    """(B, 1, ...) mean absolute value of each image of a (B, C, *spatial) gradient; never 0, to divide by."""
+    size = per_image(gradient.abs().flatten(1).mean(1), gradient)
     return size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
@@ -71,14 +86,16 @@ class Objective(nn.Module):
             None: the image as it is.
     """
 
+    network: Any  # not nn.Module, of which a type checker knows neither ``view`` nor ``network``
+    view: Any
     guard_weight: float = 0.0
-    """Part that the surrogate's guard has in the gradient; only voxel labels have one."""
+    """Weight of the guard's part of the gradient, see :py:class:`monai_salm.perturbations.voxels.VoxelObjective`."""
 
     def __init__(self, network: nn.Module, loss: Loss, *, view: nn.Module | None = None) -> None:
         super().__init__()
         self.network, self.loss, self.view = network, loss, view
         self.passes = 0
-        self.reset_mean()
+        self._sum, self._count = torch.tensor(0.0), 0
 
     def forward(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) losses of (B, C, *spatial) images and perturbations in unit intensity."""
@@ -86,17 +103,18 @@ class Objective(nn.Module):
         if self.view is not None:
             seen = self.view(seen, self.view.draw(len(seen), generator))
         losses = unreduced(self.loss(self.network.network(self.harden(seen, label)), label), label.shape[:1])
-        self._note(losses, len(image))
+        self._note(losses)
         return losses
 
     def harden(self, seen: Tensor, label: Tensor) -> Tensor:
-        """What the network is shown in place of the images that it sees: those, unless a subclass differs."""
+        """Hook: the images that the network gets, made of the ones after the view; here the same."""
         return seen
 
-    def _note(self, losses: Tensor, count: int) -> None:
-        self.passes += count
+    def _note(self, losses: Tensor) -> None:
+        """Count one pass per image, and its loss for the mean."""
+        self.passes += len(losses)
         self._sum = self._sum + losses.detach().sum()
-        self._count += count
+        self._count += len(losses)
 
     def gradient(self, image: Tensor, delta: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of the sum of the losses by ``delta``, of its shape; arguments as for the call."""
@@ -107,12 +125,12 @@ class Objective(nn.Module):
         return gradient
 
     def reset_mean(self, total: float = 0.0, count: int = 0) -> None:
-        """Begin a new :py:meth:`mean`, or go on from a :py:attr:`tally`."""
+        """Begin a new :py:meth:`mean`, or go on with what :py:attr:`tally` was."""
         self._sum, self._count = torch.tensor(total), count
 
     @property
     def tally(self) -> tuple[float, int]:
-        """Sum of the losses since :py:meth:`reset_mean`, and of how many."""
+        """Sum and number of the losses since :py:meth:`reset_mean`."""
         return float(self._sum), self._count
 
     def mean(self) -> float:
@@ -128,7 +146,9 @@ class Perturbation(ABC):
     """
 
     learned: Any = None
-    """What the method knows of a cohort, see :py:meth:`learn`: tensors that ``torch.save`` takes. None: nothing."""
+    """What :py:meth:`learn` returned, tensors that ``torch.save`` takes; None: nothing."""
+    mask: SparsityMask | None = None
+    """Which voxels may be touched; None: the method has no such choice."""
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "learned")
@@ -145,16 +165,16 @@ class Perturbation(ABC):
         """(B, C, *spatial) real-valued lattice steps, from float ``start``; the caller projects and rounds."""
 
     def learn(self, objective: Objective, batches: Iterator[Batch], generator: torch.Generator) -> Any:
-        """What ``compute`` must know of all cases and finds in ``learned``; most methods need nothing."""
+        """Hook: what ``compute`` has to know of the whole cohort, and then finds in ``learned``; here nothing new."""
         return self.learned
 
     @final
     def survey(self, objective: Objective, batches: Iterator[Batch], *, generator: torch.Generator) -> None:
-        """Look at a whole cohort, before its cases are perturbed.
+        """Look at the whole cohort once, at the beginning of a round, before its cases are perturbed.
 
         Args:
             objective: what to minimize.
-            batches: the cohort, once.
+            batches: all cases of the cohort.
             generator: CPU generator of everything random.
         """
         with frozen(objective.network):

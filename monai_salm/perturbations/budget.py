@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ class Budget:
         unit: ``"window"`` (fraction of the image's intensity window), ``"physical"`` (HU and the like, after the
             rescale slope) or ``"stored"`` (integers of the file).
         modalities: DICOM modalities that the bound has a meaning for; empty: any.
-        own_window: the fraction is of a window of the image's own, not of one that was named for all.
-        said: what the user wrote, for messages.
+        own_window: whether the fraction refers to the window that each image brings, so that none may be named.
+        said: the text that it was read from, for messages.
 
     Raises:
         ValueError: When ``epsilon`` is not a finite number above 0, or a window fraction above 1.
@@ -189,10 +190,10 @@ def as_window(window: Any) -> str | tuple[float, float]:
     """
     if isinstance(window, str) and window == "auto":
         return window
-    try:
-        low, high = () if isinstance(window, str) else map(float, window)
-    except (TypeError, ValueError):
-        low = high = math.nan
+    low = high = math.nan
+    if not isinstance(window, str):
+        with suppress(TypeError, ValueError):
+            low, high = map(float, window)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
             f"window is {window!r}; use 'auto' or two finite numbers in physical units, the lower one first"

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 CYCLES = (0.25, 0.4)
-"""Cycles per voxel of what a network sees: finer than most anatomy, coarse enough to be there still where voxels are a
-quarter larger. The second is used only when there are more classes than directions of the first keep apart."""
+"""Spatial frequency of the class codes, in cycles per voxel of the network's input. The first is finer than most
+anatomy, and coarse enough to survive a resampling to voxels a quarter larger. The second is added where there are so
+many classes that directions alone do not keep them apart."""
 BANDWIDTH = 0.036
-"""Standard deviation of a code's spectrum around its center, in cycles per voxel."""
+"""Standard deviation of the Gaussian spectrum of a class code, in cycles per voxel."""
 VOXEL_CYCLES = 0.4
-"""Cycles per voxel of the codes of voxel labels along one axis: finer than most anatomy. Clean networks respond less to
-waves that are finer still or lean, but nor do victims learn them as well (`docs/method.md`)."""
+"""Spatial frequency of the codes of voxel labels along their main axis, in cycles per voxel: finer than most anatomy.
+Still finer or oblique waves disturb clean networks less, but victims learn them less well, too (`docs/method.md`)."""
 VOXEL_SPREAD = 0.2
-"""Most cycles per voxel along the other axes; the first code has none."""
+"""Largest frequency of such a code along its other axes, in cycles per voxel; that of the first code is 0."""
 VOXEL_BANDWIDTH = 0.04
+"""As :py:data:`BANDWIDTH`, of the codes of voxel labels."""
 CANDIDATES = 1024
+"""Random frequencies among which those of the codes are chosen, far from each other."""
 
 
 def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
@@ -43,10 +46,11 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
 
 
 def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tensor:
-    """Textures as of :py:func:`class_codes`, but finer; of volumes the background, class 0, has none.
+    """Textures as of :py:func:`class_codes`, but finer. In volumes the background, class 0, has none.
 
-    On slices a texture of the background keeps clean networks from losing by those of the others; on volumes they lose
-    little as it is, and victims would learn the classes in spite of it (`docs/method.md`).
+    In slices, a texture of the background too keeps the other ones from harming networks that were trained on clean
+    images. In volumes these are harmed little anyway, and a background with a texture would let victims learn the
+    classes (`docs/method.md`).
 
     Args:
         spatial_size: size of a patch.
@@ -63,7 +67,7 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
 
 
 def _textures(spatial_size: tuple[int, ...], centers: Tensor, bandwidth: float, seed: int) -> Tensor:
-    """(count, 1, *spatial_size) random signs with spectra around ``centers``, in cycles per voxel."""
+    """(count, 1, *spatial_size) noise of +1 and -1, each with a spectrum around one of (count, dims) ``centers``."""
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.stack(torch.meshgrid(*map(torch.fft.fftfreq, spatial_size), indexing="ij"), -1).abs()
     codes = []
@@ -77,7 +81,7 @@ def _textures(spatial_size: tuple[int, ...], centers: Tensor, bandwidth: float, 
 
 
 def _leveled(dims: int, count: int) -> Tensor:
-    """(n, dims) frequencies on the first shell, or on both."""
+    """(n, dims) frequencies in many directions, as long as the first of :py:data:`CYCLES` (for many codes, as both)."""
     directions = torch.randn(CANDIDATES, dims, generator=torch.Generator().manual_seed(0)).abs()
     directions = torch.cat([torch.eye(dims), torch.ones(1, dims), directions])
     directions = directions / directions.norm(dim=1, keepdim=True)
@@ -85,14 +89,14 @@ def _leveled(dims: int, count: int) -> Tensor:
 
 
 def _fine(dims: int) -> Tensor:
-    """(n, dims) frequencies, high along one axis; the first is zero along the others."""
+    """(n, dims) frequencies of :py:data:`VOXEL_CYCLES` along one axis; the first is 0 along the others."""
     others = VOXEL_SPREAD * torch.rand(CANDIDATES, dims, generator=torch.Generator().manual_seed(0))
     others[0] = 0.0
     return others.scatter(1, torch.arange(CANDIDATES)[:, None] % dims, VOXEL_CYCLES)
 
 
 def _far_apart(candidates: Tensor, count: int) -> Tensor:
-    """(count, dims) of the candidates, the first one and those far from each other."""
+    """(count, dims): the first of the candidates, then always the one that is farthest from all chosen before."""
     chosen = candidates[:1]
     while len(chosen) < count:
         farthest = torch.cdist(candidates, chosen).amin(1).argmax()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_salm.perturbations.base import Batch, Objective, Perturbation
+from monai_salm.perturbations.base import Batch, Objective, Perturbation, per_image
 from monai_salm.perturbations.voxels import require_voxel_labels
 
 STEP = 0.25
@@ -20,8 +20,8 @@ STEP = 0.25
 def checkerboard(image: Tensor, cell: int) -> Tensor:
     """+1 and -1 in cells of ``cell`` voxels, of the shape of (B, C, *spatial) images."""
     places = (torch.arange(size, device=image.device) for size in image.shape[2:])
-    cells = torch.meshgrid(*(place // cell for place in places), indexing="ij")
-    return (1.0 - 2.0 * (sum(cells) % 2)).expand(image.shape)
+    cells = torch.stack(torch.meshgrid(*(place // cell for place in places), indexing="ij"))
+    return (1.0 - 2.0 * (cells.sum(0) % 2)).expand(image.shape)
 
 
 class LabelMarker(Perturbation):
@@ -76,6 +76,7 @@ class ContourInterior(Perturbation):
 
     @staticmethod
     def _regions(label: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, *spatial) 1 on the contour of what is labeled, and 1 inside of it."""
         pool = F.max_pool2d if label.ndim == 4 else F.max_pool3d
         labeled = (label > 0).float()
         grown, shrunk = pool(labeled, 3, 1, 1), 1 - pool(1 - labeled, 3, 1, 1)
@@ -83,9 +84,10 @@ class ContourInterior(Perturbation):
 
     @staticmethod
     def _texture(image: Tensor) -> Tensor:
+        """Local contrast as a fraction of the image's largest, of the image's shape."""
         pool = F.max_pool2d if image.ndim == 4 else F.max_pool3d
         contrast = pool(image, 3, 1, 1) + pool(-image, 3, 1, 1)
-        return contrast / contrast.flatten(1).amax(1).clamp(min=1e-6).reshape(-1, *[1] * (image.ndim - 1))
+        return contrast / per_image(contrast.flatten(1).amax(1).clamp(min=1e-6), image)
 
 
 class SliceSpectrum(Perturbation):
@@ -126,6 +128,7 @@ class SliceSpectrum(Perturbation):
         return steps * labeled
 
     def _diversity_gradient(self, objective: Objective, image: Tensor, delta: Tensor, before: Tensor) -> Tensor:
+        """Gradient by ``delta`` of the two terms that are subtracted from the loss; ``before``: logits of the image."""
         delta = delta.detach().requires_grad_(True)
         with torch.enable_grad():
             amplitude = torch.fft.fft2(delta.movedim(-1, 2)).abs()

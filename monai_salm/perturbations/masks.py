@@ -14,7 +14,7 @@ from monai_salm.perturbations.voxels import require_voxel_labels
 
 Criterion = Literal["gradient", "gradient_input", "foreground", "random", "label"]
 Scope = Literal["image", "slice", "channel", "class"]
-_NEAR = 12  # voxels around a label that criterion "label" tells from farther ones
+_NEAR = 12  # voxels: farther from a label than this, criterion "label" scores all alike
 
 
 def _checked(name: str, value: str, allowed: object) -> str:
@@ -75,17 +75,17 @@ class SparsityMask:
         Raises:
             ValueError: When an argument that criterion or scope needs is missing, or voxel labels have another shape.
         """
-        voxelwise = label is not None and label.ndim == image.ndim
-        if voxelwise:
-            require_voxel_labels(image, label)
+        voxels = label if label is not None and label.ndim == image.ndim else None
+        if voxels is not None:
+            require_voxel_labels(image, voxels)
         if self.ratio == 1:
             return torch.ones_like(image, dtype=torch.bool) if movable is None else movable.clone()
         score = self._label_score(label) if self.criterion == "label" else self.score(image, gradient, generator)
-        if self.scope == "class" and not voxelwise:
+        if self.scope == "class" and voxels is None:
             score = self._shared(score, label)
         if movable is not None:
             score = score.masked_fill(~movable, -1.0)
-        mask = self._top_of_each_class(score, label) if self.scope == "class" and voxelwise else self._top(score)
+        mask = self._top(score) if self.scope != "class" or voxels is None else self._top_of_each_class(score, voxels)
         return mask if movable is None else mask & movable
 
     def score(self, image: Tensor, gradient: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -111,6 +111,7 @@ class SparsityMask:
         return labeled + near
 
     def _top_of_each_class(self, score: Tensor, label: Tensor) -> Tensor:
+        """The fraction with the highest score of the voxels of each class of each image."""
         mask = torch.zeros_like(score, dtype=torch.bool)
         for one, its_label, its_score in zip(mask, label.expand_as(score), score, strict=True):
             for value in its_label.unique():
@@ -121,6 +122,7 @@ class SparsityMask:
         return mask
 
     def _shared(self, score: Tensor, label: Tensor | None) -> Tensor:
+        """The mean score of all images of a class, for each of them."""
         if label is None:
             raise ValueError("mask scope 'class' needs the labels")
         shared = torch.empty_like(score)
@@ -130,6 +132,7 @@ class SparsityMask:
         return shared
 
     def _top(self, score: Tensor) -> Tensor:
+        """The fraction with the highest score of each image, channel or slice."""
         keep_dims = {"image": 1, "class": 1, "channel": 2, "slice": 2}[self.scope]
         by_scope = score.movedim(-1, 1) if self.scope == "slice" else score
         flat = by_scope.flatten(keep_dims)

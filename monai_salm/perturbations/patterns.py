@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_salm.perturbations.autoregression import processes, run
-from monai_salm.perturbations.base import Batch, Objective, Perturbation
+from monai_salm.perturbations.base import Batch, Objective, Perturbation, per_image
 
 SPREAD = 0.1
 """Standard deviation of an image's separable patches around their corner, as a fraction of the budget."""
@@ -128,5 +128,5 @@ class AutoregressiveNoise(_SeededPattern):
             raise ValueError(f"a label is {label}, and there are rules for {self.count} classes; raise count")
         rule = processes(self.seed, self.count, shape[1], len(shape) - 2)[label]
         noise = run(rule.expand(shape[0], *rule.shape), shape[2:], generator)
-        deviation = noise.square().flatten(1).mean(1).sqrt().reshape(-1, *[1] * (noise.ndim - 1))
-        return (noise / (CUT * deviation)).clamp(-1, 1)
+        deviation = noise.square().flatten(1).mean(1).sqrt()
+        return (noise / (CUT * per_image(deviation, noise))).clamp(-1, 1)

@@ -43,4 +43,4 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "cr-dx": Preset("4/255 window", ("CR", "DX"), "four gray levels of the file's own window on an 8-bit display"),
 }
-"""Proposals, to be weighed against the strength that a study measures: no observer has rated them."""
+"""Proposals by name: no reader has rated them, and a study has to show that they protect enough."""

@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 from monai_salm.errors import check_number
-from monai_salm.perturbations.base import Batch, Objective, Perturbation, mean_size
+from monai_salm.perturbations.base import Batch, Objective, Perturbation, mean_size, per_image
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.similarity import structural_similarity
 
 LOOK = 3
-"""Gradients that are seen before a call chooses its mask (at most all of it); until then every voxel moves."""
-_THRESHOLDS, _HALVINGS = 1e3, 12
-"""Thresholds that are looked through are the largest gradient times or by this; steps of the search (0.3 %)."""
+"""A call chooses its mask after this many gradients (or after its last, if it has fewer); before, every voxel moves."""
+_RANGE = 1e3
+"""The threshold of :py:func:`_faithful` is searched for between the largest gradient divided by this and times this."""
+_HALVINGS = 12
+"""Steps of that search, by bisection of the logarithm: the threshold is then known to 0.3 %."""
 _MOST_PSNR = 60.0
-"""What steps of a thousandth of any budget keep."""
+"""dB; even the weakest perturbation of the search, a thousandth of any budget, keeps this much."""
 _MOST_SSIM = 0.999
 
 Bound = Callable[[Tensor, Tensor | slice], Tensor]
-"""(B', C, *spatial) real-valued steps of the images at these places of the batch -> (B',) whether each is kept."""
+"""(steps, at): ``steps`` are (n, C, *spatial) real-valued lattice steps of the images at the places ``at`` of a batch;
+(n,) whether each image then keeps the bound."""
 
 
 class SALM(Perturbation):
@@ -48,6 +51,8 @@ class SALM(Perturbation):
     Raises:
         ValueError: When a number is out of range.
     """
+
+    mask: SparsityMask
 
     def __init__(
         self,
@@ -74,8 +79,8 @@ class SALM(Perturbation):
         # Bounds and mask in the images' own type: every step of mixed types would convert them again.
         lower, upper = lattice.lower.to(image.dtype), lattice.upper.to(image.dtype)
         movable = lower < upper
-        stride = self.step_size * lattice.levels
         keep = movable.to(image.dtype)
+        stride = self.step_size * lattice.levels
         steps, mean = start.clone(), torch.zeros_like(start)
         seen = batch._replace(image=objective.network.view(image))  # the same in every step
         for step in range(1, self.steps + 1):
@@ -89,10 +94,11 @@ class SALM(Perturbation):
         return _faithful(steps, mean.abs_(), lattice, bounds) if bounds else steps
 
     def _bounds(self, image: Tensor, lattice: Lattice) -> list[Bound]:
-        """What each image must keep, the cheapest first."""
+        """The bounds that were asked for, the cheapest to compute first."""
         most, least = 10 ** (-(self.psnr or 0.0) / 10), self.ssim or 0.0
 
         def change(steps: Tensor, at: Tensor | slice) -> Tensor:
+            """Of unit intensity, by what would be stored."""
             return steps.round().mul_(lattice.unit_step[at])
 
         def keeps_psnr(steps: Tensor, at: Tensor | slice) -> Tensor:
@@ -106,16 +112,25 @@ class SALM(Perturbation):
 
 
 def _faithful(steps: Tensor, size: Tensor, lattice: Lattice, bounds: Sequence[Bound]) -> Tensor:
-    """(B, C, *spatial) steps; those of images that break a bound are in proportion to ``size``, up to the threshold
-    at which they just keep it."""
-    peak = size.flatten(1).amax(1).reshape(-1, *[1] * (size.ndim - 1)).clamp(min=torch.finfo(size.dtype).tiny)
-    reach, threshold = size / peak * lattice.levels, torch.full_like(peak, 1 / _THRESHOLDS)
+    """Weaken the steps of the images that break a bound, as little as it takes.
+
+    A voxel may then move by ``budget * size / (threshold * largest size)`` at most, so that those with a gradient above
+    the threshold still move by the whole budget. Of each image the least threshold that keeps the bounds is taken.
+
+    Args:
+        steps: (B, C, *spatial) lattice steps, changed in place.
+        size: of the same shape, the mean of the gradients without its sign.
+        lattice: the changes that the images allow.
+        bounds: see :py:meth:`SALM._bounds`.
+    """
+    peak = per_image(size.flatten(1).amax(1), size).clamp(min=torch.finfo(size.dtype).tiny)
+    reach, threshold = size / peak * lattice.levels, torch.full_like(peak, 1 / _RANGE)
     for keeps in bounds:
         at = (~keeps(steps, slice(None))).nonzero()[:, 0]
         if not len(at):
             continue
         room, far, sign = steps[at].abs(), reach[at], steps[at].sign()
-        low, high = threshold[at], torch.full_like(peak[at], _THRESHOLDS)
+        low, high = threshold[at], torch.full_like(peak[at], _RANGE)
         for _ in range(_HALVINGS):
             middle = (low * high).sqrt()
             kept = keeps(torch.minimum(room, far / middle).mul_(sign), at).reshape(middle.shape)
@@ -130,6 +145,8 @@ class RandomSign(Perturbation):
     Args:
         mask: which voxels move.
     """
+
+    mask: SparsityMask
 
     def __init__(self, *, mask: SparsityMask) -> None:
         self.mask = mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ IGNORED = 255
 """Class index of voxels that have no part in the loss: the halo of a tile, and what lies outside of a volume."""
 _NO_LOSS = -100  # what PyTorch's losses ignore
 
-Span = tuple[slice, ...]
+Span = tuple[Any, ...]
+"""An index of the spatial axes of a (B, C, *spatial) tensor: an ellipsis, then a slice for each."""
 
 
 def require_voxel_labels(image: Tensor, label: Tensor) -> None:
@@ -93,7 +95,7 @@ class VoxelObjective(Objective):
         """(B,) losses of (B, C, *spatial) images and perturbations with (B, 1, *spatial) class indices."""
         seen = self._seen(image + delta, label, generator)
         losses = self._losses(self.network.network, *seen, self._weights(image, label))
-        self._note(losses, len(image))
+        self._note(losses)
         return losses
 
     def guard_loss(self, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,8 +110,7 @@ class VoxelObjective(Objective):
         weights = self._weights(image, label)
         for inner, outer in self.tiles(image.shape[2:]):
             truth = torch.full_like(label[outer], IGNORED)
-            within = (..., *(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer[1:], strict=True)))
-            truth[within] = label[(..., *inner)]
+            truth[_within(inner, outer)] = label[inner]
             part = delta[outer].detach().requires_grad_(True)
             with torch.enable_grad():
                 seen = self._seen(image[outer] + part, truth, generator)
@@ -119,7 +120,7 @@ class VoxelObjective(Objective):
                     guard_loss = self._losses(self.network.guard, *seen, weights)
                     guarding[outer] += torch.autograd.grad(guard_loss.sum(), part)[0]
             losses += loss.detach()
-        self._note(losses, len(image))
+        self._note(losses)
         if guarding is None:
             return gradient
         self.passes += len(image)
@@ -127,7 +128,7 @@ class VoxelObjective(Objective):
         return gradient + self.guard_weight * mean_size(gradient) * (guarding / mean_size(guarding))
 
     def tiles(self, size: Sequence[int]) -> Iterator[tuple[Span, Span]]:
-        """Spans of each tile and of the tile with its halo; the tiles cover ``size`` once."""
+        """Spans of each tile, without and with its halo; together the tiles cover a volume of ``size`` once."""
         axes = [range(0, length, tile) for length, tile in zip(size, self.tile_size, strict=True)]
         for corner in product(*axes):
             ends = [min(at + tile, length) for at, tile, length in zip(corner, self.tile_size, size, strict=True)]
@@ -135,16 +136,17 @@ class VoxelObjective(Objective):
                 slice(max(0, at - self.halo), min(end + self.halo, length))
                 for at, end, length in zip(corner, ends, size, strict=True)
             )
-            yield tuple(map(slice, corner, ends)), (..., *outer)
+            yield (..., *map(slice, corner, ends)), (..., *outer)
 
     def _seen(self, image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random view of images and labels."""
+        """Images and labels after the same random view."""
         if self.view is None:
             return image, label
         drawn = self.view.draw(len(image), generator)
         return self.view(image, drawn), self.view.move_labels(label, drawn)
 
     def _losses(self, network: nn.Module, seen: Tensor, label: Tensor, weights: Tensor) -> Tensor:
+        """(B,) sums over the voxels of (B, 1, *spatial) labels, each with the weight of its class."""
         truth = label[:, 0].long()
         share = weights.gather(1, truth.flatten(1).clamp(max=weights.shape[1] - 1)).reshape(truth.shape)
         truth = truth.masked_fill(truth == IGNORED, _NO_LOSS)
@@ -158,3 +160,9 @@ class VoxelObjective(Objective):
         counts = torch.stack([(label == index).flatten(1).sum(1) for index in range(n_classes)], 1).float()
         present = counts > 0
         return present / (counts.clamp(min=1) * present.sum(1, keepdim=True).clamp(min=1))
+
+
+def _within(inner: Span, outer: Span) -> Span:
+    """``inner`` as an index of what ``outer`` cuts out."""
+    pairs = zip(inner[1:], outer[1:], strict=True)
+    return (..., *(slice(own.start - around.start, own.stop - around.start) for own, around in pairs))
