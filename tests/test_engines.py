@@ -506,6 +506,11 @@ class TestVoxelLabels:
         with pytest.raises(ValueError, match="patch_size is "):
             voxel_trainer(tmp_path, patch_size=size)
 
+    def test_an_objective_without_tiles_is_told_to_name_a_patch(self, tmp_path):
+        objective = Objective(segmenter(2), nn.CrossEntropyLoss(reduction="none"))
+        with pytest.raises(ValueError, match="VoxelObjective, or a patch_size"):
+            trainer(tmp_path, volumes(2), objective=objective)
+
     def test_other_labels_are_another_fit(self, tmp_path):
         voxel_trainer(tmp_path).run()
         other = volumes(2)

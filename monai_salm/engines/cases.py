@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +30,25 @@ from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_a
 CODE_STRENGTH = (1.0, 4.0)
 """Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
 VOXELS_AT_ONCE = 2**25
-"""Bound on the native voxels of a perturbation batch: about 1.5 GB of intermediate values."""
+"""Most voxels of the images that are perturbed together: about 1.5 GB of intermediate values."""
 FOREGROUND_PATCHES = 0.75
 """Part of the patches that lie around a labeled voxel, where there is one; the others lie anywhere."""
 
 Sample = tuple[Tensor, Tensor, Tensor]
-"""Images and perturbations (B, 1, *size) in unit intensity, and labels, as a surrogate's step takes them."""
+"""Image and perturbation (C, *size) in unit intensity, and label; or (B, C, *size) and labels of a batch."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the fit must know of a case before it touches its voxels again.
+    """What the fit keeps of a case in memory; its voxels it reads again when they are needed.
 
-    ``label`` is a class index, or for voxel labels their digest.
+    Args:
+        sample_id: the case.
+        label: class index, or the digest of its voxel labels.
+        codec: how to read its stored values.
+        shape: (C, *spatial) of its image.
+        digest: of its stored image, see :py:func:`monai_salm.records.image_digest`.
+        levels: most lattice steps that the budget allows in it.
     """
 
     sample_id: str
@@ -86,11 +91,11 @@ class Cases:
         return len(self.facts)
 
     def stored(self, at: int) -> Tensor:
-        """(1, *spatial) stored values, where they were loaded."""
+        """(C, *spatial) stored values, on the device that they were loaded to."""
         return plain_tensor(self.dataset[at][CommonKeys.IMAGE])
 
     def unit(self, at: int) -> Tensor:
-        """(1, *spatial) unit intensities."""
+        """(C, *spatial) unit intensities."""
         return self.facts[at].codec.to_unit(self.stored(at).to(self.device))
 
     def read(self, batch: Sequence[int], budget: Budget) -> Batch:
@@ -106,7 +111,7 @@ class Cases:
         return Batch(image, self.labels(batch), lattice_of(stored, codecs, budget))
 
     def label(self, at: int) -> Tensor:
-        """Class index, or (1, *spatial) class indices, where they were loaded."""
+        """Class index, or (1, *spatial) class indices, on the device that they were loaded to."""
         return _label(self.dataset[at]) if self.voxelwise else torch.tensor(self.facts[at].label)
 
     def labels(self, batch: Sequence[int]) -> Tensor:
@@ -165,12 +170,12 @@ def _label(item: Mapping[str, object]) -> Tensor:
 
 
 class Samples(ABC):
-    """Training samples of a surrogate: where a case has no perturbation yet, a class code stands for it, or nothing.
+    """What a surrogate trains on: images beside perturbations. A case that has none yet shows a class code or zeros.
 
     Args:
         cases: the cohort.
-        size: of a sample in voxels.
-        coded: show class codes where there is no perturbation.
+        size: of a sample in voxels, one number for each axis.
+        coded: show class codes where there is no perturbation yet.
         seed: of the codes.
     """
 
@@ -185,7 +190,13 @@ class Samples(ABC):
 
     @abstractmethod
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
-        """One case."""
+        """One sample of the case at a position.
+
+        Args:
+            at: position in the cohort.
+            delta: (C, *spatial) lattice steps on the image's own grid; None: there are none yet.
+            generator: of what is random.
+        """
 
     def strength(self, at: int, generator: torch.Generator) -> float:
         """Amplitude of a code in unit intensity."""
@@ -273,10 +284,23 @@ class Patches(Samples):
 def samples_of(
     cases: Cases, objective: Objective, patch_size: Sequence[int] | None, *, coded: bool, seed: int
 ) -> Samples:
-    """What an objective's surrogate trains on: whole images, or patches of volumes with voxel labels."""
+    """What an objective's surrogate trains on: whole images, or patches of volumes with voxel labels.
+
+    Args:
+        cases: the cohort.
+        objective: has the surrogate, and with voxel labels the size of a tile.
+        patch_size: with voxel labels, of a patch; None: that of a tile.
+        coded, seed: as of :py:class:`Samples`.
+
+    Raises:
+        ValueError: When a size is none for these images, or there is none.
+    """
     if cases.voxelwise:
-        size = objective.tile_size if patch_size is None else patch_size
-        for name, given in (("patch_size", size), ("tile_size", getattr(objective, "tile_size", size))):
+        tile_size = getattr(objective, "tile_size", None)
+        size = tile_size if patch_size is None else patch_size
+        if size is None:
+            raise ValueError("voxel labels need the objective that works tile by tile, VoxelObjective, or a patch_size")
+        for name, given in (("patch_size", size), ("tile_size", tile_size or size)):
             check_size(name, given, len(cases.facts[0].shape) - 1)
         return Patches(cases, size, coded=coded, seed=seed)
     view = objective.network.view
@@ -297,13 +321,17 @@ class Steps:
     def __iter__(self) -> Iterator[list[int]]:
         step, per_pass = self.start, self.count // self.batch_size
         while True:
-            generator = torch.Generator().manual_seed(derive(self.seed, "order", step // per_pass))
-            order = torch.randperm(self.count, generator=generator).tolist()
+            order = torch.randperm(self.count, generator=generator_of(self.seed, "order", step // per_pass)).tolist()
             for at in range(step % per_pass, per_pass):
                 yield order[at * self.batch_size : (at + 1) * self.batch_size]
                 step += 1
 
 
-def derive(*position: Any) -> int:
-    """A seed for a place in the run."""
-    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7], "big")
+def derive(*parts: object) -> int:
+    """A seed that follows from ``parts`` alone, such as the seed of a run and a place in it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def generator_of(*parts: object) -> torch.Generator:
+    """A CPU generator that begins at the seed of ``parts``, whatever was drawn elsewhere before."""
+    return torch.Generator().manual_seed(derive(*parts))

@@ -7,7 +7,6 @@ import copy
 import os
 
 from monai_salm.engines.trainer import PerturbationTrainer
-from monai_salm.perturbations.masks import SparsityMask
 
 __all__ = ["with_random_mask"]
 
@@ -17,16 +16,17 @@ def with_random_mask(trainer: PerturbationTrainer, bank_file: str | os.PathLike[
 
     Network and optimizer begin as those of the other fit did, also where that one took the weights of an earlier fit.
 
-    None where the method has no mask that could be random: the study then goes without, and says so.
-
     Args:
         trainer: of the other fit, which stays as it is.
         bank_file: where the control's perturbations go.
+
+    Returns:
+        The trainer of the control; None where the method has no mask: the study then goes without this control.
     """
-    perturbation, (objective, optimizer) = copy.copy(trainer.perturbation), copy.deepcopy(trainer.untrained)
-    if not isinstance(getattr(perturbation, "mask", None), SparsityMask):
+    if trainer.perturbation.mask is None:
         return None
-    perturbation.mask = copy.copy(perturbation.mask)
+    perturbation, (objective, optimizer) = copy.copy(trainer.perturbation), copy.deepcopy(trainer.untrained)
+    perturbation.mask = copy.copy(trainer.perturbation.mask)
     perturbation.mask.criterion = "random"
     return PerturbationTrainer(
         device=trainer.state.device,

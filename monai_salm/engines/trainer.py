@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from monai_salm import __version__
 from monai_salm.bank import PerturbationBank
-from monai_salm.engines.cases import Cases, Steps, derive, samples_of
+from monai_salm.engines.cases import Cases, Steps, derive, generator_of, samples_of
 from monai_salm.engines.errors import leave_to_the_caller
 from monai_salm.engines.kept import UnfinishedRound, load_weights, save_weights
 from monai_salm.errors import check_number
@@ -35,7 +35,7 @@ from monai_salm.release.progress import track
 from monai_salm.surrogates import TextureReader
 
 KEPT_EVERY_S = 20.0
-"""Perturbations are put on disk so often; a killed run loses those since."""
+"""Seconds between two writes of an unfinished round's perturbations; a killed run loses those since the last one."""
 
 
 class PerturbationTrainer(Trainer):
@@ -119,25 +119,26 @@ class PerturbationTrainer(Trainer):
         self.surrogate_steps = surrogate_steps
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         check_number("learning_rate", min(self.base_rates), above=0, most=1000)
-        self._compute_device = _usable(device)
-        self.surrogate_file = surrogate_file
+        self._compute_device, self.surrogate_file = _usable(device), surrogate_file
         self.trains = surrogate_steps > 0 and surrogate_file is None
         if surrogate_file is not None:
             load_weights(self.objective.network, Path(surrogate_file))
         self.objective.to(self._compute_device)
         self.cases = Cases(dataset, self.budget, self._compute_device)
+        self._steps = Steps(len(self.cases), batch_size, seed)
         super().__init__(
             device=self._compute_device,
             max_epochs=max_epochs,
-            data_loader=Steps(len(self.cases), batch_size, seed),
+            data_loader=self._steps,
             epoch_length=surrogate_steps if self.trains else 1,  # a round needs a step: without training, an idle one
             decollate=False,
         )
         leave_to_the_caller(self)
         self.samples = samples_of(self.cases, objective, patch_size, coded=transplant, seed=derive(seed, "codes"))
         Path(bank_file).parent.mkdir(parents=True, exist_ok=True)
-        self.bank = PerturbationBank(bank_file, fingerprint=self.fingerprint(), create=True)
-        self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), self.bank.fingerprint)
+        fingerprint = self.fingerprint()
+        self.bank = PerturbationBank(bank_file, fingerprint=fingerprint, create=True)
+        self._unfinished = UnfinishedRound(self.bank.path.with_suffix(".unfinished"), fingerprint)
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
@@ -149,7 +150,7 @@ class PerturbationTrainer(Trainer):
         self.add_event_handler(Events.EPOCH_COMPLETED, lambda: self._end_round({}, {}))
         self._register_handlers(train_handlers or ())  # after ours, so that they see the round's loss
 
-    def run(self) -> None:
+    def run(self) -> None:  # type: ignore[override]  # as in MONAI's trainers
         """Fit from what an earlier run has done to the end; returns at once when the bank is finished."""
         fitting = not self.bank.finished
         if fitting:
@@ -262,11 +263,12 @@ class PerturbationTrainer(Trainer):
         return [{CommonKeys.LOSS: loss.detach()}]
 
     def _warmth(self, step: int) -> float:
-        """Learning rate of a round's step as a fraction of the optimizer's: warm-up over a fifth, then a cosine."""
+        """Factor of the learning rate at ``step`` of a round: up over the first fifth, then a cosine down to 0."""
         position = (step + 1) / self.state.epoch_length
         return min(1.0, 5 * position) * (0.5 + 0.5 * math.cos(math.pi * max(0.0, position - 0.2) / 0.8))
 
     def _end_round(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> None:
+        """Perturb all cases but those that are ``done``, of which an earlier run kept ``tally``, and keep the round."""
         self.scores.append(self._perturb_all(done, tally))
         self.state.metrics["perturbed_loss"] = self.scores[-1]
         self._commit(final=self.state.epoch == self.state.max_epochs)
@@ -311,17 +313,19 @@ class PerturbationTrainer(Trainer):
     def _perturb(
         self, cases: Cases, batch: Sequence[int], deltas: Mapping[str, Tensor], position: tuple
     ) -> dict[str, Tensor]:
+        """One call of the perturbation for cases of one shape, which goes on from ``deltas`` where they have any."""
         facts = [cases.facts[at] for at in batch]
         image, label, lattice = cases.read(batch, self.budget)
-        start = [deltas.get(fact.sample_id) for fact in facts]
-        begin = None if start[0] is None else torch.stack([delta.to(image.device) for delta in start])
+        begin = None
+        if facts[0].sample_id in deltas:  # then those of the others are there too
+            begin = torch.stack([deltas[fact.sample_id].to(image.device) for fact in facts])
         generator = self._generator(*position, facts[0].sample_id)
         found = self.perturbation(self.objective, image, label, lattice, begin, generator=generator)
         types = (getattr(torch, smallest_type(fact.levels)) for fact in facts)
         return {fact.sample_id: delta.to(kind) for fact, kind, delta in zip(facts, types, found.cpu(), strict=True)}
 
     def _generator(self, *position: Any) -> torch.Generator:
-        return torch.Generator().manual_seed(derive(self.seed, *position))
+        return generator_of(self.seed, *position)
 
     def _state(self) -> dict[str, Any]:
         """What the fit needs to go on from here, besides the perturbations."""
@@ -370,7 +374,7 @@ class PerturbationTrainer(Trainer):
         self.perturbation.learned = state.get("learned")
         self.state.epoch = round_
         self.state.iteration = round_ * self.state.epoch_length
-        self.data_loader.start = self.state.iteration
+        self._steps.start = self.state.iteration
 
     def _ticks_left(self) -> int:
         passes = len(self._groups(self.cases))
