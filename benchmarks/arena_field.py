@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from arena_cells import AGAIN, ELSEWHERE, NO_DEFENSE, WITHOUT_FIT, Cell
 from arena_data import DataSet, Part
-from methods import METHODS, UNBOUNDED, Fitted, fit, victims
+from methods import METHODS, UNBOUNDED, Fitted, fit, trained, victims
 from releases import RELEASES, TURNED, Copies, separable, turned
-from setting import configured, versions
+from setting import versions
 from torch import Tensor
 
+from monai_salm.engines.cases import generator_of
 from monai_salm.io.base import StoredImage
-from monai_salm.verification.arms import Arm, ArmWriter, generator_of
+from monai_salm.verification.arms import Arm, ArmWriter
 from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.description import described
 from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 from monai_salm.verification.jobs import Job, Ledger, run_jobs
 from monai_salm.verification.training import Recipe, victim_digest
-from monai_salm.verification.victims import Classification
 
 __all__ = ["MEASURED", "OF_FIT", "Field", "fidelity"]
 
@@ -58,12 +58,8 @@ class Field:
         self.device = str(config.get("device", "cpu"))
         self._fits: dict[tuple[str, str, int], tuple[Fitted, str]] = {}
         self._described: dict[tuple[str, str, int], dict[str, Any]] = {}
-        bundle = f"salm_{len(data.train.size)}d_classification"
-        shipped = configured(bundle, {"num_classes": len(data.classes)})
-        names = ("batch_size", "learning_rate", "weight_decay")
-        self.recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names}
-        self.recipe["epochs"] = config["epochs"][name]
-        self.task = Classification(data.classes, shipped.get_parsed_content("study::augment"), data.train.size)
+        self.task, recipe = trained(data.classes, data.train.size)
+        self.recipe = recipe | {"epochs": config["epochs"][name]}
 
     # -------------------------------------------------------------------- fits
 
@@ -173,7 +169,7 @@ class Field:
         print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
         run_jobs(list(jobs.values()), done, workers)
         return [
-            asdict(cell) | {name: done[job.key].get(name) for name in MEASURED} | self._of_fit(cell)
+            asdict(cell) | {name: done[job].get(name) for name in MEASURED} | self._of_fit(cell)
             for cell, job in jobs.items()
         ]
 
@@ -251,7 +247,7 @@ def _estimate(jobs: Mapping[Cell, Job], done: Rows, workers: int) -> str:
     spent: dict[str, list[float]] = {}
     for cell, job in jobs.items():
         if job in done and cell.defense == NO_DEFENSE:
-            spent.setdefault(cell.victim, []).append(done[job.key]["seconds"])
+            spent.setdefault(cell.victim, []).append(done[job]["seconds"])
     left = {job.key: cell for cell, job in jobs.items() if job not in done}
     text = f"{len(left)} of {len(jobs)} trainings to do"
     if left and all(cell.victim in spent for cell in left.values()):

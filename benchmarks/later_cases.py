@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from arena_data import Part, part_of
+from methods import trained
 from monai.utils import set_determinism
 from setting import command_line, configured, write
 from torch import Tensor
@@ -29,7 +30,7 @@ from monai_salm.io.base import Case
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.verification.strength import closed_gap, summarize
 from monai_salm.verification.training import train_network
-from monai_salm.verification.victims import METRIC, Classification
+from monai_salm.verification.victims import METRIC
 
 BUNDLE = "salm_2d_classification"
 SEEDS = 3
@@ -80,11 +81,9 @@ def measure(cohort: Cohort, work: Path) -> dict[str, Any]:
     started, rows, spent = time.monotonic(), [], {}
     values = {"device": "cpu", "num_classes": len(cohort.classes)}
     shipped = configured(BUNDLE, values)
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay")
-    recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names}
     victims = {name: shipped.get_parsed_content(f"study::victims::{name}") for name in shipped["study::victims"]}
     size = tuple(shipped.get_parsed_content("spatial_size"))
-    task = Classification(cohort.classes, shipped.get_parsed_content("view"), size)
+    task, recipe = trained(cohort.classes, size)
     train, test, old, new = (part_of(each, size) for each in (cohort.train, cohort.held_out, *halves(cohort.train)))
     tested = test.seen(), test.labels
     for seed in range(SEEDS):

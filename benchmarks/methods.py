@@ -23,6 +23,7 @@ from monai_salm.records import image_digest
 from monai_salm.surrogates import small_resnet
 from monai_salm.transforms.meta import codec_of, meta_of, stored_array
 from monai_salm.verification.arms import Deltas
+from monai_salm.verification.victims import Classification
 from monai_salm.workflows import bundle_path
 
 CNN = {
@@ -199,6 +200,22 @@ def _digest(dataset: CacheDataset) -> str:
         content = image_digest(stored_array(image, codec_of(image, None)))
         digest.update(repr((meta_of(image, "sample_id"), int(item["label"]), content)).encode())
     return digest.hexdigest()
+
+
+def trained(classes: Sequence[str], spatial_size: tuple[int, ...]) -> tuple[Classification, dict[str, Any]]:
+    """What victims learn and how they are trained: as in the shipped study, from images of another size.
+
+    Args:
+        classes: their names.
+        spatial_size: of the images, two or three sizes.
+
+    Returns:
+        The task, and its arguments of :py:func:`monai_salm.verification.training.train_network`.
+    """
+    shipped = configured(f"salm_{len(spatial_size)}d_classification", {"num_classes": len(classes)})
+    names = ("epochs", "batch_size", "learning_rate", "weight_decay")
+    recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names}
+    return Classification(tuple(classes), shipped.get_parsed_content("study::augment"), spatial_size), recipe
 
 
 def victims(classes: int, spatial_size: Sequence[int], channels: int = 1) -> dict[str, Callable[[], nn.Module]]:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from arena_data import Part, load
-from methods import fit, victims
-from setting import command_line, configured, write
+from methods import fit, trained, victims
+from setting import command_line, write
 from torch import Tensor
 
 from monai_salm.verification.strength import spread
 from monai_salm.verification.training import train_network
-from monai_salm.verification.victims import METRIC, Classification
+from monai_salm.verification.victims import METRIC
 
 DATA = {"archive": "pneumoniamnist.npz", "size": [28, 28], "train": 1200, "split": "test", "spare": 2}
 METHODS = ("salm_0.4", "salm_0.4_full", "tap")
@@ -34,11 +34,9 @@ EPOCHS = 4
 def measure(data: Path, work: Path) -> dict[str, Any]:
     """Fit, train and compare."""
     images = load({**DATA, "spare_split": "val"}, data, work)
-    shipped = configured("salm_2d_classification", {"num_classes": len(images.classes)})
-    names = ("batch_size", "learning_rate", "weight_decay")
-    recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names} | {"epochs": EPOCHS}
     size = images.train.size
-    task = Classification(images.classes, shipped.get_parsed_content("study::augment"), size)
+    task, recipe = trained(images.classes, size)
+    recipe["epochs"] = EPOCHS
     makers = victims(len(images.classes), size)
     parts = {"test": images.test, "training": images.train}
     clean = {name: _seen(part) for name, part in parts.items()}

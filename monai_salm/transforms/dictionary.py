@@ -281,8 +281,9 @@ class SaveStoredd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        options = {"budget": budget, "spatial_dims": spatial_dims, "window": window, "key_file": key_file}
-        self.save = SaveStored(output_dir, catalog, **options)
+        self.save = SaveStored(
+            output_dir, catalog, budget=budget, spatial_dims=spatial_dims, window=window, key_file=key_file
+        )
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         d = dict(data)

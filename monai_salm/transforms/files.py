@@ -181,8 +181,14 @@ class SaveStored(Transform):
             what = "held out for the test" if case.split == "test" else "part of a file with others"
             raise ValueError(f"{name} is {what}: leave it out here (release.protect_cohort knows how to treat it)")
         delta, limits = self._delta(case, img)
-        options = {"spatial_dims": self.load.spatial_dims, "window": self.load.window}
-        files = formats.protect((case,), lambda _: delta, uids=self.uids, when=self.when, **options)
+        files = formats.protect(
+            (case,),
+            lambda _: delta,
+            uids=self.uids,
+            when=self.when,
+            spatial_dims=self.load.spatial_dims,
+            window=self.load.window,
+        )
         commit.commit(self.output_dir, (self._staged(case, file, limits) for file in files))
         return img
 

@@ -46,15 +46,19 @@ def told(data: Mapping[Any, Any], key: Any) -> dict[str, Any]:
 
 
 def codec_of(img: NdarrayOrTensor, given: CodecLike | None) -> StoredCodec:
-    """How to read the image's values: the metadata come first, then what is given."""
+    """How to read the image's values: as its metadata say, else as given.
+
+    Raises:
+        ValueError: When neither says it, the image is in unit intensity, or it is a batch of images.
+    """
     if meta_of(img, "intensity") == "unit":
         raise ValueError(
             "the image is in unit intensity already; this transform takes stored values, as LoadStored gives them"
         )
     meta = meta_of(img, "stored_codec")
-    if meta is None and given is None:
-        raise ValueError("the image has no 'stored_codec': load it with LoadStored, or give the codec in the call")
     said = given if meta is None else meta
+    if said is None:
+        raise ValueError("the image has no 'stored_codec': load it with LoadStored, or give the codec in the call")
     if isinstance(said, Mapping) and isinstance(said.get("dtype"), list | tuple):
         raise ValueError("this is a batch of images; take it apart first, with monai.data.decollate_batch")
     return said if isinstance(said, StoredCodec) else StoredCodec.from_meta(said)
@@ -96,5 +100,10 @@ def stored_array(img: NdarrayOrTensor, codec: StoredCodec) -> np.ndarray:
 
 
 def check_same_shape(what: str, values: Any, other: str, reference: Any) -> None:
+    """Check that two arrays or tensors, called ``what`` and ``other`` in the error, have one shape.
+
+    Raises:
+        ValueError: When they have not.
+    """
     if tuple(values.shape) != tuple(reference.shape):
         raise ValueError(f"{what} is {tuple(values.shape)}, {other} {tuple(reference.shape)}; they must have one shape")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from monai_salm.bank import PerturbationBank
 from monai_salm.io.base import StoredImage
 from monai_salm.perturbations.base import Objective, Perturbation
 from monai_salm.perturbations.budget import Budget
@@ -31,7 +32,6 @@ __all__ = [
     "VolumeWriter",
     "applied",
     "delta_of",
-    "generator_of",
     "perturbed",
 ]
 
@@ -143,11 +143,11 @@ class VolumeArm:
         # One mapping per file: one per image would be a file descriptor per image.
         images, labels = np.memmap(self.path, np.float32, "c"), np.memmap(self.labels, np.uint8, "c")
         ends = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)]).tolist()
-        parts = zip(ends[:-1], ends[1:], self.shapes, self.spacings, strict=True)
-        return [
-            Volume(*(torch.from_numpy(flat[a:b].reshape(shape)) for flat in (images, labels)), spacing)
-            for a, b, shape, spacing in parts
-        ]
+        volumes = []
+        for start, end, shape, spacing in zip(ends[:-1], ends[1:], self.shapes, self.spacings, strict=True):
+            image, label = (torch.from_numpy(flat[start:end].reshape(shape)) for flat in (images, labels))
+            volumes.append(Volume(image, label, spacing))
+        return volumes
 
 
 class VolumeWriter:
@@ -190,19 +190,13 @@ class VolumeWriter:
         return VolumeArm(*self._paths, tuple(self._shapes), tuple(self._spacings), self._digest.hexdigest())
 
 
-def generator_of(*parts: object) -> torch.Generator:
-    """A generator that depends on ``parts`` only, not on the order of cases."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 def applied(
     method: Perturbation, image: StoredImage, label: Tensor, budget: Budget, generator: torch.Generator
 ) -> np.ndarray:
     """Perturbation of one image by a method that asks no network.
 
     Args:
-        method: the method.
+        method: one that never calls the objective.
         image: the clean image.
         label: (1, ...) class index, or (1, 1, *spatial) class indices.
         budget: the bound.
@@ -212,25 +206,35 @@ def applied(
         (C, *spatial) lattice steps.
     """
     stored = torch.from_numpy(image.stored)
-    blind = Objective(nn.Identity(), nn.functional.cross_entropy)
+    unused = Objective(nn.Identity(), nn.functional.cross_entropy)
     unit, lattice = image.codec.to_unit(stored)[None], lattice_of([stored], [image.codec], budget)
-    return method(blind, unit, label, lattice, generator=generator)[0].numpy()
+    return method(unused, unit, label, lattice, generator=generator)[0].numpy()
 
 
 def perturbed(image: StoredImage, delta: Any) -> Tensor:
-    """(C, *spatial) unit intensities of an image with a perturbation, read with the original's window."""
+    """(C, *spatial) unit intensities of an image with (C, *spatial) lattice steps added, in the original's window."""
     steps = delta.numpy() if isinstance(delta, Tensor) else np.asarray(delta)
     return image.codec.to_unit(torch.from_numpy(image.codec.add(image.stored, steps)))
 
 
 def delta_of(deltas: Deltas, sample_id: str, image: StoredImage, what: str) -> Any:
-    """One case's perturbation, checked against its image where the bank can.
+    """One case's perturbation; a bank checks that it belongs to this image.
+
+    Args:
+        deltas: perturbations of all cases.
+        sample_id: the case.
+        image: its clean image.
+        what: names ``deltas`` in an error.
+
+    Returns:
+        (C, *spatial) lattice steps.
 
     Raises:
         ValueError: When there is none, or it belongs to another image.
     """
-    load: Callable[..., Any] | None = getattr(deltas, "load", None)
     try:
-        return load(sample_id, image.stored, step=image.codec.step) if load else deltas[sample_id]
+        if isinstance(deltas, PerturbationBank):
+            return deltas.load(sample_id, image.stored, step=image.codec.step)
+        return deltas[sample_id]
     except KeyError as error:
         raise ValueError(f"{what} have no perturbation for {sample_id}; make one for every case") from error

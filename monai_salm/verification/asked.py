@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study is asked for, checked before hours of a fit are spent for one that cannot be."""
+"""The arguments of a study, checked before hours of a fit are spent for one that cannot be."""
 
 from __future__ import annotations
 
@@ -10,19 +10,49 @@ import torch
 from torch import nn
 
 from monai_salm.errors import check_number, check_size
-from monai_salm.verification.training import victim_digest
+from monai_salm.release.labels import Cohort
+from monai_salm.surrogates import RandomView
+from monai_salm.verification.segmenters import Segmentation, Transforms
+from monai_salm.verification.training import Task, victim_digest
+from monai_salm.verification.victims import Classification
 
-__all__ = ["check_settings", "check_victims", "seeds_of"]
+__all__ = ["check_settings", "check_victims", "seeds_of", "task_of"]
 
 
 def seeds_of(seeds: Sequence[int] | int) -> list[int]:
-    """Seeds of the trainings, given as such or by their number."""
+    """Seeds of the trainings, from a list of them or from their number.
+
+    Raises:
+        ValueError: When one is no whole number, or there are none.
+    """
     if not isinstance(seeds, Sequence) or isinstance(seeds, str):
         check_number("seeds", seeds, least=1, most=1e4, whole=True)
         seeds = range(seeds)
     for seed in seeds:
         check_number("a seed", seed, whole=True)
     return [int(seed) for seed in seeds]
+
+
+def task_of(
+    cohort: Cohort,
+    spatial_size: tuple[int, ...],
+    augment: RandomView | None,
+    transforms: Transforms | None,
+    resample: float,
+) -> Task:
+    """What victims learn: to segment where voxels have labels, else to classify.
+
+    Raises:
+        ValueError: When an argument belongs to the other task.
+    """
+    classes = tuple(cohort.classes)
+    if cohort.voxelwise:
+        if augment is not None:
+            raise ValueError("victims that segment are augmented by transforms=..., not by augment=...")
+        return Segmentation(classes, spatial_size, transforms, resample)
+    if transforms is not None or resample != 1.0:
+        raise ValueError("transforms and resample are for cohorts with voxel labels; use augment and spatial_size")
+    return Classification(classes, augment, spatial_size)
 
 
 def check_settings(
@@ -33,10 +63,10 @@ def check_settings(
     recipe: Mapping[str, float],
     workers: int | None,
 ) -> None:
-    """Raise where a setting of a study is out of range.
+    """Check what is a number, and that there are victims and different seeds.
 
     Raises:
-        ValueError: Which, and what it must be.
+        ValueError: When a setting is out of range.
     """
     check_size("spatial_size", spatial_size, spatial_dims)
     for name in ("epochs", "batch_size"):

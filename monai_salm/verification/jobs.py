@@ -46,10 +46,10 @@ class Job:
         train: what it is trained on.
         test: what it is tested on.
         task: what is learned.
-        options: other arguments of :py:func:`train_network`.
-        keep: keep the trained weights.
-        recipe: makes what is done otherwise than in ordinary training, of the clean cases that a third party has.
-        spare: places of these among the test cases; the others are tested on.
+        options: other arguments of :py:func:`monai_salm.verification.training.train_network`.
+        keep: whether the trained weights are kept.
+        recipe: makes the recipe of the training, of the clean cases that the third party has (None: it has none).
+        spare: places of these among the test cases; it is tested on the others.
     """
 
     key: str
@@ -88,8 +88,8 @@ class Ledger:
     def __contains__(self, job: Job) -> bool:
         return job.key in self._rows and (not job.keep or self._weights(job.key).is_file())
 
-    def __getitem__(self, key: str) -> Mapping[str, Any]:
-        return self._rows[key]
+    def __getitem__(self, job: Job) -> Mapping[str, Any]:
+        return self._rows[job.key]
 
     def add(self, key: str, row: Mapping[str, Any], weights: bytes | None, **told: str) -> None:
         """Keep a finished training, and what is ``told`` of it to people.

@@ -50,9 +50,7 @@ def label_leakage(delta: Tensor, foreground: Tensor, device: torch.device | str 
     found = {"threshold": _best_dice(size, truth)}
     for sigma in SIGMAS:
         found[f"blur_{sigma:g}"] = _best_dice(_blurred(size, sigma), truth)
-    found["support"] = _dice(float((truth & (size > 0)).sum()), float((size > 0).sum()), float(truth.sum()))
-    found["everything"] = _dice(float(truth.sum()), float(truth.numel()), float(truth.sum()))
-    return found
+    return found | {"support": _dice(size > 0, truth), "everything": _dice(torch.ones_like(truth), truth)}
 
 
 class Leakage:
@@ -124,5 +122,5 @@ def _blurred(image: Tensor, sigma: float) -> Tensor:
     return image
 
 
-def _dice(both: float, one: float, other: float) -> float:
-    return 2 * both / (one + other)
+def _dice(guess: Tensor, truth: Tensor) -> float:
+    return 2 * float((guess & truth).sum()) / (float(guess.sum()) + float(truth.sum()))

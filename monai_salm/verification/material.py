@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_salm.engines.cases import generator_of
 from monai_salm.io import formats
 from monai_salm.io.base import Case, StoredImage, Window
 from monai_salm.io.masks import read_mask
@@ -19,8 +20,8 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.release.labels import Cohort
 from monai_salm.release.progress import track
 from monai_salm.stored import StoredCodec
-from monai_salm.verification.arms import Deltas, applied, delta_of, generator_of, perturbed
-from monai_salm.verification.fidelity import Fidelity, ssim_sample
+from monai_salm.verification.arms import Deltas, applied, delta_of, perturbed
+from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 from monai_salm.verification.leakage import LEAKAGE_CASES, Leakage
 from monai_salm.verification.report import Example
 from monai_salm.verification.training import Task
@@ -33,7 +34,14 @@ _UNITS = {"window": "window_fraction", "physical": "physical", "stored": "stored
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are read; see :py:class:`monai_salm.verification.study.VictimStudy`."""
+    """How images are read.
+
+    Args:
+        controls: perturbations of all training cases, by the name of the arm that is made of them.
+        held_out_deltas: makes perturbations of the test cases that have no written copy; None: nothing does.
+        cohort, task, spatial_dims, window, budget, device, seed: as of
+            :py:class:`monai_salm.verification.study.VictimStudy`.
+    """
 
     cohort: Cohort
     task: Task
@@ -42,7 +50,6 @@ class Settings:
     budget: Budget
     controls: Mapping[str, Deltas]
     held_out_deltas: Callable[[], Deltas] | None
-    ssim_cases: int
     device: torch.device
     seed: int
 
@@ -78,7 +85,7 @@ class Material:
         self._train = {case.sample_id for case in train}
         self._held_out = {case.sample_id for case in held_out}
         self._deltas = self._held_out_deltas()
-        self._ssim = ssim_sample(twins, settings.ssim_cases)
+        self._ssim = ssim_sample(twins, SSIM_CASES[settings.spatial_dims])
         self._shown = _spread_over_classes(train)
         self._leaks = ssim_sample(self._train, LEAKAGE_CASES)
         self._limits: list[tuple[int, StoredCodec]] = []
@@ -157,34 +164,41 @@ class Material:
         nothing = torch.rand(shown.shape, generator=generator_of(settings.seed, "blind", name))
         self._writers["blind"].add(nothing, truth)
         if mask is not None and name in self._leaks:
-            change = written.stored.astype(np.float64) - clean.stored.astype(np.float64)
-            for arm, delta in {"protected": np.nan_to_num(change), **deltas}.items():
+            for arm, delta in {"protected": _change(clean, written), **deltas}.items():
                 self.leakage.add(arm, delta, mask > 0)
 
     def _example(self, case: Case, clean: StoredImage, written: StoredImage, mask: np.ndarray | None) -> Example:
-        """The image, or an axial slice of a volume (the middle one, or the one with most foreground), the patient's
-        right hand on the left side."""
-        change = written.stored.astype(np.float64) - clean.stored.astype(np.float64)
-        after = clean.codec.to_unit(torch.from_numpy(written.stored)).numpy()
-        moved = (change != 0) & np.isfinite(change)
-        # One picture of what changed in any color.
-        change, moved = _strongest(np.nan_to_num(change)), moved.any(0, keepdims=True)
-        images = [_unit(clean).numpy(), after, change, moved, *([] if mask is None else [mask])]
-        if self._settings.spatial_dims == 3:
+        """The image, or an axial slice of a volume: the middle one, or the one with most foreground."""
+        settings, name, change = self._settings, case.sample_id, _change(clean, written)
+        images = {
+            "clean": _unit(clean).numpy(),
+            "protected": clean.codec.to_unit(torch.from_numpy(written.stored)).numpy(),
+            "delta": _strongest(change),
+            "mask": (change != 0).any(0, keepdims=True),
+        }
+        if mask is not None:
+            images["label"] = mask
+        if settings.spatial_dims == 3:
             at = clean.stored.shape[-1] // 2
             if mask is not None and mask.any():
                 at = int((mask > 0).sum(axis=(0, 1, 2)).argmax())
-            # x to the right, y to the front
-            images = [image[..., at].transpose(0, 2, 1)[:, ::-1, ::-1] for image in images]
-        name = case.sample_id
-        title = name if mask is not None else f"{self._settings.cohort.classes[case.label]} ({name})"
-        limit = clean.codec.levels(self._settings.budget) * clean.codec.step
-        unit, after, change, moved, *label = map(_plane, images)
-        return Example(title, unit, after, change, moved, limit, *label)
+            # As radiologists look at it: the patient's right on the left side, the front above.
+            images = {kind: image[..., at].transpose(0, 2, 1)[:, ::-1, ::-1] for kind, image in images.items()}
+        return Example(
+            title=name if mask is not None else f"{settings.cohort.classes[case.label]} ({name})",
+            max_delta=clean.codec.levels(settings.budget) * clean.codec.step,
+            **{kind: _plane(image) for kind, image in images.items()},
+        )
 
 
 def _unit(image: StoredImage) -> Tensor:
     return image.codec.to_unit(torch.from_numpy(image.stored))
+
+
+def _change(clean: StoredImage, written: StoredImage) -> np.ndarray:
+    """(C, *spatial) written minus clean in stored units; 0 where a value is not finite, which is never changed."""
+    change = written.stored.astype(np.float64) - clean.stored.astype(np.float64)
+    return np.nan_to_num(change, posinf=0.0, neginf=0.0)
 
 
 def _plane(image: np.ndarray) -> np.ndarray:
@@ -193,7 +207,7 @@ def _plane(image: np.ndarray) -> np.ndarray:
 
 
 def _strongest(change: np.ndarray) -> np.ndarray:
-    """(1, *spatial) change of largest size among the channels."""
+    """(1, *spatial) of a (C, *spatial) change: in each voxel that of the channel that changed most."""
     return np.take_along_axis(change, np.abs(change).argmax(0)[None], axis=0)
 
 

@@ -286,7 +286,8 @@ def verdict_table(results: Mapping[str, Any]) -> Table:
     title = Text.assemble("Verdict: ", (verdict, style))
     table = Table(title=title, caption=Text((results.get("verdict_reasons") or [""])[0]))
     summary = results.get("summary") or {}
-    classes = next((each["classes"] for each in _class_tables(summary) if each["key"] == f"{metric}_per_class"), [])
+    per_class = {each["key"]: each["classes"] for each in _class_tables(summary)}
+    classes = per_class.get(f"{metric}_per_class", [])
     classes = classes if len(classes) <= _CLASS_COLUMNS else []
     table.add_column("arm")
     for name in ("n", _words(metric), *classes, "closed gap", "SSIM"):

@@ -22,6 +22,8 @@ Training = tuple[str, str, int]
 """Arm, victim and seed."""
 
 ARMS = ("clean", "protected")
+_LEAST_LOSS = 0.05
+"""Of the headline metric, clean minus protected: of less nobody can say what part a defense restores."""
 
 
 def clean_part(cases: Sequence[Case], present: Mapping[str, frozenset[int]], learned: Sequence[int]) -> tuple[int, ...]:
@@ -71,6 +73,13 @@ def defended(
     return found
 
 
+def _restored(clean: float | None, protected: float | None, defended: float | None) -> float | None:
+    """Part of what the protected arm lost that victims have again who defend themselves; None: it lost too little."""
+    if clean is None or protected is None or defended is None or clean - protected <= _LEAST_LOSS:
+        return None
+    return (defended - protected) / (clean - protected)
+
+
 def _key(*decisive: Any) -> str:
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
@@ -104,7 +113,7 @@ def expected_seconds(
         workers: trainings side by side.
     """
     left = [(name, training) for name, mine in jobs.items() for training, job in mine.items() if job not in ledger]
-    seconds = sum(costs[name] * ledger[plain[training].key]["seconds"] for name, training in left)
+    seconds = sum(costs[name] * ledger[plain[training]]["seconds"] for name, training in left)
     return len(left), seconds / max(1, min(workers, len(left)))
 
 
@@ -130,34 +139,28 @@ def resistance(
         chance: what guessing reaches, None where it is not defined.
         rules: say when the clean arm has learned.
     """
-    clean, protected = (mean_of(values_of(rows, metric, arm)) for arm in ARMS)
-    lost = None if clean is None or protected is None else clean - protected
+    plain_clean, plain_protected = (mean_of(values_of(rows, metric, arm)) for arm in ARMS)
     floor, parts = [row for row in rows if row["arm"] == "blind"], []
     for defense in defenses:
         if defense.name not in defended_rows:
             continue
         mine = list(defended_rows[defense.name])
         gap = closed_gap([*mine, *floor], metric, chance=chance)
-        means = [mean_of(values_of(mine, metric, arm)) for arm in ARMS]
+        clean, protected = (mean_of(values_of(mine, metric, arm)) for arm in ARMS)
         checks = learning_checks([*mine, *floor], metric, list(gap["by_victim"]), chance, rules)
         learned = gap["mean"] is not None and all(check.passed for check in checks)
-        known = lost is not None and lost > _LEAST_LOSS and means[1] is not None and protected is not None
         parts.append(
             {
                 "name": defense.name,
                 "what": defense.what,
                 "needs_clean": defense.needs_clean,
                 "conclusive": learned,
-                "clean": means[0],
-                "protected": means[1],
+                "clean": clean,
+                "protected": protected,
                 "closed_gap": gap,
                 "closed_gap_auc": closed_gap_auc(mine),
-                "restored": (means[1] - protected) / lost if known else None,
+                "restored": _restored(plain_clean, plain_protected, protected),
                 "arms": [{name: value for name, value in row.items() if name != "curve"} for row in mine],
             }
         )
     return parts
-
-
-_LEAST_LOSS = 0.05
-"""Of the headline metric: of less nobody can say what part was restored."""

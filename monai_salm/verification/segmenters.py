@@ -136,7 +136,7 @@ class Segmentation(Task):
         return [replace(volume, image=change(volume.image)) for volume in data]
 
     def batches(self, data: Sequence[Volume], seed: int, device: torch.device) -> Batches:
-        transforms = deepcopy(self.transforms)
+        transforms: Any = deepcopy(self.transforms)  # __post_init__ made some if there were none
         if isinstance(transforms, Randomizable):
             transforms.set_random_state(seed=seed)
 
@@ -172,7 +172,7 @@ class Segmentation(Task):
             dice.append(each[0])
             hd95.append(each[1])
         names = self.classes[1:]
-        found = {"dice": _mean_of(dice), "dice_per_class": dict(zip(names, _means(dice), strict=True))}
+        found: dict[str, Any] = {"dice": _mean_of(dice), "dice_per_class": dict(zip(names, _means(dice), strict=True))}
         if full:
             found |= {"hd95": _mean_of(hd95), "hd95_per_class": dict(zip(names, _means(hd95), strict=True))}
             found["hd95_unit"] = "mm" if in_mm else "voxels"

@@ -14,6 +14,7 @@ import torch
 
 from monai_salm import __version__
 from monai_salm.engines import PerturbationTrainer
+from monai_salm.verification.arms import Deltas
 
 __all__ = ["cores", "fit_settings", "machine", "not_tested", "seconds_of", "versions"]
 
@@ -36,7 +37,7 @@ _NOT_TESTED: dict[str, frozenset[str]] = {
     "Readers: no physician has compared the images; SSIM and PSNR do not stand for diagnostic quality.": frozenset(),
     "Other tasks on the same images, other cohorts and other scanners.": frozenset(),
 }
-"""What no ordinary study tests, whatever its victims learn, and the defenses that test it."""
+"""What no ordinary study tests, with the defenses that together do; none: nothing here tests it."""
 
 
 def not_tested(defenses: Collection[str] = ()) -> list[str]:
@@ -46,10 +47,9 @@ def not_tested(defenses: Collection[str] = ()) -> list[str]:
         defenses: names, see :py:mod:`monai_salm.verification.defenses`.
     """
     left = [text for text, tests in _NOT_TESTED.items() if not tests or not tests <= set(defenses)]
-    return [
-        *(["Defenses other than the listed ones, other strengths of these, and several at once."] * bool(defenses)),
-        *left,
-    ]
+    if defenses:
+        left.insert(0, "Defenses other than the listed ones, other strengths of these, and several at once.")
+    return left
 
 
 def fit_settings(trainer: PerturbationTrainer | None) -> dict[str, Any]:
@@ -68,10 +68,12 @@ def fit_settings(trainer: PerturbationTrainer | None) -> dict[str, Any]:
     }
 
 
-def seconds_of(trainer: Any, controls: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of the fits that made perturbations, where it was trainers of this process."""
+def seconds_of(
+    trainer: PerturbationTrainer | None, controls: Mapping[str, PerturbationTrainer | Deltas]
+) -> dict[str, float]:
+    """Seconds of each fit whose trainer is at hand; of perturbations alone nobody knows how long they took."""
     fits = {"fit": trainer} | {f"fit of the {name.replace('_', '-')} control": made for name, made in controls.items()}
-    return {name: made.seconds for name, made in fits.items() if hasattr(made, "seconds")}
+    return {name: fit.seconds for name, fit in fits.items() if fit is not None and not isinstance(fit, Mapping)}
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,8 @@ from monai_salm.release.protect import IntegrityError, read_protected, read_refu
 from monai_salm.release.visibility import read_visibility
 from monai_salm.surrogates import RandomView
 from monai_salm.verification.arms import Arm, Deltas, VolumeArm
-from monai_salm.verification.asked import check_settings, check_victims, seeds_of
+from monai_salm.verification.asked import check_settings, check_victims, seeds_of, task_of
 from monai_salm.verification.defenses import defenses_of
-from monai_salm.verification.fidelity import SSIM_CASES
 from monai_salm.verification.jobs import Job, Ledger, default_workers, run_jobs
 from monai_salm.verification.material import Material, Settings, own_arms
 from monai_salm.verification.report import verdict_table, write_report
@@ -44,12 +43,11 @@ from monai_salm.verification.resistance import (
     resistance,
 )
 from monai_salm.verification.results import build_results, write_json
-from monai_salm.verification.segmenters import Segmentation, Transforms
+from monai_salm.verification.segmenters import Transforms
 from monai_salm.verification.setting import fit_settings, machine, not_tested, seconds_of, versions
-from monai_salm.verification.training import Task, victim_digest
+from monai_salm.verification.training import victim_digest
 from monai_salm.verification.utility import utility_rows
 from monai_salm.verification.verdict import PROTECTED, VerdictRules
-from monai_salm.verification.victims import Classification
 
 __all__ = ["VictimStudy"]
 
@@ -63,12 +61,17 @@ class VictimStudy:
     What victims learn follows from the cohort: to classify images, or to segment them where voxels have labels (then
     label leakage is measured too).
 
-    Arms: ``clean`` (the originals of the training cases), ``protected`` (their written files, read again from disk),
-    ``random_noise`` (random signs of the full budget in every voxel), ``blind`` (uniform noise with the true labels),
-    in segmentation ``label_marker`` (a checkerboard of the full budget where the labels are: what every method that
-    looks at the labels has to beat), and each of ``controls``. Controls are read with the original's window; written
-    files with their own, as a third party would. Only cases that were written are trained on, the same ones in every
-    arm.
+    Arms, all of the training cases that were written:
+
+    - ``clean``: the originals.
+    - ``protected``: the written files, read again from disk.
+    - ``random_noise``: random signs of the full budget in every voxel.
+    - ``label_marker``, in segmentation: a checkerboard of the full budget where the labels are, which every method that
+      looks at the labels has to beat.
+    - each of the ``controls`` of :py:meth:`run`, such as ``random_mask``.
+    - ``blind``: uniform noise with the true labels.
+
+    Written files are read with a window of their own, as a third party would, all other arms with the original's.
 
     Args:
         cohort: the labeled cases.
@@ -79,14 +82,14 @@ class VictimStudy:
         victims: functions that build an untrained network of (B, C, *spatial_size) images, by name.
         budget: the bound that the perturbations were fitted with.
         window: ``"auto"`` or (low, high) in physical units, as for the fit.
-        seeds: seeds of the trainings, or how many (0, 1, ...).
+        seeds: of each victim's trainings in each arm, or how many there are (0, 1, ...).
         epochs, batch_size, learning_rate, weight_decay: see
             :py:func:`monai_salm.verification.training.train_network`.
         augment: random views of the training images; classification.
         transforms: makes training patches of a labeled image, such as a ``Compose`` of random crops and MONAI's usual
             augmentation; segmentation, see :py:class:`monai_salm.verification.segmenters.Segmentation`.
         resample: voxel size of the study relative to the files'; segmentation.
-        config: what the report tells of the settings, besides what the trainer knows.
+        config: settings that the report shows, besides those that the trainer knows.
         eval_split: ``"test"``, or ``"val"`` to make choices without a look at the test cases.
         defenses: ``"standard"``, ``"full"``, or names of defenses that victims are trained with too, on the clean and
             the protected arm, see :py:mod:`monai_salm.verification.defenses`; they do not change the verdict.
@@ -127,14 +130,14 @@ class VictimStudy:
         seed: int = 0,
     ) -> None:
         self.window, self.seeds = as_window(window), seeds_of(seeds)
-        self.recipe = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        self.recipe: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, **rates}
         check_settings(spatial_dims, spatial_size, victims, self.seeds, self.recipe, workers)
-        cohort.tested(eval_split)
         self.cohort, self.output_dir = cohort, Path(output_dir).absolute()
+        self.tested = cohort.tested(eval_split)
         self.spatial_dims, self.spatial_size = spatial_dims, tuple(int(size) for size in spatial_size)
         self.victims, self.budget = dict(victims), Budget.parse(budget)
-        self.recipe["weight_decay"] = weight_decay
-        self.learning = self._task(augment, transforms, resample)
+        self.learning = task_of(cohort, self.spatial_size, augment, transforms, resample)
         self.config, self.eval_split, self.seed = dict(config or {}), eval_split, seed
         self.defenses = defenses_of(defenses, self.cohort.voxelwise) if defenses else ()
         self.rules = VerdictRules(**{**self.learning.rules, **(rules or {})})
@@ -160,10 +163,10 @@ class VictimStudy:
         """Do what is not done yet, write the report and print the verdict.
 
         Args:
-            trainer: of the perturbations, for what the report tells of the fit.
-            controls: further arms, as trainers or perturbations by ``sample_id``, such as ``{"random_mask": bank}``.
-            held_out: items, as for the trainer, of held-out cases that were not released: it perturbs them to measure
-                what protection does to a model that was trained on clean images.
+            trainer: made the perturbations; the report shows its settings, passes and seconds.
+            controls: further arms by name, as trainers or as perturbations by ``sample_id``; None is no arm.
+            held_out: items, as for the trainer, of cases that were not released: it perturbs them to measure what
+                protection does to a model that was trained on clean images.
 
         Returns:
             The contents of ``report.json``.
@@ -173,39 +176,25 @@ class VictimStudy:
                 has the name of an arm that the study makes itself.
             IntegrityError: When a protected file is missing or changed.
         """
-        start, controls = time.monotonic(), {name: made for name, made in (controls or {}).items() if made is not None}
+        start = time.monotonic()
+        controls = {name: made for name, made in (controls or {}).items() if made is not None}
         if taken := sorted(set(controls) & set(own_arms(self.learning))):
             raise ValueError(f"control arms may not be called {', '.join(taken)}; the study makes these itself")
-        mask = getattr(getattr(trainer, "perturbation", None), "mask", None)
+        mask = None if trainer is None else trainer.perturbation.mask
         twins = self._twins()
-        train = [case for case in self.cohort.train if case.sample_id in twins]
-        held_out_cases = list(self.cohort.tested(self.eval_split))
         door.open_output(self.output_dir)
         door.clear_staging(self.output_dir)
         with self._scratch() as folder:
-            settings = Settings(
-                cohort=self.cohort,
-                task=self.learning,
-                spatial_dims=self.spatial_dims,
-                window=self.window,
-                budget=self.budget,
-                controls={name: getattr(made, "bank", made) for name, made in controls.items()},
-                held_out_deltas=None if trainer is None or held_out is None else partial(trainer.perturb, held_out),
-                ssim_cases=SSIM_CASES[self.spatial_dims],
-                device=self.device,
-                seed=self.seed,
-            )
-            material = Material(settings, train, held_out_cases, twins, folder)
-            self._check_classes(train, material.present)
-            self._warn_of_ssim(material.fidelity.mean_ssim)
-            jobs = self._jobs(material.arms, material.test)
-            ledger = Ledger(self.output_dir)
+            deltas = {name: made if isinstance(made, Mapping) else made.bank for name, made in controls.items()}
+            perturb = None if trainer is None or held_out is None else partial(trainer.perturb, held_out)
+            material = self._material(twins, deltas, perturb, folder)
+            jobs, ledger = self._jobs(material.arms, material.test), Ledger(self.output_dir)
             if self.defenses:
                 print(announcement(jobs, self.defenses), flush=True)
             run_jobs(list(jobs.values()), ledger, self.workers)
             networks = {key[1:]: partial(ledger.network, job) for key, job in jobs.items() if job.keep}
-            utility = utility_rows(networks, material, self.learning, int(self.recipe["batch_size"]), self.device)
-            resisted = self._resistance(jobs, ledger, held_out_cases, material)
+            utility = utility_rows(networks, material, self.learning, self.recipe["batch_size"], self.device)
+            resisted = self._resistance(jobs, ledger, material)
         rows = _rows(jobs, ledger)
         self.results = build_results(
             task=self._heading() + self.learning.note,
@@ -213,14 +202,14 @@ class VictimStudy:
             rows=rows,
             classes=list(self.cohort.classes),
             chance=self.learning.chance,
-            fidelity=material.fidelity.result(mask and mask.ratio, read_visibility(self.output_dir)),
+            fidelity=material.fidelity.result(None if mask is None else mask.ratio, read_visibility(self.output_dir)),
             budget=material.budget(),
             utility=utility,
             defenses=resistance(rows, resisted, self.defenses, self.learning.metric, self.learning.chance, self.rules),
             leakage=material.leakage.result(),
-            passes_per_image=trainer and trainer.passes_per_image,
+            passes_per_image=None if trainer is None else trainer.passes_per_image,
             timing={**seconds_of(trainer, controls), "verify": time.monotonic() - start},
-            cohort=self._describe_cohort(twins, held_out_cases, material.present),
+            cohort=self._describe_cohort(len(twins), material.present),
             config=self.config | fit_settings(trainer),
             versions=versions(),
             machine=machine(self.device),
@@ -229,11 +218,7 @@ class VictimStudy:
         )
         write_json(self.results, self.output_dir / "report.json")
         write_report(self.results, material.examples, self.output_dir / "report.html")
-        console = Console()
-        console.print(verdict_table(self.results))
-        for warning in self.results.get("warnings", ()):
-            console.print(f"Warning: {warning}", soft_wrap=True, markup=False, highlight=False)
-        console.print(f"Report: {self.output_dir / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
+        self._show(self.results)
         return self.results
 
     def raise_for_verdict(self) -> None:
@@ -250,21 +235,6 @@ class VictimStudy:
             for reason in results["verdict_reasons"]:
                 console.print(f"{results['verdict']}: {reason}", soft_wrap=True, markup=False, highlight=False)
             raise SystemExit(EXIT_NOT_PROTECTED)
-
-    def _task(self, augment: RandomView | None, transforms: Transforms | None, resample: float) -> Task:
-        """What victims learn.
-
-        Raises:
-            ValueError: When an argument belongs to the other task.
-        """
-        classes = tuple(self.cohort.classes)
-        if self.cohort.voxelwise:
-            if augment is not None:
-                raise ValueError("victims that segment are augmented by transforms=..., not by augment=...")
-            return Segmentation(classes, self.spatial_size, transforms, resample)
-        if transforms is not None or resample != 1.0:
-            raise ValueError("transforms and resample are for cohorts with voxel labels; use augment and spatial_size")
-        return Classification(classes, augment, self.spatial_size)
 
     # ---------------------------------------------------------------- checks
 
@@ -287,6 +257,31 @@ class VictimStudy:
             )
         return twins
 
+    def _material(
+        self,
+        twins: Mapping[str, Case],
+        controls: Mapping[str, Deltas],
+        held_out_deltas: Callable[[], Deltas] | None,
+        folder: Path,
+    ) -> Material:
+        """All that is read from image files; then tells what is wrong with it before hours are spent on victims."""
+        train = [case for case in self.cohort.train if case.sample_id in twins]
+        settings = Settings(
+            cohort=self.cohort,
+            task=self.learning,
+            spatial_dims=self.spatial_dims,
+            window=self.window,
+            budget=self.budget,
+            controls=controls,
+            held_out_deltas=held_out_deltas,
+            device=self.device,
+            seed=self.seed,
+        )
+        material = Material(settings, train, self.tested, twins, folder)
+        self._check_classes(train, material.present)
+        self._warn_of_ssim(material.fidelity.mean_ssim)
+        return material
+
     def _check_classes(self, cases: Sequence[Case], present: Mapping[str, frozenset[int]]) -> None:
         found = frozenset().union(*(present[case.sample_id] for case in cases))
         missing = [self.cohort.classes[index] for index in self.learning.learned if index not in found]
@@ -299,7 +294,7 @@ class VictimStudy:
     # ---------------------------------------------------------------- trainings
 
     @contextmanager
-    def _scratch(self) -> Any:
+    def _scratch(self) -> Iterator[Path]:
         """An empty folder for the arms; what a killed run left there goes first."""
         folder = self.output_dir / SCRATCH
         shutil.rmtree(folder, ignore_errors=True)
@@ -333,7 +328,7 @@ class VictimStudy:
         return jobs
 
     def _warn_of_ssim(self, mean: float | None) -> None:
-        """What the verdict will be whatever the victims learn, before hours are spent on them."""
+        """Say so where the images alone decide that the verdict is not "protected", whatever the victims learn."""
         least = self.rules.ssim_mean
         if mean is not None and mean < least:
             print(
@@ -343,12 +338,12 @@ class VictimStudy:
             )
 
     def _resistance(
-        self, jobs: Mapping[Training, Job], ledger: Ledger, held_out: Sequence[Case], material: Material
+        self, jobs: Mapping[Training, Job], ledger: Ledger, material: Material
     ) -> dict[str, list[dict[str, Any]]]:
-        """Trainings with each defense, by its name; says first how long they will take."""
+        """Rows of the trainings with each defense, by its name; says first how long these will take."""
         if not self.defenses:
             return {}
-        spare = clean_part(held_out, material.present, self.learning.learned)
+        spare = clean_part(self.tested, material.present, self.learning.learned)
         names, epsilon = [defense.name for defense in self.defenses], material.budget()["window_fraction"]["max"]
         todo = defended(jobs, defenses_of(names, self.cohort.voxelwise, epsilon), spare)
         costs = {defense.name: defense.cost for defense in self.defenses}
@@ -368,17 +363,15 @@ class VictimStudy:
         classes = "1 class" if count == 1 else f"{count} classes"
         return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes}"
 
-    def _describe_cohort(
-        self, twins: Mapping[str, Case], held_out: Sequence[Case], present: Mapping[str, frozenset[int]]
-    ) -> dict[str, Any]:
-        """``per_class`` counts cases that have a class; in segmentation of those that were read."""
+    def _describe_cohort(self, released: int, present: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+        """``per_class`` counts the cases that have a class; in segmentation only those that were read."""
         classes = [present.get(case.sample_id, {case.label}) for case in self.cohort.cases]
         counts = {self.cohort.classes[at]: sum(at in each for each in classes) for at in self.learning.learned}
         refusals = read_refusals(self.output_dir)
         return {
             "cases": len(classes),
-            "released": len(twins),
-            "held_out": len(held_out),
+            "released": released,
+            "held_out": len(self.tested),
             "per_class": counts,
             "refused": [{"case": refusal.name, "reason": refusal.reason} for refusal in refusals],
         }
@@ -393,8 +386,14 @@ class VictimStudy:
             known.append("Test cases: this report is on validation cases, which choices may have been made by.")
         return known
 
+    def _show(self, results: Mapping[str, Any]) -> None:
+        """The verdict on the terminal, and where the report is."""
+        console = Console()
+        console.print(verdict_table(results))
+        for warning in results.get("warnings", ()):
+            console.print(f"Warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"Report: {self.output_dir / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
+
 
 def _rows(jobs: Mapping[Training, Job], ledger: Ledger) -> list[dict[str, Any]]:
-    return [
-        {"arm": arm, "victim": victim, "seed": seed, **ledger[job.key]} for (arm, victim, seed), job in jobs.items()
-    ]
+    return [{"arm": arm, "victim": victim, "seed": seed, **ledger[job]} for (arm, victim, seed), job in jobs.items()]

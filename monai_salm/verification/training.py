@@ -200,7 +200,7 @@ def train_network(
     curve_points: int | None = None,
     recipe: Recipe | None = None,
 ) -> VictimResult:
-    """Train one network with AdamW and a one-cycle learning rate, and test it once training is over.
+    """Train one network with AdamW and a one-cycle learning rate, and test it.
 
     The last epoch counts: nothing is chosen by the test cases. One seed gives one start, order of cases and
     augmentation in every arm, so that arms can be compared in pairs. On CPU the same seed and number of threads give
@@ -228,10 +228,21 @@ def train_network(
     if not count or not task.count(test):
         raise ValueError(f"{count} training and {task.count(test)} test cases; a victim needs at least one of each")
     device, start, recipe = torch.device(device), time.monotonic(), recipe or Recipe()
-    options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay}
 
     def learn(data: Any, task: Task = task, make: Callable[[], nn.Module] = make) -> nn.Module:
-        return train_network(task, make, data, data, seed=seed, device=device, curve_points=1, **options).network
+        return train_network(
+            task,
+            make,
+            data,
+            data,
+            seed=seed,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            device=device,
+            curve_points=1,
+        ).network
 
     train, test = recipe.data(task, train, test)
     count = task.count(train)

@@ -40,7 +40,7 @@ def utility_rows(
             task.evaluate(network, tested.load(), batch_size, full=False)
             for tested in (material.test, material.test_protected)
         )
-        row = {"victim": victim, "seed": seed, **_compared(clean[metric], protected[metric])}
+        row: dict[str, Any] = {"victim": victim, "seed": seed, **_compared(clean[metric], protected[metric])}
         parts = clean.get(f"{metric}_per_class")
         if parts:
             others = protected[f"{metric}_per_class"]
@@ -50,5 +50,5 @@ def utility_rows(
 
 
 def _compared(clean: float | None, protected: float | None) -> dict[str, float | None]:
-    known = clean is not None and protected is not None
-    return {"clean": clean, "protected": protected, "difference": protected - clean if known else None}
+    difference = None if clean is None or protected is None else protected - clean
+    return {"clean": clean, "protected": protected, "difference": difference}

@@ -96,10 +96,11 @@ class Decision:
 def _image_checks(fidelity: Row | None, budget: Row | None, utility: Sequence[Row], rules: VerdictRules) -> list[Check]:
     fidelity = fidelity or {}
     ssim = (fidelity.get("ssim") or {}).get("mean")
-    known = ssim is not None and math.isfinite(ssim)
-    text = f"Mean SSIM is {ssim:.4f} (at least {rules.ssim_mean:g} is needed)." if known else "SSIM was not measured."
-    otherwise = NOT_PROTECTED if known else INCONCLUSIVE
-    check = Check("ssim_mean", bool(known and ssim >= rules.ssim_mean), text, otherwise)
+    if ssim is None or not math.isfinite(ssim):
+        check = Check("ssim_mean", False, "SSIM was not measured.", INCONCLUSIVE)
+    else:
+        text = f"Mean SSIM is {ssim:.4f} (at least {rules.ssim_mean:g} is needed)."
+        check = Check("ssim_mean", ssim >= rules.ssim_mean, text, NOT_PROTECTED)
     checks = [_budget_check(fidelity, budget or {}), check] if rules.within_budget else [check]
     return checks if rules.utility_within is None else [*checks, _utility_check(utility, rules.utility_within)]
 
