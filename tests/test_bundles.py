@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from exports import write_decathlon, write_labels, write_nifti, write_npz, write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
 from pydicom import dcmread
@@ -208,6 +209,24 @@ def test_training_and_inference_agree(name):
     assert parsed == meta["network_data_format"]["inputs"]["image"]["spatial_shape"]
     assert train["study"]["config"]["bundle"] == name
     assert set(train["study"]["config"]) >= {"epsilon", "seeds", "epochs", "window"}
+
+
+@pytest.mark.parametrize("which", ["train.yaml", "inference.yaml"])
+def test_the_classification_bundles_differ_only_where_images_and_volumes_do(which):
+    """They are one configuration twice, since a bundle has to stand alone."""
+    texts = [Path(config_file(name, which)).read_text() for name in (FLAT, VOLUME)]
+    gray = [text.replace('"@in_channels"', "1").replace("@in_channels", "1").replace(FLAT, VOLUME) for text in texts]
+    flat, volume = map(yaml.safe_load, gray)
+    differ = {key for key in {*flat, *volume} if flat.get(key) != volume.get(key)}
+    assert differ <= {
+        "imports",
+        "in_channels",
+        "spatial_dims",
+        "spatial_size",
+        "batch_size",
+        "epochs",
+        "victim_batch_size",
+    }
 
 
 @each_bundle
