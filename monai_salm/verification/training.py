@@ -228,21 +228,11 @@ def train_network(
     if not count or not task.count(test):
         raise ValueError(f"{count} training and {task.count(test)} test cases; a victim needs at least one of each")
     device, start, recipe = torch.device(device), time.monotonic(), recipe or Recipe()
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"seed": seed, "epochs": epochs, "batch_size": batch_size, **rates, "device": device}
 
     def learn(data: Any, task: Task = task, make: Callable[[], nn.Module] = make) -> nn.Module:
-        return train_network(
-            task,
-            make,
-            data,
-            data,
-            seed=seed,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            device=device,
-            curve_points=1,
-        ).network
+        return train_network(task, make, data, data, curve_points=1, **options).network
 
     train, test = recipe.data(task, train, test)
     count = task.count(train)
