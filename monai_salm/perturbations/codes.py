@@ -14,7 +14,7 @@ BANDWIDTH = 0.036
 """Standard deviation of the Gaussian spectrum of a class code, in cycles per voxel."""
 VOXEL_CYCLES = 0.4
 """Spatial frequency of the codes of voxel labels along their main axis, in cycles per voxel: finer than most anatomy.
-Still finer or oblique waves disturb clean networks less, but victims learn them less well, too (`docs/method.md`)."""
+Still finer or oblique waves disturb clean networks less, but victims learn them less well (`docs/voxel_labels.md`)."""
 VOXEL_SPREAD = 0.2
 """Largest frequency of such a code along its other axes, in cycles per voxel; that of the first code is 0."""
 VOXEL_BANDWIDTH = 0.04
@@ -49,8 +49,8 @@ def voxel_codes(spatial_size: tuple[int, ...], classes: int, seed: int) -> Tenso
     """Textures as of :py:func:`class_codes`, but finer. In volumes the background, class 0, has none.
 
     In slices, a texture of the background too keeps the other ones from harming networks that were trained on clean
-    images. In volumes these are harmed little anyway, and a background with a texture would let victims learn the
-    classes (`docs/method.md`).
+    images. In volumes these are harmed little anyway, and with a texture of the background victims learn the classes
+    all the same (`docs/voxel_labels.md`).
 
     Args:
         spatial_size: size of a patch.
