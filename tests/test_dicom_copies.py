@@ -191,7 +191,7 @@ def test_a_copy_is_refused(tmp_path: Path, kind: str, where: Callable[..., None]
     path = edited(tmp_path / "a.dcm", lambda dataset: where(dataset, COPIES[kind](dataset)))
     assert refusal(path) == "pixel_copy"
     if kind != "behind a header" and where in (in_private, in_unknown):
-        assert reason(lambda: dicom.check_supported(dicom.read_outline(path))) == "pixel_copy", "without its pixels"
+        assert reason(lambda: dicom.check_supported(dicom.read_scan_header(path))) == "pixel_copy", "without its pixels"
 
 
 @pytest.mark.parametrize("where", [in_what_checks_read, in_an_item_that_checks_read])
@@ -340,7 +340,7 @@ SMALL: dict[str, list[bytes]] = {
 @pytest.mark.parametrize("kind", SMALL)
 def test_what_is_as_long_as_a_small_picture_and_unlike_it_stays(tmp_path: Path, kind: str) -> None:
     path = edited(tmp_path / "a.dcm", lambda dataset: in_private(dataset, *SMALL[kind]), "MR_small.dcm")
-    dicom.check_supported(dicom.read_outline(path))
+    dicom.check_supported(dicom.read_scan_header(path))
     _, content, _ = protect(path)
     assert all(value in content for value in SMALL[kind])
 

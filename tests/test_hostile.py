@@ -151,7 +151,7 @@ def test_a_scan_keeps_the_headers_without_small_private_elements(tmp_path):
     path = tmp_path / "a"
     large = struct.pack("<HH", 0x7FDF, 0x1001) + b"OB\0\0" + struct.pack("<I", LARGE_PRIVATE_BYTES) + bytes(1 << 12)
     path.write_bytes(before_pixels(bundled("CT_small.dcm"), large))
-    outline, header = dicom.read_outline(path), dicom.read_header(path)
+    outline, header = dicom.read_scan_header(path), dicom.read_header(path)
     assert [tag for tag in outline.keys() if tag.is_private] == [0x7FDF1001]
     assert [tag for tag in outline.keys() if not tag.is_private] == [tag for tag in header.keys() if not tag.is_private]
 

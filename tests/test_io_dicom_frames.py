@@ -28,7 +28,7 @@ from exports import write_segmentation
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from monai_salm.io import dicom, dicom_seg, formats
+from monai_salm.io import dicom, dicom_seg_labels, formats
 from monai_salm.io.base import Mask, RefusedError
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import scan
@@ -316,7 +316,7 @@ def test_segmentation_of_a_multi_frame_image_lies_on_its_frames(tmp_path: Path) 
     path = write_enhanced(tmp_path / "enhanced.dcm", frames=5)
     pixels = np.random.default_rng(0).random((5, 32, 36, 1)) < 0.4
     mask = write_segmentation(tmp_path / "seg.dcm", [path], pixels, ("Liver",))
-    labels = dicom_seg.read(case_of(path), Mask(mask, "seg.dcm", (0, 1)), 3)
+    labels = dicom_seg_labels.read(case_of(path), Mask(mask, "seg.dcm", (0, 1)), 3)
     image = dicom.read(case_of(path), 3)
     assert labels.shape == image.stored.shape and labels.sum() == pixels.sum()
     frame = pydicom.dcmread(path).pixel_array[1]

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from monai_salm.io.dicom_companion import is_companion, read_companion
 from monai_salm.io.dicom_frames import is_enhanced, order_files
-from monai_salm.io.dicom_parse import identify, identify_all, looks_like_dicom, read_header, read_outline, read_uids
+from monai_salm.io.dicom_parse import identify, identify_all, looks_like_dicom, read_header, read_scan_header, read_uids
 from monai_salm.io.dicom_read import CT_WINDOW, layout_of, read, read_slices, read_spacing
 from monai_salm.io.dicom_seg import (
     SEG_CLASSES,
     SegHeader,
-    check_frames,
     is_segmentation,
-    missing_slices,
     read_seg_header,
     seg_header,
 )
+from monai_salm.io.dicom_seg_labels import check_frames, missing_slices
 from monai_salm.io.dicom_support import SOP_CLASSES, check_supported
 from monai_salm.io.dicom_verify import verify, verify_companion, verify_labels
 from monai_salm.io.dicom_volume import order_volume
@@ -52,7 +51,7 @@ __all__ = [
     "read",
     "read_companion",
     "read_header",
-    "read_outline",
+    "read_scan_header",
     "read_seg_header",
     "read_slices",
     "read_spacing",

@@ -10,9 +10,11 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import MAX_NOTES_BYTES, RefusedError
-from monai_salm.io.dicom_parse import check_syntax, holds_pixels, read_header, refusing
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_parse import holds_pixels, read_header
 from monai_salm.io.dicom_seg import SEG_CLASSES
 from monai_salm.io.dicom_support import check_identity
+from monai_salm.io.dicom_syntax import check_syntax
 
 COMPANION_CLASSES = frozenset(
     {

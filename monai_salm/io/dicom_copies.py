@@ -8,7 +8,6 @@ docs/dicom.md; a copy that is encoded in another way is not found.
 from __future__ import annotations
 
 import binascii
-import io
 import re
 import string
 import struct
@@ -19,24 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.charset import default_encoding
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_sequence
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_elements import ITEM
-from monai_salm.io.dicom_parse import (
-    ICON,
-    LARGE_PRIVATE_BYTES,
-    MAX_DEPTH,
-    MAX_HEADER_BYTES,
-    PIXEL_TAGS,
-    holds_pixels,
-    too_deep,
-)
+from monai_salm.io.dicom_elements import ITEM, decode_items
+from monai_salm.io.dicom_guard import MAX_DEPTH, too_deep
+from monai_salm.io.dicom_parse import ICON, LARGE_PRIVATE_BYTES, MAX_HEADER_BYTES, PIXEL_TAGS, holds_pixels
 from monai_salm.io.dicom_pixels import decode
 
 _IMAGE = re.compile(
@@ -234,7 +224,7 @@ def _items(element: RawDataElement | DataElement) -> Sequence[Dataset]:
     if not isinstance(value, bytes) or len(value) < LARGE_PRIVATE_BYTES or not value.startswith(ITEM):
         return ()
     try:
-        return read_sequence(io.BytesIO(value), element.VR != "SQ", True, len(value), default_encoding)
+        return decode_items(value, implicit=element.VR != "SQ")
     except Exception:
         return ()
 

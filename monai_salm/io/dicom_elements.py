@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The elements of a little endian data set as they stand in a file, read and written many at a time.
+"""Reads and writes the undecoded elements of a little endian data set, much faster than pydicom.
 
-A scanner writes hundreds of elements in front of the pixels, and nearly all of them stay as they are. pydicom looks at
-each with care that only few need: undefined lengths, odd types, files that end too early. Here the plain ones are taken
-in one loop; the others are left to pydicom, so that what comes out is what pydicom makes of the file.
+A scanner writes hundreds of elements in front of the pixels, and nearly all of them stay as they are. Most are plain:
+a known type, a defined length. One loop reads these; all others (undefined lengths, odd types, files that end too
+early) are left to pydicom, so that the result is always what pydicom makes of the file.
 
 Source: PS3.5 7.1 (structure of a data element).
 """
@@ -28,46 +28,46 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STR_VR, VR
 
 Elements = dict[BaseTag, RawDataElement | DataElement]
 Stop = Callable[[BaseTag, str | None, int], bool]
-"""As pydicom asks before it reads a value, by tag, type and length."""
+"""Whether to stop in front of an element, by its tag, type and length; pydicom's ``stop_when``."""
 
 UNDEFINED = 0xFFFFFFFF
 ITEM = b"\xfe\xff\x00\xe0"
-"""How an item of a sequence begins (PS3.5 7.5), little endian."""
+"""The tag of an item of a sequence (PS3.5 7.5), little endian."""
 _CHARACTER_SET = BaseTag(0x00080005)
 _PIXEL_DATA = BaseTag(0x7FE00010)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _TEXT = STR_VR - {VR.UI}
 _SHORT, _IMPLICIT, _LONG, _WORD = map(struct.Struct, ("<HH2sH", "<HHL", "<L", "<H"))
 _tag = lru_cache(maxsize=1 << 14)(BaseTag)
-"""To make one takes longer than all else that is done with an element, and files of a kind have the same ones."""
+"""Making a tag takes longer than all else that is done with an element, and files of a kind have the same tags."""
 _TYPES = {
     vr.encode(): (str(vr), vr in EXPLICIT_VR_LENGTH_32, empty_value_for_VR(vr, raw=True)) for vr in VR if len(vr) == 2
 }
-"""By the two bytes in the file: name, whether the length has four bytes, and the value of an empty element."""
+"""Value representation by its two bytes: name, whether lengths have four bytes, and the value of an empty element."""
 
 
 def read_elements(
     data: bytes, position: int, tags: range, *, implicit: bool, least_private: int = 0
 ) -> tuple[Elements, int] | None:
-    """The elements from a position on, up to the first that is not wanted.
+    """The elements from a position on, up to the first whose tag is outside ``tags``.
 
     Args:
-        data: a file, or as much of it as is there.
-        position: of an element.
-        tags: of the elements that are wanted.
-        implicit: whether elements do not tell their type.
+        data: a file, or its beginning.
+        position: where the first element begins.
+        tags: range of tags to read.
+        implicit: whether the transfer syntax is implicit, so that elements do not tell their type.
         least_private: private elements with fewer bytes are left out, save sequences and what looks like one.
 
     Returns:
-        The elements, none of them decoded, and the position of what comes next; None where ``data`` ends in the middle
-        of an element, or is so odd that only pydicom can tell what it holds.
+        The elements, none of them decoded, and the position behind them; None where ``data`` ends in the middle of an
+        element, or is so odd that only pydicom can tell what it holds.
     """
     found: Elements = {}
     size = len(data)
     if size < position + 8 or data[position : position + 2] == b"\0\0":
-        return None  # nothing, or elements of a command
+        return None  # nothing, or elements of a command (group 0000)
     if implicit == all(0x40 < byte < 0x5B for byte in data[position + 4 : position + 6]):
-        return None  # the first element tells its type, or does not, and the file says otherwise
+        return None  # the first element shows that the file lies about ``implicit``
     first, last = tags[0], tags[-1]
     while position + 8 <= size:
         value_at = position + 8
@@ -101,7 +101,7 @@ def read_elements(
 
 
 def read_rest(data: bytes, position: int, elements: Elements, stop: Stop | None, *, implicit: bool) -> None:
-    """Add what follows, by pydicom, until ``stop`` says so."""
+    """Let pydicom add the elements from a position on, until ``stop`` says so."""
     file = io.BytesIO(data)
     file.seek(position)
     for element in data_element_generator(file, implicit, True, stop, encoding=_character_set(elements)):
@@ -122,25 +122,25 @@ def to_meta(elements: Elements) -> FileMetaDataset:
 
 
 def to_dataset(preamble: bytes, meta: FileMetaDataset, elements: Elements, *, implicit: bool) -> FileDataset:
-    """The data set that pydicom makes of a file with these elements."""
+    """The data set that pydicom would make of a file with these elements."""
     dataset = FileDataset(io.BytesIO(), Dataset(elements), preamble, meta, implicit, True)
     dataset.set_original_encoding(implicit, True, _character_set(elements))
     return dataset
 
 
 def replace_elements(dataset: Dataset, elements: Iterable[DataElement | RawDataElement]) -> None:
-    """Let a data set have these elements in place of its own."""
+    """Give a data set these elements in place of its own, none of them decoded."""
     dataset.clear()
-    # Private creators last: once they are there, pydicom decodes the elements of their block as they are set.
+    # Private creators last: once one is there, pydicom decodes the elements of its block as they are set.
     for element in sorted(elements, key=lambda element: (element.tag.is_private_creator, element.tag)):
         dataset[element.tag] = element
 
 
 def pad(dataset: Dataset) -> None:
-    """Give each value that nobody has decoded, at any depth, an even length (PS3.5 7.1.1 and 6.2).
+    """Pad every undecoded value of odd length, at any depth, in place (PS3.5 7.1.1 and 6.2).
 
-    Bytes that are items stay as they are, of types that nobody knows: who reads them takes what pads them for another
-    item, which has no end.
+    The items in an element of unknown type stay as they are: a reader would take a padding byte for the beginning of
+    another item.
     """
     odd = []
     for element in dataset.values():
@@ -171,7 +171,7 @@ def _padded(element: DataElement | RawDataElement) -> DataElement | RawDataEleme
 
 
 def write_elements(dataset: Dataset) -> Iterator[bytes]:
-    """The bytes of a data set, encoded as it was read; elements that nobody decoded stay as they are.
+    """The bytes of a data set, encoded as it was read; undecoded elements stay as they are.
 
     Retired group lengths are left out (PS3.5 7.2).
 
@@ -186,7 +186,7 @@ def write_elements(dataset: Dataset) -> Iterator[bytes]:
     for tag in sorted(elements, key=int):
         element, group, value = elements[tag], tag >> 16, elements[tag].value
         if not tag and not value:
-            continue  # zeros behind the last element, which fill a file up to whole blocks
+            continue  # zeros behind the last element, with which some writers fill the last block of a file
         if group in (0, 2):
             raise ValueError("an element of the file meta or of a command is among those of the image")
         if tag & 0xFFFF == 0 and group > 6:
@@ -212,7 +212,7 @@ def write_elements(dataset: Dataset) -> Iterator[bytes]:
 
 @lru_cache(maxsize=1 << 14)
 def _head(tag: BaseTag, vr: str) -> tuple[bytes, struct.Struct]:
-    """How an element begins, and how its length is written behind that; with no type as implicit files have it."""
+    """The bytes in front of an element's length, and the format of the length; ``vr`` is empty in implicit files."""
     begin = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr.encode(default_encoding)
     if not vr:
         return begin, _LONG
@@ -226,7 +226,7 @@ def _buffer(implicit: bool) -> DicomBytesIO:
 
 
 def encode_element(keyword: str, value: str | bytes, *, implicit: bool) -> bytes:
-    """The bytes of an element: of plain text, or of a value that is encoded already."""
+    """The bytes of an element, from ASCII text or from a value that is encoded already."""
     tag, vr = _named(keyword)
     if isinstance(value, str):
         value = value.encode(default_encoding)
@@ -236,19 +236,19 @@ def encode_element(keyword: str, value: str | bytes, *, implicit: bool) -> bytes
 
 
 def encode_item(*, implicit: bool, **values: str | bytes) -> bytes:
-    """The bytes of an item of a sequence, from its elements by keyword, see :py:func:`encode_element`."""
+    """The bytes of one item of a sequence, from values by keyword; these are as in :py:func:`encode_element`."""
     names = sorted(values, key=tag_for_keyword)
     content = b"".join(encode_element(name, values[name], implicit=implicit) for name in names)
     return ITEM + _LONG.pack(len(content)) + content
 
 
-def decode_item(item: bytes, *, implicit: bool) -> Dataset:
-    """The data set of an item's bytes."""
-    return read_sequence(io.BytesIO(item), implicit, True, len(item), default_encoding)[0]
+def decode_items(value: bytes, *, implicit: bool) -> Items:
+    """The items of a sequence's bytes."""
+    return read_sequence(io.BytesIO(value), implicit, True, len(value), default_encoding)
 
 
 def encode_items(dataset: Dataset, keyword: str) -> bytes:
-    """The bytes of the items that a sequence has, which are padded in place; none where it is empty or not there."""
+    """The bytes of a sequence's items, whose values are padded in place; nothing where it is empty or missing."""
     items = dataset.get(keyword)
     if not items:
         return b""

@@ -40,40 +40,53 @@ _MACROS = {
 }
 _FRAME_TYPES = ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence")
 FRAME_TAGS = frozenset({Tag("FrameType"), Tag("DerivationImageSequence")})
-"""What a protected file may have changed inside its functional groups, besides what it may change anywhere."""
+"""What protection may change inside functional groups, besides what it may change anywhere."""
 
 
 def is_enhanced(header: Dataset) -> bool:
-    """Whether the file is a multi-frame image of a kind that is protected."""
-    return str(header.get("SOPClassUID")) in ENHANCED  # a broken one may have many values
+    """Whether the file is a multi-frame image of a supported kind."""
+    return str(header.get("SOPClassUID")) in ENHANCED  # str: a broken file may have several values there
+
+
+def groups(dataset: Dataset) -> tuple[list[Dataset], list[Dataset]]:
+    """Items of the shared functional groups (at most one, in a sound file) and of those of each frame."""
+    return (
+        list(dataset.get("SharedFunctionalGroupsSequence") or ()),
+        list(dataset.get("PerFrameFunctionalGroupsSequence") or ()),
+    )
+
+
+def macro_of(keyword: str, own: Dataset, shared: Dataset) -> Dataset | None:
+    """The item of a functional group macro that holds for a frame: its own, else the one that all frames share."""
+    return next(iter(own.get(keyword) or shared.get(keyword) or ()), None)
 
 
 def frame_headers(header: Dataset) -> list[Dataset]:
-    """One header per frame, as a single-frame image has it; an image that is none with frames is its own.
+    """One header per frame, with the attributes of a single-frame image; of other images just their own header.
 
     Raises:
         RefusedError: ``invalid_geometry`` when the functional groups do not say what each frame is.
     """
     if not is_enhanced(header):
         return [header]
-    shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
-    frames = header.get("PerFrameFunctionalGroupsSequence") or ()
-    if len(frames) != int(header.get("NumberOfFrames") or 1) or len(shared) != 1:
+    shared, frames = groups(header)
+    if len(frames) != int(header.get("NumberOfFrames") or 1) or len(shared) > 1:
         raise RefusedError("invalid_geometry", "the functional groups do not tell of each frame where it lies")
-    return [_frame_header(header, number, own, shared[0]) for number, own in enumerate(frames, 1)]
+    of_all = shared[0] if shared else Dataset()
+    return [_frame_header(header, number, own, of_all) for number, own in enumerate(frames, 1)]
 
 
 def _frame_header(header: Dataset, number: int, own: Dataset, shared: Dataset) -> Dataset:
     frame = Dataset()
-    frame.ReferencedFrameNumber = number  # what others call it by
+    frame.ReferencedFrameNumber = number  # segmentations refer to it by this number
     for keyword in _ROOT:
         if keyword in header:
             frame[keyword] = header[keyword]
     for macro, keywords in _MACROS.items():
-        for item in (own.get(macro) or shared.get(macro) or ())[:1]:
-            for keyword in keywords:
-                if keyword in item:
-                    frame[keyword] = item[keyword]
+        item = macro_of(macro, own, shared) or Dataset()
+        for keyword in keywords:
+            if keyword in item:
+                frame[keyword] = item[keyword]
     return frame
 
 
@@ -81,7 +94,7 @@ def order_files(headers: Sequence[Dataset]) -> list[int]:
     """Indices of files in spatial order, if they are one volume: the slices of a series, or one multi-frame file.
 
     Raises:
-        RefusedError: As ``order_volume``; ``mixed_geometry`` when there is more beside a multi-frame file.
+        RefusedError: As ``order_volume``; ``mixed_geometry`` when a multi-frame file is not alone.
     """
     if not any(map(is_enhanced, headers)):
         return order_volume(headers)
@@ -92,7 +105,7 @@ def order_files(headers: Sequence[Dataset]) -> list[int]:
 
 
 def headers_of(paths: Sequence[Path], spatial_dims: int) -> list[Dataset]:
-    """One header per frame of a case's files, read anew; of a volume in spatial order.
+    """One header per frame of a case's files, read from disk; of a volume in spatial order.
 
     Raises:
         RefusedError: As ``read_header``, :py:func:`frame_headers` and ``order_volume``.
@@ -101,24 +114,19 @@ def headers_of(paths: Sequence[Path], spatial_dims: int) -> list[Dataset]:
     return headers if spatial_dims == 2 else [headers[index] for index in order_volume(headers)]
 
 
-def groups(dataset: Dataset) -> tuple[list[Dataset], list[Dataset]]:
-    """The functional groups: the one that all frames share, if there is one, and those of each frame."""
-    shared, frames = (
-        list(dataset.get(keyword) or ())
-        for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-    )
-    return shared, frames
-
-
 def frame_types(dataset: Dataset) -> Iterator[Dataset]:
-    """Every item that holds a FrameType."""
+    """Every item of the functional groups that may hold a FrameType."""
     for group in chain(*groups(dataset)):
         for keyword in _FRAME_TYPES:
             yield from group.get(keyword) or ()
 
 
 def add_derivation(dataset: Dataset, make: Callable[[], Dataset]) -> None:
-    """Append an item to the derivation of every frame: in a shared group, unless frames have one of their own."""
+    """Append an item to the derivation of every frame.
+
+    It goes into the shared groups; into those of each frame where frames have derivations of their own, which take
+    precedence, or where nothing is shared.
+    """
     shared, frames = groups(dataset)
     own = not shared or any("DerivationImageSequence" in frame for frame in frames)
     for group in frames if own else shared:

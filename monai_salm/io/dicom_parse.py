@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes -> pydicom Dataset, for files that may be broken or hostile: budgets, no deflate, nothing said about values."""
+"""Bytes of a file -> pydicom ``Dataset``, for files that may be broken or hostile.
+
+Sizes are checked before anything is allocated, deflated files are refused, and what pydicom says about values is
+suppressed (``dicom_guard``).
+"""
 
 from __future__ import annotations
 
 import io
-import logging
 import os
 import stat
-import warnings
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,8 @@ from pydicom.tag import BaseTag
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_elements import ITEM, Elements, Stop, read_elements, read_rest, to_dataset, to_meta
 from monai_salm.io.dicom_endian import to_little_endian
+from monai_salm.io.dicom_guard import MAX_DEPTH, refusing, too_deep
+from monai_salm.io.dicom_syntax import check_syntax
 
 MAX_FILE_BYTES = 512 << 20
 MAX_PIXEL_BYTES = 256 << 20
@@ -34,83 +37,31 @@ MAX_EXPANSION = 1000
 """Largest believable ratio of decoded to encoded pixel data."""
 MAX_HEADER_BYTES = 64 << 20
 HEAD_BYTES = 1 << 16
-"""What is read of a file at first for its header; few headers are larger."""
+"""Read of a file first, to find its header; few headers are larger."""
 MAX_KEPT_BYTES = 16 << 20
-"""Of a larger file the elements are not kept until it is read again."""
+"""Largest file whose elements are kept for the next time that it is parsed."""
 LARGE_PRIVATE_BYTES = 4096
-"""From this size on a private element may be a copy of the pixels."""
-MAX_DEPTH = 32
-"""Sequences nested deeper than this are an attack, not an image (pydicom issue 2330)."""
-_ITEMS = (ITEM, b"\xfe\xff\xdd\xe0")
-"""How an item and the end of a sequence begin."""
-_NESTED_PIXELS = b"\xe0\x7f\x10\x00"
+"""A private element of at least this size may be a copy of the pixels."""
+META_TAGS, IMAGE_TAGS = range(0x00020000, 0x00030000), range(0x7FE00008)
+PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 ICON = 0x00880200
-_LOGGERS = tuple(map(logging.getLogger, ("pydicom", "highdicom", "pylibjpeg", "openjpeg", "jpeg_ls")))
+STANDARD_ROOT = "1.2.840.10008."
+"""UIDs below it are defined by the DICOM standard itself; they name no instance."""
+_ITEM_OR_END = (ITEM, b"\xfe\xff\xdd\xe0")
+"""How the value of a sequence begins: with an item, or with the end of an empty sequence."""
+_NESTED_PIXELS = b"\xe0\x7f\x10\x00"
 _UIDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-_SERIES_UID = 0x0020000E
-"""The last of them in a file."""
+_LAST_UID = 0x0020000E
+"""Tag of SeriesInstanceUID, the last of them in a file."""
 _UIDS_WITHIN = 1 << 20
 _IDENTITY = ("SOPClassUID", *_UIDS, "PatientID")
 
 _last: tuple[bytes, Elements, Elements, bool] | None = None
-"""Of the file that was read last: bytes, elements of its meta and of its data set, whether they tell no types."""
-
-META_TAGS, IMAGE_TAGS = range(0x00020000, 0x00030000), range(0x7FE00008)
-PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
-STANDARD_ROOT = "1.2.840.10008."
-"""UIDs that the DICOM standard itself defines; they name no instance."""
-NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
-KEPT_LOSSLESS = {uid.RLELossless: "pylibjpeg", uid.JPEGLSLossless: "pyjpegls", uid.JPEG2000Lossless: "pylibjpeg"}
-"""Lossless syntaxes that can be written, with the plugin (python-gdcm, if present, can abort the interpreter)."""
-LOSSLESS = (uid.JPEGLossless, uid.JPEGLosslessSV1, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
-LOSSY_METHODS = {
-    uid.JPEGBaseline8Bit: "ISO_10918_1",
-    uid.JPEGExtended12Bit: "ISO_10918_1",
-    uid.JPEGLSNearLossless: "ISO_14495_1",
-    uid.JPEG2000: "ISO_15444_1",
-    uid.HTJ2K: "ISO_15444_15",
-}
-"""Syntaxes that may be lossy, with the term for LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
-SYNTAXES = frozenset([*NATIVE, uid.ExplicitVRBigEndian, *KEPT_LOSSLESS, *LOSSLESS, *LOSSY_METHODS])
-
-
-@contextmanager
-def refusing(reason: str, detail: str) -> Iterator[None]:
-    """Turn any exception into a refusal with a fixed text: pydicom's own texts quote values and so leak identities."""
-    silence_parsers()
-    try:
-        yield
-    except RefusedError:
-        raise
-    except BaseException as error:  # a broken file can raise anything, RecursionError and MemoryError included
-        # A panic of the RLE codec, which is Rust, is no Exception; neither is KeyboardInterrupt, which must pass.
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        if isinstance(error, MemoryError):
-            raise RefusedError("too_large", "the file takes more memory than there is") from None
-        if isinstance(error, RecursionError):
-            raise too_deep() from None
-        raise RefusedError(reason, detail) from None  # else a traceback would print the original's text
-
-
-def too_deep() -> RefusedError:
-    """The refusal of a file whose sequences are nested deeper than :py:data:`MAX_DEPTH`."""
-    return RefusedError("nested_too_deep", f"sequences are nested more than {MAX_DEPTH} deep; repair the file")
-
-
-def silence_parsers() -> None:
-    """Keep the warnings and log records of pydicom, highdicom and codecs, which quote values, out of every output.
-
-    For the whole process, and again at each use: ``warnings.catch_warnings`` is not safe with threads.
-    """
-    for logger in _LOGGERS:
-        if logger.level <= logging.CRITICAL:  # setting it anew would empty the caches of all loggers, which takes time
-            logger.setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
+"""The file that was parsed last: its bytes, elements of the file meta and of the data set, whether it is implicit."""
 
 
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
-    """Whether the file carries the DICOM mark (``DICM`` at byte 128); its name does not matter.
+    """Whether the file has the DICOM mark (``DICM`` at byte 128), whatever its name.
 
     Raises:
         RefusedError: ``unreadable`` when it is not a regular file or may not be read.
@@ -120,7 +71,7 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open without waiting on a pipe and without accepting a device."""
+    """Open a regular file; pipes and devices are refused without waiting for them."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -129,6 +80,7 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def _kind(head: bytes) -> str:
+    """``dicom``, ``bare`` (DICOM without its file header) or ``other``, by the first 132 bytes."""
     if head[128:132] == b"DICM":
         return "dicom"
     # Without a preamble the first element is of group 0002 or 0008, little endian.
@@ -136,10 +88,10 @@ def _kind(head: bytes) -> str:
 
 
 def read_header(path: str | os.PathLike[str], *, least_private: int = 0) -> Dataset:
-    """Everything in front of the pixel data, within budgets; ``least_private`` as in :py:func:`parse`.
+    """The data set up to the pixel data, which are not read; budgets and ``least_private`` as in :py:func:`parse`.
 
     ``header.pixel_element`` is the keyword of the pixel element that follows (``"PixelData"``, ``"FloatPixelData"``,
-    ``"DoubleFloatPixelData"``), or None. What tells patient, study, series and instance can be read without errors.
+    ``"DoubleFloatPixelData"``), or None. The attributes that identify patient, study, series and instance are decoded.
 
     Raises:
         RefusedError: ``not_dicom``, ``no_file_meta``, ``missing_transfer_syntax``, ``unsupported_transfer_syntax``,
@@ -155,8 +107,8 @@ def read_header(path: str | os.PathLike[str], *, least_private: int = 0) -> Data
         return header
 
 
-def read_outline(path: str | os.PathLike[str]) -> Dataset:
-    """As :py:func:`read_header`, without small private elements: half of a header, and a scan keeps many headers."""
+def read_scan_header(path: str | os.PathLike[str]) -> Dataset:
+    """As :py:func:`read_header`, but without small private elements: a scan keeps many headers, and these are half."""
     header = read_header(path, least_private=LARGE_PRIVATE_BYTES)
     for tag, element in list(header.items()):
         if tag.is_private and len(element.value or ()) < LARGE_PRIVATE_BYTES:
@@ -165,30 +117,30 @@ def read_outline(path: str | os.PathLike[str]) -> Dataset:
 
 
 def holds_items(value: object) -> bool:
-    """Whether the value of what is called a sequence can be one: bytes that nobody decoded begin with an item.
+    """Whether a value can be that of a sequence: it is decoded or empty, or its bytes begin as a sequence does.
 
-    Of private elements, and of those without a type, a dictionary tells only what others mean by the tag; pydicom would
-    decode their bytes all the same, and write something else.
+    Dictionaries may be wrong about private elements and those without a type. pydicom would decode their bytes as a
+    sequence all the same, and write other bytes.
     """
-    return not (isinstance(value, bytes) and value) or value.startswith(_ITEMS)
+    return not (isinstance(value, bytes) and value) or value.startswith(_ITEM_OR_END)
 
 
 def holds_pixels(dataset: Dataset, *, nested: bool = False) -> bool:
-    """Whether an item of a sequence has pixel data; icons, which no copy keeps, do not count.
+    """Whether an item of any sequence has pixel data; icons, which no copy keeps, do not count.
 
     Args:
-        dataset: with its sequences as they were read; those without such pixels stay so.
-        nested: whether it is an item itself.
+        dataset: only sequences whose bytes may hold such an item are decoded.
+        nested: whether ``dataset`` is itself an item.
     """
     if nested and any(tag in dataset for tag in PIXEL_TAGS):
         return True
     for tag, element in list(dataset.items()):
         value = element.value
         if isinstance(value, bytes):
-            if not (value.startswith(_ITEMS) and _NESTED_PIXELS in value) or tag == ICON or tag in PIXEL_TAGS:
+            if not (value.startswith(_ITEM_OR_END) and _NESTED_PIXELS in value) or tag == ICON or tag in PIXEL_TAGS:
                 continue
             value = dataset[tag].value
-            if isinstance(value, bytes):  # of a type that nobody knows, but with items, and such a tag among its bytes
+            if isinstance(value, bytes):  # of unknown type, but with items, and the tag of pixels in its bytes
                 return True
         if isinstance(value, Items) and tag != ICON and any(holds_pixels(item, nested=True) for item in value):
             return True
@@ -205,23 +157,28 @@ def _check_depth(dataset: Dataset, depth: int = 0) -> None:
                 _check_depth(item, depth + 1)
 
 
+def _read_meta(file: BinaryIO) -> Dataset:
+    """The file meta (group 0002), from the position behind the mark on."""
+    return read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+
+
 def identify(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """SOP class and instance UID that the file meta names; empty where there are none or the file cannot be read."""
+    """SOP class and instance UID of the file meta; empty where it has none or the file cannot be read."""
     try:
         with _open_regular(Path(path)) as file:
             if _kind(file.read(132)) != "dicom":
                 return "", ""
             with refusing("unreadable", "the file meta is broken"):
-                meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+                meta = _read_meta(file)
                 return str(meta.get("MediaStorageSOPClassUID") or ""), str(meta.get("MediaStorageSOPInstanceUID") or "")
     except (OSError, RefusedError):
         return "", ""
 
 
 def read_uids(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """UIDs of instance, series and study, empty where the file does not tell one at its beginning, broken as it may be.
+    """UIDs of instance, series and study, as far as they stand at the beginning of a file; else empty.
 
-    It makes no difference whether the file can be decoded: of a deflated one no more is inflated than is looked at.
+    Works for files of any transfer syntax; of a deflated one no more is inflated than is looked at.
     """
     unknown = ("",) * len(_UIDS)
     try:
@@ -231,12 +188,12 @@ def read_uids(path: str | os.PathLike[str]) -> tuple[str, ...]:
             if kind == "other":
                 return unknown
             data = io.BytesIO(content[132:] if kind == "dicom" else content)
-            meta = read_dataset(data, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+            meta = _read_meta(data)
             syntax = meta.get("TransferSyntaxUID")
             if syntax == uid.DeflatedExplicitVRLittleEndian:
                 data = io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data.read(), _UIDS_WITHIN))
             order = syntax == uid.ImplicitVRLittleEndian, syntax != uid.ExplicitVRBigEndian
-            found = read_dataset(data, *order, stop_when=lambda tag, vr, length: tag > _SERIES_UID)
+            found = read_dataset(data, *order, stop_when=lambda tag, vr, length: tag > _LAST_UID)
             return tuple(str(found.get(keyword) or "") for keyword in _UIDS)
     except (OSError, RefusedError):
         return unknown
@@ -248,21 +205,25 @@ def identify_all(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str
 
 
 def parse(data: bytes, *, by_pydicom: bool = False, least_private: int = 0) -> Dataset:
-    """The whole data set of a file's bytes; budgets and refusals as in :py:func:`read_header`.
+    """The whole data set of a file's bytes.
 
     A big endian file comes back as Explicit VR Little Endian, which is also how its copy is written.
 
     Args:
-        data: of the file.
+        data: bytes of the file.
         by_pydicom: let pydicom alone find the elements, for a check that shares no code with the writer.
-        least_private: private elements with fewer bytes (in many files most of all) may be left out, save sequences.
+        least_private: private elements with fewer bytes may be left out, save sequences. In many files they are most
+            of all elements, so this is faster.
+
+    Raises:
+        RefusedError: As :py:func:`read_header`.
     """
     with refusing("unreadable", "the file is broken; export it again"):
         _check_file(data, len(data))
         dataset = None if by_pydicom else _read_plain(data, None, least_private)
         if dataset is None:
-            dataset = _read_any(io.BytesIO(data), None)
-        return _usual(dataset, next((name for name in PIXEL_TAGS.values() if name in dataset), None), len(data))
+            dataset = _read_by_pydicom(io.BytesIO(data), None)
+        return _finished(dataset, next((name for name in PIXEL_TAGS.values() if name in dataset), None), len(data))
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -294,12 +255,18 @@ def _parse_header(file: BinaryIO, size: int, least_private: int) -> Dataset:
     dataset = _read_plain(head, stop, least_private)
     if dataset is None or stop.found is None and len(head) < size:  # the header goes on behind the head
         stop = _Stop(size)
-        dataset = _read_any(file, stop)
-    return _usual(dataset, stop.found, stop.left)
+        dataset = _read_by_pydicom(file, stop)
+    return _finished(dataset, stop.found, stop.left)
 
 
-def _usual(dataset: FileDataset, pixels: str | None, encoded: int) -> Dataset:
-    """The data set within budgets and in little endian, with these pixels of so many bytes at most."""
+def _finished(dataset: FileDataset, pixels: str | None, encoded: int) -> Dataset:
+    """The data set, checked against the budgets and turned to little endian.
+
+    Args:
+        dataset: freshly parsed.
+        pixels: keyword of its pixel element, if it has one.
+        encoded: most bytes that the pixel element can have.
+    """
     dataset.filename = dataset.buffer = dataset.fileobj_type = None  # it would hold on to the file
     dataset.pixel_element = pixels
     check_budget(dataset, encoded)
@@ -309,11 +276,10 @@ def _usual(dataset: FileDataset, pixels: str | None, encoded: int) -> Dataset:
 
 
 def _read_plain(data: bytes, stop: Stop | None, least_private: int = 0) -> FileDataset | None:
-    """The data set, where it is encoded as most are; its elements are found many times faster than by pydicom alone.
+    """The data set of a file that is encoded as most are, many times faster than by pydicom; None for all others.
 
-    Those of the whole file that was read last are known, where all are plain bytes and not too many: an original is
-    read to be written and again to be compared with its copy. They are bytes that nobody changes, so each caller has a
-    data set of its own, as if parsed afresh; and they are of these very bytes, which are compared.
+    The elements of the last whole file are kept, for an original is parsed twice: to be written, and to be compared
+    with its copy. Only undecoded elements are kept, which cannot change, and each caller gets a data set of its own.
     """
     global _last
     last = _last
@@ -328,13 +294,15 @@ def _read_plain(data: bytes, stop: Stop | None, least_private: int = 0) -> FileD
             meta, position = found
             file_meta = to_meta(dict(meta))
             syntax = check_syntax(file_meta)
+            if syntax == uid.ExplicitVRBigEndian:
+                return None
             implicit = syntax == uid.ImplicitVRLittleEndian
             found = read_elements(data, position, IMAGE_TAGS, implicit=implicit, least_private=least_private)
-            if found is None or syntax == uid.ExplicitVRBigEndian:
+            if found is None:
                 return None
             elements, position = found
             read_rest(data, position, elements, stop, implicit=implicit)
-        except Exception:  # the rest is pydicom's, which makes the best of it or fails too; a head can end anywhere
+        except Exception:  # pydicom decides what it can make of it; a head, too, can end in the middle of an element
             return None
         if stop is None and not least_private:
             plain = len(data) <= MAX_KEPT_BYTES and all(element.is_raw for element in elements.values())
@@ -342,9 +310,9 @@ def _read_plain(data: bytes, stop: Stop | None, least_private: int = 0) -> FileD
     return to_dataset(data[:128], file_meta, dict(elements), implicit=implicit)
 
 
-def _read_any(file: BinaryIO, stop: Stop | None) -> FileDataset:
+def _read_by_pydicom(file: BinaryIO, stop: Stop | None) -> FileDataset:
     file.seek(132)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+    meta = _read_meta(file)
     check_syntax(meta)  # before the body: pydicom would inflate a deflated one without any limit
     file.seek(0)
     dataset = read_partial(file, stop)
@@ -355,7 +323,10 @@ def _read_any(file: BinaryIO, stop: Stop | None) -> FileDataset:
 
 
 class _Stop:
-    """Stops the parser at the pixel data and notes what is there."""
+    """Asked by pydicom before each value: stops at the pixel data, and limits the size of the header.
+
+    ``found`` is the keyword of the pixel element, ``left`` the most bytes that it can have.
+    """
 
     def __init__(self, size: int) -> None:
         self.found: str | None = None
@@ -371,19 +342,6 @@ class _Stop:
             if self._header > MAX_HEADER_BYTES:
                 raise RefusedError("over_budget", f"the header has more than {MAX_HEADER_BYTES >> 20} MiB")
         return self.found is not None
-
-
-def check_syntax(meta: Dataset) -> uid.UID:
-    """The transfer syntax that the file meta names; raise unless it can be decoded here."""
-    syntax = meta.get("TransferSyntaxUID")
-    if not syntax:
-        raise RefusedError("missing_transfer_syntax", "the file does not say how it is encoded; export it again")
-    if syntax not in SYNTAXES:
-        deflated = syntax == uid.DeflatedExplicitVRLittleEndian
-        name = "deflated" if deflated else "unknown, video or not decodable here"
-        detail = f"transfer syntax is {name}; convert to Explicit VR Little Endian"
-        raise RefusedError("unsupported_transfer_syntax", detail)
-    return uid.UID(syntax)
 
 
 def check_budget(dataset: Dataset, encoded: int) -> None:

@@ -16,14 +16,13 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_encoder, pixel_array
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_parse import KEPT_LOSSLESS, NATIVE, refusing
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_syntax import JPEG_2000, NATIVE, WRITTEN_COMPRESSED, plugin_of
 from monai_salm.io.kept import Kept
 
 _DECODED: Kept[NDArray[Any]] = Kept(256 << 20)
 """The compressed frames that were decoded last, by their bytes. A release decodes its originals when it checks, reads,
 writes and verifies them, one unit after the other; decoding takes most of the time then."""
-_JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
-_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
 _SIZ = struct.Struct(">4sHH4I16xH")  # SOC and SIZ markers, Lsiz, Rsiz, Xsiz, Ysiz, XOsiz, YOsiz, tiles, Csiz
 
 
@@ -69,10 +68,9 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
             kept = _DECODED.get(key)
             if kept is not None:
                 return kept
-            plugin = "pyjpegls" if syntax in _JPEG_LS else "pylibjpeg"
             # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
             options = {"correct_unused_bits": False} if syntax == uid.RLELossless else {}
-            plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin, **options)
+            plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin_of(syntax), **options)
         if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
             raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
         low, high = stored_range(dataset)
@@ -104,7 +102,7 @@ def _native(data: bytes, frame: int, shape: tuple[int, int, int], dtype: np.dtyp
 
 def check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:
     """Raise unless the codestream's own size is the header's: decoders allocate what the codestream says."""
-    found = _jpeg_2000_size(frame) if syntax in _JPEG_2000 else _jpeg_size(frame)
+    found = _jpeg_2000_size(frame) if syntax in JPEG_2000 else _jpeg_size(frame)
     if found != (*shape, 1):
         raise RefusedError("codestream_mismatch", "header and codestream disagree about the size; export it again")
 
@@ -140,7 +138,7 @@ def encode(planes: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
     becomes Explicit VR Little Endian.
     """
     syntax = header.file_meta.TransferSyntaxUID
-    if syntax in KEPT_LOSSLESS:
+    if syntax in WRITTEN_COMPRESSED:
         try:
             return encapsulate([_compress(plane, header, syntax) for plane in planes]), "OB", syntax
         except (RuntimeError, ValueError):
@@ -153,7 +151,7 @@ def encode(planes: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
 def _compress(plane: NDArray[Any], header: Dataset, syntax: uid.UID) -> bytes:
     return get_encoder(syntax).encode(
         plane,
-        encoding_plugin=KEPT_LOSSLESS[syntax],
+        encoding_plugin=plugin_of(syntax),
         rows=plane.shape[0],
         columns=plane.shape[1],
         samples_per_pixel=1,

@@ -16,7 +16,8 @@ from pydicom.dataset import Dataset
 from monai_salm.io.base import Case, RefusedError, StoredImage, Window
 from monai_salm.io.dicom_copies import LEAST_PART
 from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers, headers_of
-from monai_salm.io.dicom_parse import parse, read_bytes, refusing
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_parse import parse, read_bytes
 from monai_salm.io.dicom_pixels import decode, stored_dtype, stored_range
 from monai_salm.io.dicom_support import check_supported
 from monai_salm.io.dicom_volume import (

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM Segmentation objects (SEG): which slices and segments they name, and the class of each voxel of an image.
-
-A frame belongs to the slice that it names as its source and that lies where the frame lies; where both are told they
-must agree. The order of frames means nothing, and a slice without a frame has no label (PS3.3 A.51, C.8.20).
-"""
+"""DICOM Segmentation objects (SEG): the images, segments and frames of a file (PS3.3 A.51, C.8.20)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,11 +13,12 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from monai_salm.io.base import Case, Mask, RefusedError
-from monai_salm.io.dicom_frames import headers_of
-from monai_salm.io.dicom_parse import NATIVE, identify, parse, read_bytes, read_header, refusing
+from monai_salm.io.base import RefusedError
+from monai_salm.io.dicom_frames import groups, macro_of
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_parse import identify, parse, read_bytes, read_header
 from monai_salm.io.dicom_pixels import check_codestream
-from monai_salm.io.dicom_volume import DIRECTION_TOLERANCE, GAP_TOLERANCE, orientation_of, to_canonical
+from monai_salm.io.dicom_syntax import NATIVE
 from monai_salm.io.kept import while_unchanged
 
 if TYPE_CHECKING:
@@ -29,13 +26,7 @@ if TYPE_CHECKING:
 
 SEG_CLASSES = (uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage, and Label Map Segmentation Storage, which pydicom does not name yet."""
-POSITION_TOLERANCE_MM = 0.01
-"""A frame lies on a slice when no coordinate differs by more: positions are often written with two decimals.
-Where it names one slice as its source, they may also differ by ``GAP_TOLERANCE`` of the gap between slices: tools write
-regular grids, scanners do not."""
-SPACING_TOLERANCE = 1e-4
-"""Of the pixel spacing, relative; as for the slices of a volume."""
-_BROKEN = "the segmentation is broken or of a kind that is not supported; export it again as DICOM SEG"
+SEG_BROKEN = "the segmentation is broken or of a kind that is not supported; export it again as DICOM SEG"
 
 
 @dataclass(frozen=True)
@@ -43,10 +34,10 @@ class SegHeader:
     """What a SEG file refers to.
 
     Args:
-        series: UIDs of the series that it names, and of the images that it names as theirs.
-        instances: UIDs of all images that it names, as a whole or as the source of a frame.
-        segments: number and label of each segment; those called background are left out.
-        fractional: whether voxels have fractions, of which more than half of the maximum counts.
+        series: UIDs of the images that it refers to, by series UID.
+        instances: UIDs of all images that it refers to, in its list of series or as the source of a frame.
+        segments: number and label of each segment; segments called "background" are left out.
+        fractional: whether voxels hold fractions; those above half of the maximum count.
     """
 
     series: Mapping[str, frozenset[str]]
@@ -55,7 +46,10 @@ class SegHeader:
     fractional: bool = False
 
     def of_others(self, own: set[str]) -> frozenset[str]:
-        """Images of series without any of these, where it names one that has some: each takes its own frames."""
+        """Images of the series in ``series`` that contain none of ``own``; empty where no series contains any.
+
+        A segmentation may belong to several series: each of them takes only its own frames.
+        """
         others = [images for images in self.series.values() if not images & own]
         return frozenset().union(*others) if len(others) < len(self.series) else frozenset()
 
@@ -67,7 +61,7 @@ def is_segmentation(source: Dataset | Path) -> bool:
 
 
 def read_seg_header(path: Path) -> SegHeader:
-    """As :py:func:`seg_header`, of a file."""
+    """What a SEG file refers to, see :py:func:`seg_header`."""
     return seg_header(read_header(path))
 
 
@@ -80,12 +74,12 @@ def seg_header(header: Dataset) -> SegHeader:
     Raises:
         RefusedError: ``mask_unreadable``.
     """
-    with refusing("mask_unreadable", _BROKEN):
+    with refusing("mask_unreadable", SEG_BROKEN):
         series = {}
         for item in header.get("ReferencedSeriesSequence") or ():
             named = (str(each.ReferencedSOPInstanceUID) for each in item.get("ReferencedInstanceSequence") or ())
             series[str(item.SeriesInstanceUID)] = frozenset(named)
-        instances = frozenset(instance for _, sources in _groups(header) for instance, _ in sources)
+        instances = frozenset(instance for pair in _frame_groups(header) for instance, _ in _sources(*pair))
         fractional = header.get("SegmentationType") == "FRACTIONAL"
         return SegHeader(series, instances.union(*series.values()), tuple(_segments(header)), fractional)
 
@@ -98,75 +92,62 @@ def _segments(header: Dataset) -> Iterator[tuple[int, str]]:
             yield number, label
 
 
-def missing_slices(missing: int, referred: int, apart: float = 0) -> RefusedError:
-    """The refusal of a segmentation of slices that are not there; ``apart``: mm from frames without a source to one."""
-    tolerated = f"{POSITION_TOLERANCE_MM:g} mm are tolerated"
-    lie = f" (frames without a source lie up to {apart:.4g} mm from the nearest one; {tolerated})" if apart else ""
-    return RefusedError(
-        "mask_missing_slices",
-        f"{missing} of {referred} slices that the segmentation refers to are not in the series{lie}; complete the "
-        "series, or pair the segmentation with the series it was made on",
-    )
-
-
-_Source: TypeAlias = tuple[str, int | None]
-"""UID of an image, and the number of a frame where it has many; None: any of them."""
+Source: TypeAlias = tuple[str, int | None]
+"""UID of an image, and the number of one of its frames; None stands for any frame."""
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """Where a frame belongs; None for what the file does not tell."""
+class Frame:
+    """What a frame says of where it belongs; None for what it does not say."""
 
     segment: int | None
     position: NDArray[np.float64] | None
     orientation: NDArray[np.float64] | None
     spacing: NDArray[np.float64] | None
-    sources: frozenset[_Source]
+    sources: frozenset[Source]
 
 
-def _groups(header: Dataset) -> Iterator[tuple[Mapping[str, Dataset], frozenset[_Source]]]:
-    """Functional groups of each frame (PS3.3 C.7.6.16), and its source images."""
-    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    frames = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
-    names = ("SegmentIdentificationSequence", "PlanePositionSequence", "PlaneOrientationSequence")
-    for own in frames:
-        groups = {}
-        for name in (*names, "PixelMeasuresSequence"):
-            items = own.get(name) or shared.get(name)
-            if items:
-                groups[name] = items[0]
-        sources = (
-            (str(source.ReferencedSOPInstanceUID), number)
-            for item in own.get("DerivationImageSequence") or shared.get("DerivationImageSequence") or ()
-            for source in item.get("SourceImageSequence") or ()
-            for number in np.atleast_1d(source.get("ReferencedFrameNumber")).tolist()
-        )
-        yield groups, frozenset(sources)
+def _frame_groups(header: Dataset) -> Iterator[tuple[Dataset, Dataset]]:
+    """The functional groups of each frame: its own, and those that all frames share (PS3.3 C.7.6.16)."""
+    shared, frames = groups(header)
+    of_all = shared[0] if shared else Dataset()
+    for own in frames or [Dataset()]:
+        yield own, of_all
 
 
-def _frames(header: Dataset) -> Iterator[_Frame]:
-    def numbers(groups: Mapping[str, Dataset], sequence: str, keyword: str) -> NDArray[np.float64] | None:
-        value = groups[sequence].get(keyword) if sequence in groups else None
+def _sources(own: Dataset, shared: Dataset) -> frozenset[Source]:
+    """The images that a frame was derived from."""
+    return frozenset(
+        (str(source.ReferencedSOPInstanceUID), number)
+        for item in own.get("DerivationImageSequence") or shared.get("DerivationImageSequence") or ()
+        for source in item.get("SourceImageSequence") or ()
+        for number in np.atleast_1d(source.get("ReferencedFrameNumber")).tolist()
+    )
+
+
+def _frame(own: Dataset, shared: Dataset) -> Frame:
+    def numbers(macro: str, keyword: str) -> NDArray[np.float64] | None:
+        item = macro_of(macro, own, shared)
+        value = None if item is None else item.get(keyword)
         return None if value is None else np.array([float(each) for each in value])
 
-    for groups, sources in _groups(header):
-        segment = groups.get("SegmentIdentificationSequence")
-        yield _Frame(
-            None if segment is None else int(segment.ReferencedSegmentNumber),
-            numbers(groups, "PlanePositionSequence", "ImagePositionPatient"),
-            numbers(groups, "PlaneOrientationSequence", "ImageOrientationPatient"),
-            numbers(groups, "PixelMeasuresSequence", "PixelSpacing"),
-            sources,
-        )
+    segment = macro_of("SegmentIdentificationSequence", own, shared)
+    return Frame(
+        None if segment is None else int(segment.ReferencedSegmentNumber),
+        numbers("PlanePositionSequence", "ImagePositionPatient"),
+        numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
+        numbers("PixelMeasuresSequence", "PixelSpacing"),
+        _sources(own, shared),
+    )
 
 
 @dataclass(frozen=True)
-class _Segmentation:
-    """A parsed file; its frames are decoded when they are asked for."""
+class SegFile:
+    """A parsed file; its frames are decoded on demand."""
 
     dataset: Segmentation
     header: SegHeader
-    frames: tuple[_Frame, ...]
+    frames: tuple[Frame, ...]
 
     def values(self, index: int) -> NDArray[Any]:
         """(rows, columns) of one frame: 1 in the segment, or (LABELMAP) the segment number."""
@@ -178,223 +159,18 @@ class _Segmentation:
 
 
 @while_unchanged(2)
-def _load(path: Path) -> _Segmentation:
-    """A file, kept because slices share it."""
+def load_seg(path: Path) -> SegFile:
+    """A parsed file; cached, because the slices of a series share it."""
     from highdicom.seg import Segmentation
 
-    with refusing("mask_unreadable", _BROKEN):
+    with refusing("mask_unreadable", SEG_BROKEN):
         dataset = parse(read_bytes(path))
-        header, frames = seg_header(dataset), tuple(_frames(dataset))
+        header, frames = seg_header(dataset), tuple(_frame(*pair) for pair in _frame_groups(dataset))
         syntax, shape = dataset.file_meta.TransferSyntaxUID, (int(dataset.Rows), int(dataset.Columns))
-        segmentation = _Segmentation(Segmentation.from_dataset(dataset, copy=False), header, frames)
+        segmentation = SegFile(Segmentation.from_dataset(dataset, copy=False), header, frames)
         if len(frames) != int(dataset.get("NumberOfFrames") or 1) or "PixelData" not in dataset:
-            raise RefusedError("mask_unreadable", _BROKEN)
+            raise RefusedError("mask_unreadable", SEG_BROKEN)
         if syntax not in (*NATIVE, uid.RLELossless):
             for index in range(len(frames)):
                 check_codestream(segmentation.dataset.get_raw_frame(index, as_index=True), syntax, shape)
         return segmentation
-
-
-def read(case: Case, mask: Mask, spatial_dims: int) -> NDArray[np.uint8]:
-    """Class index of each voxel of a slice or a series, on the axes of ``dicom.read``.
-
-    A fractional segment counts above half of its maximum (of more than 100: rounded up, so that probabilities which add
-    up to 1 never overlap).
-
-    Args:
-        case: one file for 2D, all slices of the volume in any order for 3D.
-        mask: a SEG file and its segment numbers by class.
-        spatial_dims: 2 or 3.
-
-    Returns:
-        (1, rows, columns) or (1, x, y, z).
-
-    Raises:
-        RefusedError: ``mask_format``, ``mask_is_image``, ``mask_unreadable``; ``mask_shape``, ``mask_affine`` and
-            ``mask_frame_of_reference``, where grids differ; ``mask_missing_slices``, ``mask_unplaced``,
-            ``mask_repeated_frame``, ``mask_overlap`` and ``unknown_label_value``.
-    """
-    if not is_segmentation(mask.file):
-        reason = "mask_is_image" if identify(mask.file)[0] else "mask_format"
-        raise RefusedError(reason, "the label file of a DICOM image must be a DICOM SEG file; convert it to one")
-    segmentation = _load(mask.file)
-    headers = headers_of(case.files, spatial_dims)
-    with refusing("mask_unreadable", _BROKEN):
-        _check_grid(segmentation, headers[0])
-        slices = _place(segmentation, headers, _gap(headers), complete=spatial_dims == 3)
-        classes = _classes(segmentation, mask.values)
-        labels = _paint(segmentation, slices, classes, (len(headers), int(headers[0].Rows), int(headers[0].Columns)))
-    if spatial_dims == 2:
-        return labels
-    return np.ascontiguousarray(to_canonical(labels, orientation_of(headers[0], headers[-1])))[None]
-
-
-def check_frames(file: Path, slices: Sequence[Path]) -> None:
-    """Raise when a frame finds no slice: one slice alone cannot tell whether a frame is of another one, or of none.
-
-    Args:
-        file: a SEG file.
-        slices: all slices that it is the label file of, in any order.
-
-    Raises:
-        RefusedError: As :py:func:`read`.
-    """
-    headers = headers_of(slices, 2)
-    with refusing("mask_unreadable", _BROKEN):
-        _place(_load(file), headers, _gap(headers[:1]), complete=True)
-
-
-def _check_grid(segmentation: _Segmentation, header: Dataset) -> None:
-    dataset, frames = segmentation.dataset, segmentation.frames
-    own, other = (f"{each.Rows} x {each.Columns}" for each in (header, dataset))
-    if own != other:
-        raise RefusedError("mask_shape", f"slices have {own} pixels and frames {other}; segment the original grid")
-    own, other = (str(each.get("FrameOfReferenceUID") or "") for each in (header, dataset))
-    if own and other and own != other:
-        raise RefusedError(
-            "mask_frame_of_reference",
-            "image and segmentation have different frames of reference, so positions cannot be compared; pair the "
-            "segmentation with the series it was made on",
-        )
-    turned = _apart(header.get("ImageOrientationPatient"), [frame.orientation for frame in frames])
-    if turned.max() > DIRECTION_TOLERANCE:
-        raise RefusedError(
-            "mask_affine",
-            f"direction cosines of slices and frames of the segmentation differ by up to {turned.max():.4g} "
-            f"({DIRECTION_TOLERANCE:g} is tolerated); segment the original grid",
-        )
-    scaled = _apart(header.get("PixelSpacing"), [frame.spacing for frame in frames])
-    if (scaled > SPACING_TOLERANCE * np.array(header.get("PixelSpacing") or 1, np.float64)).any():
-        raise RefusedError(
-            "mask_affine",
-            f"pixel spacings of slices and frames of the segmentation differ by up to {scaled.max():.4g} mm; segment "
-            "the original grid",
-        )
-
-
-def _apart(own: Sequence[float] | None, frames: Sequence[NDArray[np.float64] | None]) -> NDArray[np.float64]:
-    """How far numbers of the frames are from those of the image; 0 where either does not tell."""
-    told = [numbers for numbers in frames if numbers is not None]
-    return np.abs(np.stack(told) - np.array(own, np.float64)) if told and own else np.zeros((1, 1))
-
-
-def _place(segmentation: _Segmentation, headers: Sequence[Dataset], gap: float, *, complete: bool) -> list[int | None]:
-    """Slice of each frame, None for frames of slices that are not asked for.
-
-    Args:
-        segmentation: the frames.
-        headers: of the slices.
-        gap: mm between slices.
-        complete: whether the slices are the whole series, so that every frame must find its slice.
-    """
-    images = [(str(header.SOPInstanceUID), header.get("ReferencedFrameNumber", 1)) for header in headers]
-    positions = _positions(headers)
-    tolerance = max(POSITION_TOLERANCE_MM, GAP_TOLERANCE * gap)
-    places = [_place_frame(frame, images, positions, tolerance, complete) for frame in segmentation.frames]
-    if complete:
-        own = {instance for instance, _ in images}
-        elsewhere = segmentation.header.of_others(own)
-        lost: set[Any] = segmentation.header.instances - elsewhere - own
-        unplaced = [frame for frame, place in zip(segmentation.frames, places, strict=True) if place is None]
-        lost |= {source for frame in unplaced for source in frame.sources if source[0] not in lost | elsewhere}
-        alone = [frame.position for frame in unplaced if not frame.sources and not elsewhere]
-        adrift = {tuple(position): float(np.abs(positions - position).max(axis=1).min()) for position in alone}
-        if lost or adrift:
-            referred = len(segmentation.header.instances | lost) + len(adrift)
-            raise missing_slices(len(lost) + len(adrift), referred, max(adrift.values(), default=0))
-    return places
-
-
-def _positions(headers: Sequence[Dataset]) -> NDArray[np.float64] | None:
-    known = [header.get("ImagePositionPatient") for header in headers]
-    return np.array([[float(each) for each in position] for position in known]) if all(known) else None
-
-
-def _gap(headers: Sequence[Dataset]) -> float:
-    """mm between slices in spatial order; of one slice alone what its header says, 0 where that is nothing."""
-    positions = _positions(headers)
-    if positions is not None and len(positions) > 1:
-        return float(np.median(np.linalg.norm(np.diff(positions, axis=0), axis=1)))
-    return max(0.0, float(headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness") or 0))
-
-
-def _place_frame(
-    frame: _Frame, images: Sequence[_Source], positions: NDArray[np.float64] | None, tolerance: float, complete: bool
-) -> int | None:
-    named = [index for index, each in enumerate(images) if each in frame.sources or (each[0], None) in frame.sources]
-    if frame.sources and not named:
-        return None
-    if frame.position is not None and positions is not None:
-        apart = np.abs(positions - frame.position).max(axis=1)
-        nearest = min(named or range(len(images)), key=apart.__getitem__)
-        tolerance = tolerance if len(named) == len(frame.sources) == 1 else POSITION_TOLERANCE_MM
-        if apart[nearest] <= tolerance:
-            return nearest
-        if named and (complete or len(frame.sources) == 1):
-            raise RefusedError(
-                "mask_affine",
-                f"a frame of the segmentation lies {apart[nearest]:.4g} mm from the slice that it names as its "
-                f"source ({tolerance:.4g} mm are tolerated); segment the original slices",
-            )
-        return None
-    if len(named) == 1:
-        return named[0]
-    raise RefusedError(
-        "mask_unplaced", "a frame of the segmentation tells neither its position nor one source image; export it again"
-    )
-
-
-def _classes(segmentation: _Segmentation, values: Sequence[int]) -> dict[int, int]:
-    """Class of each segment number; segments of one label are one class, those called background are 0."""
-    labels = dict(segmentation.header.segments)
-    of_label = {labels[number]: index for index, number in enumerate(values) if index and number in labels}
-    classes = {int(item.SegmentNumber): 0 for item in segmentation.dataset.SegmentSequence}
-    if any(label not in of_label for label in labels.values()):
-        raise RefusedError("unknown_label_value", "the segmentation has a segment of an unknown class; scan it again")
-    return classes | {number: of_label[label] for number, label in labels.items()}
-
-
-def _paint(
-    segmentation: _Segmentation, slices: Sequence[int | None], classes: Mapping[int, int], shape: tuple[int, int, int]
-) -> NDArray[np.uint8]:
-    labels = np.zeros(shape, np.uint8)
-    overlap = 0
-    seen: dict[tuple[int | None, int], int] = {}
-    for index, place in enumerate(slices):
-        if place is None:
-            continue
-        segment = segmentation.frames[index].segment
-        first = seen.setdefault((segment, place), index)
-        if first != index:
-            of = "" if segment is None else f" of segment {segment}"
-            raise RefusedError(
-                "mask_repeated_frame",
-                f"frames {first + 1} and {index + 1} of the segmentation are both{of} for slice {place + 1} of "
-                f"{len(labels)}, and which one counts is not told; export it again",
-            )
-        painted = _frame_classes(segmentation.values(index), segmentation.frames[index].segment, classes)
-        plane = labels[place]
-        overlap += int(((plane != 0) & (painted != 0) & (plane != painted)).sum())
-        np.copyto(plane, painted, where=painted != 0)
-    if overlap:
-        raise RefusedError(
-            "mask_overlap",
-            f"segments of different classes overlap in {overlap} voxels; each voxel must have one class: edit the "
-            "segmentation, or split it into several files and choose one",
-        )
-    return labels
-
-
-def _frame_classes(values: NDArray[Any], segment: int | None, classes: Mapping[int, int]) -> NDArray[np.uint8]:
-    numbers = np.flatnonzero(np.bincount(values.reshape(-1))) if segment is None else np.array([0, segment])
-    unknown = [number for number in numbers.tolist() if number and number not in classes]
-    if unknown:
-        raise RefusedError(
-            "unknown_label_value",
-            f"frames of the segmentation use {len(unknown)} segment numbers that it does not describe; export it again",
-        )
-    if segment is not None:
-        return (values != 0).astype(np.uint8) * np.uint8(classes[segment])
-    table = np.zeros(int(numbers.max()) + 1, np.uint8)
-    table[numbers] = [classes.get(number, 0) for number in numbers.tolist()]
-    return table[values]

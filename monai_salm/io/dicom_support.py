@@ -13,7 +13,9 @@ from pydicom.tag import Tag
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_copies import check_copies, undecoded
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
-from monai_salm.io.dicom_parse import STANDARD_ROOT, check_syntax, refusing
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_parse import STANDARD_ROOT
+from monai_salm.io.dicom_syntax import check_syntax
 from monai_salm.io.dicom_volume import rescale_of
 
 MANUFACTURER = "monai_salm"

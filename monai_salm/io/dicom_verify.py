@@ -20,7 +20,8 @@ from pydicom.tag import BaseTag
 
 from monai_salm.io.base import FileCheck, RefusedError, compare
 from monai_salm.io.dicom_frames import FRAME_TAGS, frame_headers, frame_types, groups, is_enhanced
-from monai_salm.io.dicom_parse import STANDARD_ROOT, holds_items, parse, read_bytes, read_header, refusing
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_parse import STANDARD_ROOT, holds_items, parse, read_bytes, read_header
 from monai_salm.io.dicom_pixels import decode
 from monai_salm.io.dicom_seg import read_seg_header
 from monai_salm.io.dicom_support import is_protected

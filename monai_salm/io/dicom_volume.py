@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
-from monai_salm.io.dicom_parse import refusing
+from monai_salm.io.dicom_guard import refusing
 from monai_salm.records import in_order
 
 DIRECTION_TOLERANCE = 1e-4

@@ -21,7 +21,7 @@ from pydicom.tag import Tag
 from monai_salm import __version__
 from monai_salm.io.base import Case, RefusedError, Window, move
 from monai_salm.io.dicom_elements import (
-    decode_item,
+    decode_items,
     encode_element,
     encode_item,
     encode_items,
@@ -29,10 +29,12 @@ from monai_salm.io.dicom_elements import (
     write_elements,
 )
 from monai_salm.io.dicom_frames import add_derivation, frame_types, is_enhanced
-from monai_salm.io.dicom_parse import LOSSY_METHODS, NATIVE, parse, read_bytes, refusing
+from monai_salm.io.dicom_guard import refusing
+from monai_salm.io.dicom_parse import parse, read_bytes
 from monai_salm.io.dicom_pixels import decode, encode
 from monai_salm.io.dicom_read import layout_of
 from monai_salm.io.dicom_support import MANUFACTURER, MODIFYING_EQUIPMENT, check_supported
+from monai_salm.io.dicom_syntax import LOSSY_METHODS, NATIVE
 
 IMPLEMENTATION_CLASS_UID = "2.25.200132710468809192837894090341728322117"
 """The UUID of version 5 of this project's page on PyPI."""
@@ -281,7 +283,7 @@ def _describe_frames(dataset: Dataset, reference: bytes, evidence: bytes, implic
         item.FrameType = _derived_type(item.get("FrameType"))
     if "ContentQualification" in dataset:
         dataset.ContentQualification = "RESEARCH"
-    add_derivation(dataset, lambda: decode_item(derivation, implicit=implicit))
+    add_derivation(dataset, lambda: decode_items(derivation, implicit=implicit)[0])
     _append_item(dataset, "SourceImageEvidenceSequence", evidence)
 
 

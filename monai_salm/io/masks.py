@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from monai_salm.io import dicom, dicom_seg, nifti, worker
+from monai_salm.io import dicom, dicom_seg_labels, nifti, worker
 from monai_salm.io.base import Case, FileCheck, Mask, RefusedError
 from monai_salm.io.kept import while_unchanged
 
@@ -48,7 +48,7 @@ def read_mask(case: Case, spatial_dims: int) -> np.ndarray:
     if case.format == "nifti":
         return worker.call(_read_nifti, case, case.mask, spatial_dims)
     if case.format == "dicom":
-        return worker.call(dicom_seg.read, case, case.mask, spatial_dims)
+        return worker.call(dicom_seg_labels.read, case, case.mask, spatial_dims)
     raise RefusedError("mask_format", f"voxel labels of {case.format} images are not supported; use NIfTI or DICOM")
 
 

@@ -12,7 +12,7 @@ import time
 from dataclasses import is_dataclass
 from typing import Any
 
-from monai_salm.io.dicom_parse import silence_parsers
+from monai_salm.io.dicom_guard import silence_parsers
 
 MAX_BUFFERS = 1 << 24
 _COUNT = struct.Struct("<Q")

@@ -259,7 +259,7 @@ class _Findings:
                 self.cases.append(Case(own, "npz", (path,), names, own, index, label, split))
 
     def _add_dicom(self, path: Path) -> None:
-        header = worker.call(dicom.read_outline, path)
+        header = worker.call(dicom.read_scan_header, path)
         if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return  # a DICOMDIR under another name
         if self._require_deidentified and dicom.is_companion(header):

@@ -19,7 +19,8 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from monai_salm.io.base import Case, Mask
-from monai_salm.io.dicom_parse import MAX_DEPTH, STANDARD_ROOT, holds_items, too_deep
+from monai_salm.io.dicom_guard import MAX_DEPTH, too_deep
+from monai_salm.io.dicom_parse import STANDARD_ROOT, holds_items
 
 KEY_BYTES = 32
 _ENDINGS = (".nii.gz", ".nii", ".npz", ".png", ".tif", ".tiff")
