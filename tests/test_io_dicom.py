@@ -399,6 +399,11 @@ def test_explicit_window_is_taken_as_it_is() -> None:
         dicom.read(case_of(bundled("CT_small.dcm")), 2, (5, 5))
 
 
+def test_several_modalities_in_one_file_are_an_unknown_one(edited: Callable[..., Path]) -> None:
+    path = edited(SOPClassUID=uid.SecondaryCaptureImageStorage, Modality=["MR", "PT"])
+    assert dicom.read(case_of(path), 2).codec.modality == ""
+
+
 def with_padding(dataset: Dataset) -> None:
     pixels = np.frombuffer(dataset.PixelData, "<i2").reshape(128, 128).copy()
     pixels[:40] = -2000

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """DICOM, as the other rooms see it: exact stored values in, derived instances of the same kind out.
 
-Inside: ``dicom_parse``, ``dicom_elements`` and ``dicom_endian`` (untrusted bytes to a data set), ``dicom_support``
-(what is protected, what is refused and by which name), ``dicom_copies`` (does a file hold its image twice),
-``dicom_pixels`` (pixel data to integers and back), ``dicom_volume`` (is a series a volume, and canonical axes),
-``dicom_frames`` (many frames in one file), ``dicom_read`` (images and codecs), ``dicom_seg`` (segmentations),
-``dicom_companion`` (what goes along with images), ``dicom_write`` (the derived file) and ``dicom_verify`` (its check).
+What the modules are for, from bytes up:
+
+- ``dicom_guard``, ``dicom_parse``, ``dicom_elements``, ``dicom_endian``: untrusted bytes to a data set;
+- ``dicom_syntax``, ``dicom_pixels``: transfer syntaxes; pixel data to integers and back;
+- ``dicom_volume``, ``dicom_frames``: is a series a volume, and canonical axes; many frames in one file;
+- ``dicom_support``, ``dicom_copies``: which images are protected; does a file hold its image twice;
+- ``dicom_read``, ``dicom_write``, ``dicom_verify``: images and their codecs; the derived file; its check;
+- ``dicom_seg``, ``dicom_seg_labels``, ``dicom_companion``: segmentations, voxel labels by them, other companions.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Companions of images: segmentations, contours, reports, presentation states, registrations. They hold no image."""
+"""Companions of images: segmentations, contours, reports, presentation states, registrations: files without image."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ COMPANION_CLASSES = frozenset(
     }
 )
 _MANAGEMENT = "1.2.840.10008.3.1.2."
-"""SOP classes of studies, patients and procedure steps: a reference to one leads to no file."""
+"""SOP classes of studies, patients and procedure steps begin so; a reference to one refers to no file."""
 
 
 def is_companion(header: Dataset) -> bool:
-    """Whether the file is of a kind that goes along with the images it refers to."""
-    return str(header.get("SOPClassUID")) in COMPANION_CLASSES  # a broken one may have many values
+    """Whether the file is of a kind that is released together with the images it refers to."""
+    return str(header.get("SOPClassUID")) in COMPANION_CLASSES  # str: a broken file may have several values there
 
 
 def read_companion(path: Path) -> tuple[str, frozenset[str]]:
@@ -67,7 +67,7 @@ def read_companion(path: Path) -> tuple[str, frozenset[str]]:
 
 
 def _private_sizes(dataset: Dataset) -> Iterator[int]:
-    """Bytes of each private element at any depth; numbers too are still bytes, as long as nobody decoded them."""
+    """Size in bytes of each undecoded private element, at any depth."""
     for tag, element in list(dataset.items()):
         value = element.value
         if dataset[tag].VR == "SQ":
@@ -78,6 +78,7 @@ def _private_sizes(dataset: Dataset) -> Iterator[int]:
 
 
 def _references(dataset: Dataset) -> Iterator[str]:
+    """Instance UIDs that any item refers to."""
     named, kind = dataset.get("ReferencedSOPInstanceUID"), str(dataset.get("ReferencedSOPClassUID") or "")
     if named and not kind.startswith(_MANAGEMENT):
         yield str(named)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a file hold its picture once more, besides the pixel data? Such a copy would leave unprotected.
+"""Finds a second copy of the image in a file, besides the pixel data: it would be released unprotected.
 
-Only by what is cheap and certain: makers' own headers are large too, and must stay. What is looked for is listed in
-docs/dicom.md; a copy that is encoded in another way is not found.
+Only by tests that are cheap and certain, because manufacturers' private elements are large too and must not be refused.
+docs/dicom.md lists what is looked for; a copy that is encoded in another way is not found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IMAGE = re.compile(
     rb"|PK\x03\x04|BZh[1-9]1AY&SY|\xfd7zXZ\0|7z\xbc\xaf\x27\x1c|.{128}DICM)",
     re.DOTALL,
 )
-"""How images and archives begin; gzip is not among them, for makers write short texts with it."""
+"""How image files and archives begin; not gzip, which manufacturers use for short texts."""
 _TEXT = string.printable.encode()
 _SPACE = string.whitespace.encode()
 _HEX = string.hexdigits.encode()
@@ -45,22 +45,28 @@ _FROM_URLS = bytes.maketrans(b"-_", b"+/")
 _GZIP = b"\x1f\x8b"
 _ZLIB_OR_GZIP = 47
 _CHUNK = 1 << 14
-"""Bytes unpacked at a time: what follows the end of a member is copied, and a hostile value has many."""
+"""Bytes unpacked at a time: zlib copies what follows the end of a member, and a hostile value has many members."""
 _WRAPPINGS = 3
-"""So many layers are taken off: base64 of gzip of gzip."""
+"""Layers of encoding that are removed: 3 for base64 of gzip of gzip."""
 LEAST_PART = 64
-"""Bytes of an element that may be part of a copy; a part is a row at least."""
+"""Fewest bytes of an element that may be one part of a copy; a part is at least a row of the image."""
 _LEFT_OUT = frozenset({ICON, *PIXEL_TAGS})
 _LIKE = 0.9
-"""Correlation from which on values are those of the picture, whatever their scale; tables and texts stay far below."""
+"""Correlation above which values are a picture's, whatever their scale; tables and texts stay far below."""
 _KINDS = {1: ["u1"], 2: ["<u2", ">u2", "<i2", ">i2"], 4: ["<f4", ">f4", "<i4", ">i4"], 8: ["<f8", ">f8"]}
-"""Types that a picture may have been converted to, by bytes per pixel."""
+"""numpy types that a picture may have been converted to, by bytes per pixel."""
 _NUMBERS = (1e-9, 1e9)
-"""Sizes of the floating point numbers that makers put in tables; bytes of a picture, read so, are of all sizes."""
+"""Range of magnitudes in tables of floating point numbers; the bytes of a picture, read as such, leave it."""
 
 
 class Value(NamedTuple):
-    """An element that nobody has decoded (or the one around it that a file names), and whether it is private."""
+    """The bytes of an undecoded element.
+
+    Args:
+        tag: of the element; of one inside a value that only looks like a sequence, that of the value.
+        private: whether it, or a sequence around it, is private.
+        content: its bytes.
+    """
 
     tag: BaseTag
     private: bool
@@ -68,7 +74,7 @@ class Value(NamedTuple):
 
 
 class _Image:
-    """The pixels that others are compared with."""
+    """The image of a file, with which other elements are compared."""
 
     def __init__(self, header: Dataset) -> None:
         self._header = header
@@ -77,18 +83,18 @@ class _Image:
         self.frame_bytes = self.pixels * int(header.BitsAllocated) // 8
 
     def lengths(self, length: int, spare: int = 1) -> Iterator[tuple[int, int]]:
-        """Frames and bytes per pixel, of one frame or of all, that so many bytes, padded or not, would have."""
+        """Every (frames, bytes per pixel) whose pixels take ``length`` bytes, less up to ``spare`` of padding."""
         for frames in dict.fromkeys((1, self.frames)):
             for width in _KINDS:
                 if 0 <= length - frames * width * self.pixels <= spare:
                     yield frames, width
 
     def is_as_long(self, length: int, spare: int = 1) -> bool:
-        """Whether so many bytes are those of a frame or of all, of one or two bytes per pixel."""
+        """Whether one frame, or all, take ``length`` bytes with one or two bytes per pixel."""
         return any(width <= 2 for _, width in self.lengths(length, spare))
 
     def is_like(self, content: bytes) -> bool:
-        """Whether bytes as long as the pixels are the picture in other numbers, turned, or from its last pixel on."""
+        """Whether bytes as long as the pixels are the picture, of any type and scale, mirrored or turned."""
         for frames, width in self.lengths(len(content)):
             for index in [self.frames // 2] if frames > 1 else range(self.frames):
                 plane = decode(self._header, index)
@@ -104,8 +110,8 @@ def check_copies(header: Dataset, values: Sequence[Value]) -> None:
     """Raise where an element besides the pixel data is a copy of the image, or looks like one.
 
     Args:
-        header: of a supported image; with the pixel data, these are looked for too.
-        values: of :py:func:`undecoded`, from before anything was asked of the header.
+        header: of a supported image; if it has its pixel data, copies of these are looked for too.
+        values: from :py:func:`undecoded`, called before any element was decoded.
 
     Raises:
         RefusedError: ``pixel_copy``; ``nested_too_deep``; of pixel data that are broken as ``dicom_pixels.decode``.
@@ -132,7 +138,7 @@ def check_copies(header: Dataset, values: Sequence[Value]) -> None:
 
 
 def _parts(values: Sequence[Value], image: _Image, least: int) -> Iterator[list[bytes]]:
-    """Private elements of one length that are together as long as the pixels: halves, or rows."""
+    """Groups of private elements of equal length that are as long as the pixels together: halves, or rows."""
     found: dict[int, list[bytes]] = defaultdict(list)
     for _, private, content in values:
         if private and len(content) >= least:
@@ -148,7 +154,7 @@ def _in_parts(parts: Sequence[bytes]) -> RefusedError:
 
 
 def _check_pixels(dataset: Dataset, image: _Image, values: Sequence[Value], parts: Sequence[list[bytes]]) -> None:
-    """The pixel data as they stand in the file, one decoded frame, and what is like it, wherever they are."""
+    """Look for the encoded pixel data, for one decoded frame, and for anything that correlates with it."""
     least = min(image.frame_bytes, len(dataset.PixelData))
     limit = max(8 * image.pixels, min(8 * image.pixels * image.frames, MAX_HEADER_BYTES)) + LARGE_PRIVATE_BYTES
     plane, copies = None, []
@@ -167,7 +173,7 @@ def _check_pixels(dataset: Dataset, image: _Image, values: Sequence[Value], part
 
 
 def _joined(parts: Sequence[bytes], image: _Image) -> Iterator[bytes]:
-    """Parts one after the other, and one byte of each in turn; without what pads each."""
+    """Parts joined one after the other, and interleaved byte by byte; without the padding of each."""
     count, length = len(parts), len(parts[0])
     for frames, width in image.lengths(count * length, spare=count):
         spare = count * length - frames * width * image.pixels
@@ -191,8 +197,9 @@ def _correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 def undecoded(header: Dataset) -> list[Value]:
-    """Values as they stand in the file, at any depth, but short ones, the pixels themselves, and icons, which no copy
-    keeps. What somebody has asked of the header is text or numbers by then, and not among them.
+    """All undecoded values at any depth, except short ones, the pixel data, and icons, which no copy keeps.
+
+    Elements that were decoded before are not among them.
 
     Raises:
         RefusedError: ``nested_too_deep``.
@@ -211,7 +218,7 @@ def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: Bas
         inside = private or tag.is_private
         if raw:
             yield Value(around or tag, inside, value)
-            for item in _items(element):  # bytes may only look like items, and then no file has the elements in them
+            for item in _items(element):  # the bytes may only look like items: tell the tag of the value then
                 yield from _values(item, inside, depth + 1, around or tag)
         elif isinstance(value, Items):
             for item in value:
@@ -219,7 +226,7 @@ def _values(dataset: Dataset, private: bool = False, depth: int = 0, around: Bas
 
 
 def _items(element: RawDataElement | DataElement) -> Sequence[Dataset]:
-    """What stands in bytes that may be a sequence; they stay as they are."""
+    """Items of a large undecoded value that looks like a sequence; the element itself stays undecoded."""
     value = element.value
     if not isinstance(value, bytes) or len(value) < LARGE_PRIVATE_BYTES or not value.startswith(ITEM):
         return ()
@@ -230,7 +237,7 @@ def _items(element: RawDataElement | DataElement) -> Sequence[Dataset]:
 
 
 def _rule(value: bytes, pixels: int) -> str | None:
-    """Why a value is taken for a copy of an image with so many pixels, if it is."""
+    """Why a value is taken for a copy of an image of ``pixels`` pixels; None where it is not."""
     for how, form in _forms(value, pixels):
         if any(_IMAGE.match(part) for part in _fragments(form)):
             return f"is {how} of an image or an archive" if how else "begins as an image file or an archive does"
@@ -240,7 +247,7 @@ def _rule(value: bytes, pixels: int) -> str | None:
 
 
 def _fragments(value: bytes) -> Iterator[bytes]:
-    """A value, and what its items hold where it is made of them as encapsulated pixel data are (PS3.5 A.4)."""
+    """A value, and the beginning of each of its fragments where it is encapsulated pixel data (PS3.5 A.4)."""
     yield value
     position = 0
     while value.startswith(ITEM, position) and position + 8 <= len(value):
@@ -250,7 +257,7 @@ def _fragments(value: bytes) -> Iterator[bytes]:
 
 
 def _forms(value: bytes, limit: int, depth: int = 0) -> Iterator[tuple[str, bytes]]:
-    """A value as it is and without its wrappings, each with what the outermost of them is (of itself nothing)."""
+    """A value (with an empty name) and its decoded forms, each with the name of the outermost encoding."""
     yield "", value
     if depth == _WRAPPINGS:
         return
@@ -260,6 +267,7 @@ def _forms(value: bytes, limit: int, depth: int = 0) -> Iterator[tuple[str, byte
 
 
 def _unwrapped(value: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each encoding that a value may have; ``limit`` is the most bytes that zlib may unpack."""
     for start in (0, 4):  # behind a length, too
         if unpacked := _unpack(value[start:], limit):
             yield "zlib or gzip", unpacked
@@ -273,7 +281,7 @@ def _unwrapped(value: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _unpack(value: bytes, limit: int) -> bytes:
-    """What zlib or gzip, of one or more members, makes of it, up to so many bytes; nothing where it is neither."""
+    """Unpack zlib, or gzip of one or more members, up to ``limit`` bytes; empty where it is neither."""
     if value[:2] != _GZIP and (value[:1] != b"\x78" or int.from_bytes(value[:2], "big") % 31):
         return b""
     found: list[bytes] = []
@@ -294,18 +302,18 @@ def _unpack(value: bytes, limit: int) -> bytes:
 
 
 def _is_plain(value: bytes) -> bool:
-    """Whether bytes as long as the pixels tell by themselves that they are no picture."""
+    """Whether bytes are certainly no picture: constant, text, or a table of floating point numbers."""
     return not value.strip(value[:1]) or not value.rstrip(b"\0").translate(None, _TEXT) or _is_numbers(value)
 
 
 def _is_text(value: bytes) -> bool:
-    """Whether nearly all is printable, or nothing but zeros; zeros at the end pad it, others are no text."""
+    """Whether nearly all bytes are printable, or all are zero; zeros at the end are padding, others are no text."""
     told = value.rstrip(b"\0")
     return len(told.translate(None, _TEXT)) <= len(told) / 8
 
 
 def _is_numbers(value: bytes) -> bool:
-    """Whether it is a table of floating point numbers."""
+    """Whether bytes are a table of floating point numbers of believable size."""
     low, high = _NUMBERS
     for kind in ("<f8", "<f4", ">f8", ">f4"):
         if len(value) % np.dtype(kind).itemsize == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Big endian data sets become little endian ones, element by element, on the bytes: nothing is decoded for it.
+"""Turns big endian data sets to little endian by swapping the bytes of undecoded values.
 
 Explicit VR Big Endian is retired (PS3.5 A.3), yet archives still hold it; nobody should write it any more.
 """
@@ -14,17 +14,17 @@ from pydicom.dataset import Dataset
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_elements import replace_elements
 
-WORDS = {2: "US SS OW AT", 4: "UL SL FL OF OL", 8: "FD OD UV SV OV"}
-"""Bytes per number of each binary value representation (PS3.5 6.2 and 7.3); all others are bytes or text."""
-_WORD = {vr: size for size, names in WORDS.items() for vr in names.split()}
+_WORDS = {2: "US SS OW AT", 4: "UL SL FL OF OL", 8: "FD OD UV SV OV"}
+"""Value representations by bytes per number (PS3.5 6.2 and 7.3); all others hold bytes or text."""
+_WORD_BYTES = {vr: size for size, names in _WORDS.items() for vr in names.split()}
 
 
 def to_little_endian(dataset: Dataset) -> None:
     """Turn a data set freshly parsed as Explicit VR Big Endian into Explicit VR Little Endian, in place.
 
     Raises:
-        RefusedError: ``unsupported_transfer_syntax`` when an element does not say what it is (UN), so that nobody can
-            tell where its numbers begin.
+        RefusedError: ``unsupported_transfer_syntax`` when an element is of unknown type (UN), so that the size of its
+            numbers is unknown.
     """
     _convert(dataset)
     dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
@@ -45,7 +45,7 @@ def _converted(element: DataElement | RawDataElement) -> DataElement | RawDataEl
             "unsupported_transfer_syntax",
             "a big endian file with elements of unknown type; convert to Explicit VR Little Endian",
         )
-    value = _swapped(element.value, _WORD.get(str(element.VR), 1))
+    value = _swapped(element.value, _WORD_BYTES.get(str(element.VR), 1))
     if isinstance(element, RawDataElement):
         return element._replace(value=value, is_little_endian=True)
     return DataElement(element.tag, element.VR, value) if isinstance(element.value, bytes) else element

@@ -21,8 +21,8 @@ from monai_salm.io.dicom_syntax import JPEG_2000, NATIVE, WRITTEN_COMPRESSED, pl
 from monai_salm.io.kept import Kept
 
 _DECODED: Kept[NDArray[Any]] = Kept(256 << 20)
-"""The compressed frames that were decoded last, by their bytes. A release decodes its originals when it checks, reads,
-writes and verifies them, one unit after the other; decoding takes most of the time then."""
+"""Decoded frames, of compressed ones only. A release decodes each original several times: to check, read, write and
+verify it; that takes most of its time."""
 _SIZ = struct.Struct(">4sHH4I16xH")  # SOC and SIZ markers, Lsiz, Rsiz, Xsiz, Ysiz, XOsiz, YOsiz, tiles, Csiz
 
 
@@ -45,12 +45,13 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
     Args:
         dataset: the data set.
         frame: its index.
-        afresh: whether compressed ones that were decoded before are decoded again; they are not kept then.
+        afresh: decode a compressed frame even if it is in the cache, and do not put it there.
 
     Raises:
-        RefusedError: ``truncated_pixel_data``, ``undecodable_pixel_data``; ``codestream_mismatch``, also where more
-            than zeros stands behind the last native frame; or ``unused_bits_set`` when bits above BitsStored are in use
-            (an embedded overlay, signed values that are not sign-extended): the copy would not have them.
+        RefusedError: ``truncated_pixel_data``; ``undecodable_pixel_data``; ``codestream_mismatch`` when the codestream
+            has another size than the header, or more than zeros follow the last native frame; ``unused_bits_set`` when
+            bits above BitsStored are in use (an embedded overlay, signed values that are not sign-extended), which the
+            copy would not have.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     shape = (int(dataset.Rows), int(dataset.Columns))
@@ -68,7 +69,7 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
             kept = _DECODED.get(key)
             if kept is not None:
                 return kept
-            # With the unused bits as they are, bits that do not belong to the value show up as values out of range.
+            # Uncorrected, bits above BitsStored make values out of range, which are refused below.
             options = {"correct_unused_bits": False} if syntax == uid.RLELossless else {}
             plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin_of(syntax), **options)
         if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
@@ -88,7 +89,7 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
 
 
 def _native(data: bytes, frame: int, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """One of so many frames that are not compressed."""
+    """One frame of uncompressed pixel data; ``shape`` is (frames, rows, columns)."""
     size = dtype.itemsize * math.prod(shape)
     if len(data) < size:
         raise RefusedError("truncated_pixel_data", "the file ends before its pixels do; export it again")
@@ -101,7 +102,7 @@ def _native(data: bytes, frame: int, shape: tuple[int, int, int], dtype: np.dtyp
 
 
 def check_codestream(frame: bytes, syntax: str, shape: tuple[int, int]) -> None:
-    """Raise unless the codestream's own size is the header's: decoders allocate what the codestream says."""
+    """Raise unless a codestream has the size that the header tells; decoders allocate what the codestream tells."""
     found = _jpeg_2000_size(frame) if syntax in JPEG_2000 else _jpeg_size(frame)
     if found != (*shape, 1):
         raise RefusedError("codestream_mismatch", "header and codestream disagree about the size; export it again")
@@ -132,10 +133,10 @@ def _jpeg_size(frame: bytes) -> tuple[int, int, int] | None:
 
 
 def encode(planes: NDArray[Any], header: Dataset) -> tuple[bytes, str, str]:
-    """Pixel data for a copy with other pixels, (frames, rows, columns): (value, VR, transfer syntax UID).
+    """Encode new pixels, (frames, rows, columns), for a copy: value and VR of PixelData, and transfer syntax UID.
 
-    A lossless syntax that can be written here is kept, and so is a native one; everything else, lossy input too,
-    becomes Explicit VR Little Endian.
+    The syntax of the source is kept if it is native or one of ``WRITTEN_COMPRESSED``; all others, lossy ones too,
+    become Explicit VR Little Endian.
     """
     syntax = header.file_meta.TransferSyntaxUID
     if syntax in WRITTEN_COMPRESSED:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from monai_salm.io.base import Case, RefusedError, StoredImage, Window
+from monai_salm.io.base import Case, Outline, RefusedError, StoredImage, Window
 from monai_salm.io.dicom_copies import LEAST_PART
 from monai_salm.io.dicom_frames import ENHANCED_CT, frame_headers, headers_of
 from monai_salm.io.dicom_guard import refusing
@@ -37,42 +37,36 @@ CT_WINDOW = (-160.0, 240.0)
 
 _MODALITIES = frozenset({"CT", "MR", "CR", "DX", "MG", "IO", "XA", "RF", "US", "NM", "PT", "OT"})
 _READ_IN_THEIR_WINDOW = ("CT", "CR", "DX")
-"""Modalities whose files mostly list the window that they are displayed in; of MR it is a habit of the scanner."""
+"""Modalities whose files mostly list the window for display. MR files list what the scanner made up."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a case make its image: the way back from canonical axes to them.
+    """How the image of a case is put together from its files, and so how to split it again.
 
     Args:
-        shape: of the image, (1, *spatial).
-        codec: of the image.
-        spacing: of the image.
+        outline: of the image.
         windows: that its files list.
-        digest: of its voxels.
-        files: the source of each slice, as they were read.
-        order: position in ``files`` of each slice, in spatial order.
-        scalings: slope and intercept of each slice, as they were read.
+        files: the file that each frame came from, in the order of reading.
+        order: index into ``files`` of each slice, in spatial order.
+        scalings: slope and intercept of each frame, in the order of reading.
         orientation: nibabel orientation of (columns, rows, slices); None for 2D.
     """
 
-    shape: tuple[int, ...]
-    codec: StoredCodec
-    spacing: tuple[float, ...]
+    outline: Outline
     windows: tuple[tuple[float, float], ...]
-    digest: str
     files: tuple[Path, ...]
     order: tuple[int, ...]
     scalings: tuple[tuple[float, float], ...]
     orientation: NDArray[Any] | None
 
     def frames(self, values: NDArray[Any]) -> dict[Path, list[tuple[NDArray[Any], StoredCodec]]]:
-        """(1, *spatial) on canonical axes -> the frames of each file, each with a codec of its own."""
+        """Split (1, *spatial) values on canonical axes into the frames of each file, each with its own codec."""
         planes = values if self.orientation is None else from_canonical(values[0], self.orientation)
         found: dict[Path, list[tuple[NDArray[Any], StoredCodec]]] = {}
         places = np.argsort(self.order)
         for file, place, (slope, intercept) in zip(self.files, places, self.scalings, strict=True):
-            codec = self.codec
+            codec = self.outline.codec
             if codec.slices is not None:
                 codec = replace(codec, slices=None, slope=slope, intercept=intercept)
             found.setdefault(file, []).append((planes[place], codec))
@@ -80,21 +74,21 @@ class Layout:
 
 
 _LAYOUTS: Kept[Layout] = Kept(1 << 14, drop_newest=True)
-"""Those of cases that were read, with their files as they were: whoever writes one has read it before, and cases are
-written in the order in which they were read. Of so many slices, which take about 1 KB each; a layout takes two more."""
+"""Of cases that were read, as long as their files do not change: a case is read before it is written, and cases are
+written in the order in which they were read. The limit counts slices, of about 1 KB each; a layout counts two more."""
 
 
 def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
     """The stored integers of one slice, (1, rows, columns), or of a series as a RAS+ volume, (1, x, y, z).
 
-    In memory a volume lies slice after slice, as it was decoded.
+    A volume is a view of the slices as they were decoded, permuted and flipped.
 
     Args:
         case: one file for 2D, all slices of the volume in any order for 3D.
         spatial_dims: 2 or 3.
-        window: ``"auto"`` or (low, high) in physical units. ``"auto"`` is for CT, CR and DX the first linear window of
-            the file (for a volume: of its lowest slice), else for CT -160..240 HU; for all others percentiles 0.5 and
-            99.5.
+        window: ``"auto"`` or (low, high) in physical units. ``"auto"`` for CT, CR and DX: the first linear window of
+            the file (for a volume: of its lowest slice), for CT without one -160..240 HU; for all others: percentiles
+            0.5 and 99.5.
 
     Raises:
         RefusedError: See :py:func:`check_supported`, ``order_volume`` and ``dicom_pixels.decode``; and
@@ -104,7 +98,7 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
 
 
 def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indices: Sequence[int]) -> StoredImage:
-    """Some slices of an image, ascending along a canonical axis; of slices in files of their own only those are read.
+    """Some slices of an image, ascending along a canonical axis; only their files are read, where each has its own.
 
     Raises:
         RefusedError: As :py:func:`read`.
@@ -120,7 +114,7 @@ def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indice
         check_supported(dataset, spatial_dims, allow_protected=True)
         planes.append(decode(dataset))
     stored = in_order(to_canonical(np.stack(planes), orientation)[None])
-    return StoredImage(stored, layout.codec.of_slices(indices), layout.spacing, layout.windows)
+    return StoredImage(stored, layout.outline.codec.of_slices(indices), layout.outline.spacing, layout.windows)
 
 
 def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
@@ -134,7 +128,7 @@ def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
 
 
 def layout_of(case: Case, spatial_dims: int, window: Window = "auto") -> Layout:
-    """What :py:func:`read` found out about a case, as long as its files are the same; read anew where it is not known.
+    """The layout of a case: cached since it was read, as long as its files are the same, else read anew.
 
     Raises:
         RefusedError: As :py:func:`read`.
@@ -163,13 +157,13 @@ def _load(case: Case, spatial_dims: int, window: Window) -> tuple[StoredImage, L
     codec = _codec(headers, stored, orientation, window)
     windows = tuple(dict.fromkeys(each for header in headers for each in _listed_windows(header)))
     image = StoredImage(stored, codec, spacing_of(headers, orientation), windows)
-    of_image = (stored.shape, codec, image.spacing, windows, image_digest(stored))
-    layout = Layout(*of_image, tuple(files), tuple(order), scalings, orientation)
+    outline = Outline(stored.shape, codec, image.spacing, image_digest(stored))
+    layout = Layout(outline, windows, tuple(files), tuple(order), scalings, orientation)
     return image, _LAYOUTS.keep(key, layout, len(files) + 2)
 
 
 def _decode(case: Case, spatial_dims: int) -> tuple[list[Path], list[Dataset], NDArray[Any]]:
-    """File, header and plane of each frame, as the files come."""
+    """File, header and plane of each frame, in the order of the files."""
     headers: list[Dataset] = []
     files: list[Path] = []
     stored = np.empty(0)
@@ -187,7 +181,7 @@ def _decode(case: Case, spatial_dims: int) -> tuple[list[Path], list[Dataset], N
                 stored = np.empty((len(frames) * len(case.files), *plane.shape), plane.dtype)
             headers.append(frame)
             if (plane.shape, plane.dtype) != (stored.shape[1:], stored.dtype):
-                order_volume(headers)  # which refuses them
+                order_volume(headers)  # says how they differ, as it refuses them
             stored[len(headers) - 1] = plane
         del dataset.PixelData
         files += [path] * len(frames)
@@ -230,10 +224,10 @@ def _codec(
 
 
 def _modality(header: Dataset) -> str:
-    """One of the modalities that we know of, as the value will show up in messages; empty for all others."""
+    """Modality of a file, if it is a known one; else empty, because the value is shown in messages."""
     with refusing("unreadable", "the modality is broken; repair the header"):
-        value = header.get("Modality")
-    return str(value) if value in _MODALITIES else ""
+        value = str(header.get("Modality"))  # str: a broken file may have several values there
+    return value if value in _MODALITIES else ""
 
 
 def _slice_scaling(headers: Sequence[Dataset], orientation: NDArray[Any] | None) -> SliceScaling | None:
@@ -252,7 +246,7 @@ def _padding(header: Dataset) -> tuple[float, float] | None:
         ends = [header.get(keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
         if ends[0] is None:
             return None
-        # Some scanners write the value of a signed image as unsigned: only its bits count.
+        # Some scanners write the value of a signed image as unsigned: only its bits are right.
         bits = [_bits(end) for end in ends if end is not None]
         values = np.array(bits, dtype=np.uint16).astype(stored_dtype(header)).tolist()
         return float(min(values)), float(max(values))
@@ -278,7 +272,7 @@ def _file_windows(header: Dataset) -> list[tuple[float, float]]:
 
 
 def _listed_windows(header: Dataset) -> list[tuple[float, float]]:
-    """As :py:func:`_file_windows`, for what only looks at them: none where they are broken."""
+    """As :py:func:`_file_windows`, but none where they are broken: nothing depends on these."""
     try:
         return _file_windows(header)
     except RefusedError:

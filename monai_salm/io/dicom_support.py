@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which DICOM files are protected, and by which name all others are refused."""
+"""Which DICOM images are protected, and the reason codes by which all others are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from monai_salm.io.dicom_syntax import check_syntax
 from monai_salm.io.dicom_volume import rescale_of
 
 MANUFACTURER = "monai_salm"
-"""Our name in ContributingEquipmentSequence: the mark by which a protected file is recognized."""
+"""Manufacturer in ContributingEquipmentSequence, by which a protected file is recognized."""
 MODIFYING_EQUIPMENT = "109103"
 
 # Monochrome single-frame images. Dose and parametric maps are left out: their values are measurements, not pictures.
@@ -78,7 +78,7 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
             ``unreadable`` when an attribute of the image is broken.
     """
     with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
-        values = undecoded(header)  # before a check decodes any: text can be a picture too
+        values = undecoded(header)  # before a check decodes any: a picture can be hidden in text, too
         _check_class(header, spatial_dims)
         _check_marks(header, allow_protected)
         check_syntax(header.file_meta)

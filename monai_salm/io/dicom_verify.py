@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a written DICOM file against its source: both are read again, the copy is parsed by pydicom alone.
+"""Checks a written DICOM file against its source. Both are read from their bytes; pydicom alone parses the copy.
 
-The elements of a source whose bytes are those that were parsed last are known; nothing of a copy ever is.
+Elements of the source may come from the cache of ``dicom_parse``, which compares the bytes; nothing of a copy does.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def verify(
         written: the protected file, or its bytes.
         limit: largest change allowed, in stored units.
         physical: largest change allowed, in physical units, by this file's own rescale slope.
-        allow_unchanged: for slices of a volume, some of which may have nothing that can move; whoever passes it must
-            check that ``changed`` summed over the volume is above 0.
+        allow_unchanged: accept a file without a changed pixel, as slices of a volume may be; the caller must check that
+            ``changed`` summed over the volume is above 0.
 
     Raises:
         RefusedError: ``verification_failed``, with the rule that does not hold: pixels, UIDs, marks of a derived
@@ -133,7 +133,7 @@ def _check_marks(before: Dataset, after: Dataset) -> None:
 
 
 def _check_frames(before: Dataset, after: Dataset) -> None:
-    """Every frame is marked as derived, and what its derivation said before is still said."""
+    """Raise unless every frame is marked as derived, and the items of its derivation before are unchanged."""
     for old_type, new_type in zip(frame_types(before), frame_types(after), strict=True):
         marked = ["DERIVED", *list(old_type.get("FrameType") or ())[1:]]
         _require(list(new_type.FrameType)[: len(marked)] == marked, "a FrameType is not that of a derived frame")
@@ -160,8 +160,15 @@ def _check_identity(before: Dataset, after: Dataset) -> None:
 def _undeclared_changes(
     before: Dataset, after: Dataset, declared: frozenset[BaseTag], nested: frozenset[BaseTag]
 ) -> Iterator[BaseTag]:
-    """Elements at any depth that were added, removed or changed, save mapped UIDs and those declared here or nested."""
-    # By plain integers: tags that are equal, but not one and the same, are compared by a function of pydicom's.
+    """Tags at any depth that were added, removed or changed, except mapped UIDs.
+
+    Args:
+        before: the source.
+        after: the copy.
+        declared: tags that may differ at this level.
+        nested: tags that may differ in items of sequences.
+    """
+    # By plain integers: comparing tags that are equal but not identical calls a slow function of pydicom.
     old, new = ({int(tag): element for tag, element in dataset.items()} for dataset in (before, after))
     differ = {tag for tag in old.keys() & new.keys() if _differ(old[tag], new[tag])}
     for tag in map(BaseTag, sorted((differ | old.keys() ^ new.keys()) - declared)):
@@ -182,22 +189,22 @@ def _undeclared_changes(
 
 
 def _differ(old: DataElement | RawDataElement, new: DataElement | RawDataElement) -> bool:
-    """Whether two elements of one tag differ, as they are; bytes that only their padding tells apart do not."""
+    """Whether two elements of one tag differ, other than in the padding of undecoded values."""
     return old.value != new.value and _raw(old) != _raw(new) or _retyped(old.VR, new.VR)
 
 
 def _raw(element: DataElement | RawDataElement) -> Any:
-    """The value as it is, bytes while nobody has decoded the element; without padding."""
+    """The value of an element, without padding while it is undecoded."""
     return element.value.rstrip(b" \0") if isinstance(element.value, bytes) else element.value
 
 
 def _retyped(old: str | None, new: str | None) -> bool:
-    """Whether equal bytes mean something else now. Implicit files name no type, and UN stands for any."""
+    """Whether the value representation changed. Implicit files have none, and UN stands for any."""
     return old != new and not {old, new} & {None, "UN"} and len(old) == len(new) == 2  # type: ignore[arg-type]
 
 
 def _is_mapped(old: Any, new: Any) -> bool:
-    """Whether each UID is kept (the standard's own, for instance) or replaced by one of ours (below 2.25)."""
+    """Whether each UID is the same or was replaced by one below 2.25, which UIDs of the standard must not be."""
     olds, news = ([value] if isinstance(value, str) else list(value) for value in (old, new))
     return len(olds) == len(news) and all(
         after == before or (after.startswith("2.25.") and not before.startswith(STANDARD_ROOT))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a series a volume? A decision with stated tolerances; and the way from its slices to canonical axes and back."""
+"""Decides with stated tolerances whether a series is a volume, and turns its slices to canonical axes and back."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def orientation_of(first: Dataset, last: Dataset) -> NDArray[Any]:
 
 
 def spacing_of(headers: Sequence[Dataset], orientation: NDArray[Any] | None) -> tuple[float, ...]:
-    """mm along each canonical axis: of (rows, columns) of one slice, or of a volume; empty where it is not told.
+    """mm along each canonical axis of a volume, or along (rows, columns) of a slice; empty where headers do not tell.
 
     Args:
         headers: one slice, or all slices in spatial order.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM out: from a source file and new pixels to a derived instance of the same kind; labels under new UIDs."""
+"""Writes DICOM: a source file and new pixels make a derived instance of the same kind; companions get new UIDs."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ DECLARED_KEYWORDS = frozenset(
     ContentQualification SourceImageEvidenceSequence RetrieveURL RetrieveURI
     """.split()
 )
-"""What a protected file may have changed, besides instance UIDs, retired group lengths and the file meta."""
+"""Elements that protection may change, besides instance UIDs, retired group lengths and the file meta."""
 
-# Small copies of the unprotected image, statements about the old bytes, positions in the old encoding, and addresses,
-# which hold the old UIDs.
+# Small copies of the unprotected image, what holds for the old bytes or the old encoding only, and addresses, which
+# contain the old UIDs.
 _REMOVED = frozenset(
     """
     IconImageSequence MACParametersSequence DigitalSignaturesSequence SmallestPixelValueInSeries
@@ -70,7 +70,7 @@ DECLARED_TAGS = frozenset(Tag(keyword) for keyword in DECLARED_KEYWORDS)
 
 
 class UidMapping(Protocol):
-    """What is needed of ``release.identity.UidMap``; this room knows no keys."""
+    """The part of ``release.identity.UidMap`` that is needed here: ``io`` must not import ``release``."""
 
     def __call__(self, uid: str) -> str: ...
 
@@ -105,8 +105,8 @@ def protect(
         ValueError: When ``delta`` does not fit the image.
     """
     layout = layout_of(case, spatial_dims, window)
-    if delta.shape != layout.shape or delta.dtype.kind not in "iu":
-        raise ValueError(f"delta {delta.dtype}{delta.shape} does not fit the stored image {layout.shape}")
+    if delta.shape != layout.outline.shape or delta.dtype.kind not in "iu":
+        raise ValueError(f"delta {delta.dtype}{delta.shape} does not fit the stored image {layout.outline.shape}")
     if not delta.any():
         raise RefusedError("nothing_changed", "the perturbation is zero everywhere: the copy would not be protected")
     for path, frames in layout.frames(delta).items():
@@ -115,7 +115,7 @@ def protect(
         check_supported(dataset)
         planes = [move(decode(dataset, index), *frame) for index, frame in enumerate(frames)]
         for tag, element in list(dataset.items()):
-            if element is not elements[tag]:  # decoded to be looked at; it would be written in another form
+            if element is not elements[tag]:  # a check decoded it; undecoded it is written exactly as it was
                 dataset[tag] = elements[tag]
         yield _derive(dataset, np.stack(planes), uids, when)
 
@@ -138,7 +138,7 @@ def _derive(dataset: Dataset, planes: NDArray[Any], uids: UidMapping, when: date
 
 
 def protect_companion(source: Path, uids: UidMapping) -> tuple[PurePosixPath, bytes]:
-    """What goes along with protected images (a segmentation, a report): as it was, under new UIDs.
+    """The copy of a companion (a segmentation, a report): unchanged but for its UIDs.
 
     Args:
         source: a companion of the originals.
@@ -162,7 +162,7 @@ def _path(dataset: Dataset) -> PurePosixPath:
 
 
 def _source_reference(dataset: Dataset, uids: UidMapping, implicit: bool) -> bytes:
-    """A keyed pseudonym of the source: its original UID would identify, and its mapped UID is the copy's own."""
+    """An item that refers to the source by a keyed pseudonym: its UID would identify it, its mapped UID is the copy."""
     return encode_item(
         implicit=implicit,
         ReferencedSOPClassUID=dataset.SOPClassUID,
@@ -172,7 +172,7 @@ def _source_reference(dataset: Dataset, uids: UidMapping, implicit: bool) -> byt
 
 
 def _source_evidence(dataset: Dataset, uids: UidMapping, implicit: bool) -> bytes:
-    """Where the source is to be found (PS3.3 C.17.2.1), with pseudonyms as in the reference to it."""
+    """An item with study, series and instance of the source (PS3.3 C.17.2.1), by pseudonyms as in the reference."""
     instance = encode_item(
         implicit=implicit,
         ReferencedSOPClassUID=dataset.SOPClassUID,
@@ -210,7 +210,7 @@ def _equipment(when: datetime, implicit: bool) -> bytes:
 
 
 def _remove_stale(dataset: Dataset) -> None:
-    """Remove what no longer holds or would leak, at any depth."""
+    """Remove the elements of :py:data:`REMOVED_TAGS`, at any depth."""
     for tag in REMOVED_TAGS.intersection(dataset.keys()):
         del dataset[tag]
     for element in dataset.values():
@@ -220,7 +220,7 @@ def _remove_stale(dataset: Dataset) -> None:
 
 
 def _set_pixels(dataset: Dataset, planes: NDArray[Any]) -> str:
-    """Other pixels, and the transfer syntax that they have now."""
+    """Replace the pixels, and what describes them; returns their transfer syntax."""
     encoded = len(dataset.PixelData)
     value, vr, syntax = encode(planes, dataset)
     dataset["PixelData"] = DataElement(Tag("PixelData"), vr, value, is_undefined_length=syntax not in NATIVE)
@@ -233,9 +233,9 @@ def _set_pixels(dataset: Dataset, planes: NDArray[Any]) -> str:
 
 
 def _mark_lossy(dataset: Dataset, ratio: float) -> None:
-    """An image that came lossy stays marked lossy (PS3.3 C.7.6.1.1.5), also when the source forgot the mark.
+    """Mark an image as lossy whose source was encoded with loss but does not say so (PS3.3 C.7.6.1.1.5).
 
-    ``00`` is believed where the syntax can be lossless too (JPEG 2000, JPEG-LS); baseline JPEG cannot.
+    ``00`` (not lossy) is believed unless the syntax is JPEG baseline or extended, which always lose detail.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     method = LOSSY_METHODS.get(syntax)
@@ -257,7 +257,7 @@ def _describe(dataset: Dataset, when: datetime) -> None:
 
 
 def _zone(dataset: Dataset) -> tzinfo:
-    """That of the times in the file (PS3.3 C.12.1.1.8); UTC where it does not tell."""
+    """Time zone of the times in the file (PS3.3 C.12.1.1.8); UTC where it does not tell."""
     said = re.fullmatch(r"([+-])(\d\d)([0-5]\d)", str(dataset.get("TimezoneOffsetFromUTC") or "").strip())
     if said is None or int(said[2]) > 14:
         return timezone.utc
@@ -272,7 +272,7 @@ def _describe_image(dataset: Dataset, reference: bytes, implicit: bool) -> None:
 
 
 def _describe_frames(dataset: Dataset, reference: bytes, evidence: bytes, implicit: bool) -> None:
-    """Enhanced images have no place for a derivation in their root: it belongs into the functional groups."""
+    """As :py:func:`_describe_image`, for enhanced images, whose derivation stands in the functional groups."""
     derivation = encode_item(
         implicit=implicit,
         DerivationDescription=DERIVATION,
@@ -293,7 +293,10 @@ def _derived_type(image_type: Any) -> list[str]:
 
 
 def _append_text(dataset: Dataset, keyword: str, suffix: str, vr: str, room: int) -> None:
-    """Append ASCII to a text as bytes, if it fits: exact in every character set, even a wrongly declared one."""
+    """Append ASCII to a text of at most ``room`` bytes, if it fits, without decoding it.
+
+    That is right in every character set, even where the file declares a wrong one.
+    """
     tag = Tag(keyword)
     element = dataset.get_item(tag) if tag in dataset else None
     if element is None or not element.value:
@@ -311,7 +314,7 @@ def _append_item(dataset: Dataset, keyword: str, item: bytes) -> None:
 
 
 def _to_bytes(dataset: Dataset, syntax: str) -> bytes:
-    """A file with a meta of its own (PS3.10 7.1)."""
+    """The bytes of a file: preamble, new file meta (PS3.10 7.1), and the data set."""
     if not (dataset.SOPClassUID and dataset.SOPInstanceUID):
         raise ValueError("a file needs a class and an instance UID")
     meta = b"".join(
@@ -328,5 +331,5 @@ def _to_bytes(dataset: Dataset, syntax: str) -> bytes:
     length = encode_element("FileMetaInformationGroupLength", struct.pack("<L", len(meta)), implicit=False)
     dataset.file_meta.TransferSyntaxUID = syntax
     pad(dataset)
-    preamble = bytes(128)  # that of the source can hold another program or image (CVE-2019-11687)
+    preamble = bytes(128)  # the source's could hold another image or a program (CVE-2019-11687)
     return b"".join([preamble, b"DICM", length, meta, *write_elements(dataset)])

@@ -101,9 +101,8 @@ def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outl
     Raises:
         RefusedError: When the case cannot be protected.
     """
-    if case.format == "dicom":  # known since the scan, where the files are what they were
-        layout = dicom.layout_of(case, spatial_dims, window)
-        return Outline(layout.shape, layout.codec, layout.spacing, layout.digest)
+    if case.format == "dicom":  # cached since the scan, unless the files changed
+        return dicom.layout_of(case, spatial_dims, window).outline
     image = FORMATS[case.format].read(case, spatial_dims, window)
     return Outline(image.stored.shape, image.codec, image.spacing, image_digest(image.stored))
 
