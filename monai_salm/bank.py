@@ -38,6 +38,10 @@ CREATE TABLE status (
     revision TEXT NOT NULL DEFAULT '', state_digest TEXT, state BLOB);
 """
 
+_COLUMNS = ", ".join(COLUMNS)
+_CURRENT, _RESULT = (f"record WHERE generation = (SELECT {which} FROM status)" for which in ("generation", "best"))
+"""Records of the last complete round, and those that reading returns."""
+
 
 class PerturbationBank(Mapping[str, Tensor]):
     """The perturbations of a cohort, keyed by ``sample_id``.
@@ -91,27 +95,25 @@ class PerturbationBank(Mapping[str, Tensor]):
         return self.record(sample_id).delta
 
     def __contains__(self, sample_id: object) -> bool:
-        query = "SELECT count(*) FROM record WHERE generation = (SELECT best FROM status) AND sample_id = ?"
+        query = f"SELECT count(*) FROM {_RESULT} AND sample_id = ?"
         return isinstance(sample_id, str) and self._one(query, sample_id)[0] > 0
 
     def __iter__(self) -> Iterator[str]:
         with self._session() as db:
-            query = "SELECT sample_id FROM record WHERE generation = (SELECT best FROM status) ORDER BY sample_id"
-            return iter([row[0] for row in db.execute(query)])
+            return iter([row[0] for row in db.execute(f"SELECT sample_id FROM {_RESULT} ORDER BY sample_id")])
 
     def __len__(self) -> int:
-        return self._one("SELECT count(*) FROM record WHERE generation = (SELECT best FROM status)")[0]
+        return self._one(f"SELECT count(*) FROM {_RESULT}")[0]
 
     def record(self, sample_id: str, *, current: bool = False) -> Record:
-        """All that is known of one case: of the result, or of the last round if ``current``.
+        """The record of one case: of the result, or of the last complete round if ``current``.
 
         Raises:
             KeyError: When the bank has no such case.
             ValueError: When the record does not agree with its digest.
         """
-        which = "generation" if current else "best"
-        query = f"SELECT {_COLUMNS} FROM record WHERE generation = (SELECT {which} FROM status) AND sample_id = ?"
-        row = self._one(query, sample_id)
+        table = _CURRENT if current else _RESULT
+        row = self._one(f"SELECT {_COLUMNS} FROM {table} AND sample_id = ?", sample_id)
         if row is None:
             raise KeyError(
                 f"no perturbation for {sample_id!r} in {self.path.name}: fit it first "
@@ -144,13 +146,12 @@ class PerturbationBank(Mapping[str, Tensor]):
         return _of_image(record, f"the image ({as_array(stored).dtype})", image_digest(stored), step)
 
     def load_by_digest(self, sample_id: str, digest: str, *, step: float) -> Tensor:
-        """As :py:meth:`load`, for whoever has no more of the image than its :py:func:`image_digest`."""
+        """As :py:meth:`load`, by the :py:func:`image_digest` of the image."""
         return _of_image(self.record(sample_id), "the image", digest, step)
 
     def levels(self, sample_id: str) -> int:
         """Most steps that the budget of the fit allows in this image."""
-        query = "SELECT levels FROM record WHERE generation = (SELECT best FROM status) AND sample_id = ?"
-        return self._one(query, sample_id)[0]
+        return self._one(f"SELECT levels FROM {_RESULT} AND sample_id = ?", sample_id)[0]
 
     def state(self) -> tuple[int, bytes] | None:
         """Round and trainer's state of the last complete round; None before the first.
@@ -357,9 +358,6 @@ class PerturbationBank(Mapping[str, Tensor]):
                 return FileNotFoundError(errno.ENOENT, "there is no perturbation bank; fit first", str(self.path))
             return OSError(errno.EIO, f"the perturbation bank cannot be read or written ({text})", str(self.path))
         return self._damaged(text)
-
-
-_COLUMNS = ", ".join(COLUMNS)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -20,14 +20,14 @@ TYPES = ("int8", "int16", "int32")
 """A perturbation is kept in the first of these that holds its budget."""
 _SLAB_BYTES = 32 << 20
 _BLOCK_BYTES = 1 << 18
-"""Turned at a time by :py:func:`in_order`; a processor's cache holds it."""
+"""Copied at a time by :py:func:`contiguous`; fits in a processor's cache."""
 _LINE_BYTES = 64
 COLUMNS = ("sample_id", "dtype", "shape", "levels", "step", "image_digest", "digest", "payload")
 """Names of :py:func:`pack`'s values: text, text, JSON, integer, float, hex, hex, bytes."""
 
 
 class OtherSettingsError(ValueError):
-    """What is on disk was made with other settings, or of other images."""
+    """What is on disk was made with other settings, or from other images."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def image_digest(stored: Tensor | np.ndarray) -> str:
 
 
 def pack(record: Record) -> tuple[Any, ...]:
-    """The values of :py:data:`COLUMNS`. The payload has a bit per voxel that moves or not, then the changes.
+    """The values of :py:data:`COLUMNS`. The payload has one bit per voxel (whether it moves), then the changes.
 
     Raises:
         ValueError: When the perturbation is not of integers or leaves its budget.
@@ -122,12 +122,12 @@ def as_array(values: Tensor | np.ndarray) -> np.ndarray:
     return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
-def in_order(values: np.ndarray) -> np.ndarray:
-    """The same values in C order, as ``np.ascontiguousarray``, but several times faster where a volume is turned.
+def contiguous(values: np.ndarray) -> np.ndarray:
+    """The same values in C order, as ``np.ascontiguousarray``, but several times faster for a transposed volume.
 
-    To read an array across its order in memory takes a line of the cache for each value, and lines that are powers of
-    two apart push each other out. So a block is copied as it lies first, each of its rows a line longer than it is, and
-    read across there.
+    Reading an array across its order in memory takes a cache line for each value, and lines that are a power of two
+    apart evict each other. So each block is copied in its own order first, into a buffer whose rows are one cache line
+    longer, and transposed from there.
     """
     if values.ndim < 3 or values.flags.c_contiguous:
         return np.ascontiguousarray(values)
@@ -148,12 +148,12 @@ def in_order(values: np.ndarray) -> np.ndarray:
 def _digest(header: list[Any], values: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
     for part in _parts(values):
-        digest.update(in_order(part).astype(values.dtype.newbyteorder("<"), copy=False))
+        digest.update(contiguous(part).astype(values.dtype.newbyteorder("<"), copy=False))
     return digest.hexdigest()
 
 
 def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The values in C order, (C, *spatial): a volume that lies otherwise in memory is not copied as a whole."""
+    """Parts of (C, *spatial) values in C order, so that a volume in another order need not be copied as a whole."""
     if values.ndim < 2 or values.flags.c_contiguous:
         yield values
         return

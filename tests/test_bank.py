@@ -229,7 +229,7 @@ def test_an_array_is_put_in_order_whatever_its_axes(
 ) -> None:
     monkeypatch.setattr(records, "_BLOCK_BYTES", block)
     values = np.arange(3 * 5 * 7, dtype=np.int16).reshape(3, 5, 7).transpose(axes)[::-1, :, 1:]
-    found = records.in_order(values)
+    found = records.contiguous(values)
     assert np.array_equal(found, values) and found.flags.c_contiguous and found.dtype == values.dtype
 
 

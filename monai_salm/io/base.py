@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the file formats share: a case, its stored image, and a refusal with a reason."""
+"""What all file formats share: a case, its stored image, a refusal with a reason, and the check of a written image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from monai_salm.stored import StoredCodec
+from monai_salm.stored import StoredCodec, auto_window
 
 Window = str | tuple[float, float]
 """``"auto"`` (see each format) or (low, high) in physical units."""
@@ -21,12 +21,13 @@ MAX_RASTER_BYTES = 2**31
 """Largest unpacked PNG or TIFF image that is read."""
 
 MAX_NOTES_BYTES = 2**14
+"""Most bytes of notes, or of unknown data, that any file may hold."""
 DEFLATE_RATIO = 1032
-"""No deflate stream grows by more than this, so a header that promises more is lying (zlib's technical notes)."""
+"""Most bytes that one byte of a deflate stream can become; a header that promises more lies (zlib's notes)."""
 
 
 def room_for_notes(size: int) -> int:
-    """Bytes of notes, or of unknown data, that an image of so many bytes may have without room for a copy of it."""
+    """Most bytes of notes, or of unknown data, in a file whose image has ``size`` bytes: too few for a copy of it."""
     return min(MAX_NOTES_BYTES, max(2**10, size // 16))
 
 
@@ -63,15 +64,15 @@ class StoredImage:
     windows: tuple[tuple[float, float], ...] = ()
 
     def slices(self, axis: int, indices: Sequence[int]) -> StoredImage:
-        """Some slices along a spatial axis, ascending; that of ``codec.slices`` where there is one."""
-        chosen = np.moveaxis(self.stored, axis + 1, 0)[list(indices)]  # ndarray.take would copy all of them first
+        """Some slices, ascending, along a spatial axis: that of ``codec.slices`` where there is one."""
+        chosen = np.moveaxis(self.stored, axis + 1, 0)[list(indices)]  # ndarray.take would copy the whole image first
         stored = np.ascontiguousarray(np.moveaxis(chosen, 0, axis + 1))
         return replace(self, stored=stored, codec=self.codec.of_slices(indices))
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is to be known of an image before it is written, which is all but its voxels.
+    """All that must be known of an image to write it, except its voxels.
 
     Args:
         shape: (1, *spatial), as of ``StoredImage.stored``.
@@ -93,7 +94,7 @@ class Pixels:
     Args:
         samples: (H, W, C) uint8 or uint16 in the file's byte order: the colors, then alpha where there is one.
         colors: 1 (grayscale) or 3 (RGB).
-        kept: what the file holds besides, which stays as it is.
+        kept: the other bytes of the file, which protection must not change.
         inverted: low values are bright.
     """
 
@@ -162,12 +163,12 @@ class Case:
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What a written file was measured to be, against its source.
+    """How a written file differs from its source.
 
     Args:
-        changed: voxels whose stored value differs.
+        changed: number of voxels whose stored value differs.
         max_abs: largest difference in stored units.
-        allowed: largest difference that was allowed in this file, in stored units, where it has a bound of its own.
+        allowed: largest difference allowed in this file, in stored units, if it has a bound of its own.
     """
 
     changed: int
@@ -175,8 +176,22 @@ class FileCheck:
     allowed: float = math.inf
 
 
+def window_of(stored: np.ndarray, window: Window, slope: float = 1.0, intercept: float = 0.0) -> tuple[float, float]:
+    """A window in physical units; ``"auto"`` is the whole range of uint8, else percentiles (``stored.auto_window``).
+
+    Raises:
+        ValueError: As ``auto_window``.
+    """
+    if not isinstance(window, str):
+        return window
+    if stored.dtype == np.uint8:
+        low, high = sorted(edge * slope + intercept for edge in (0.0, 255.0))
+        return low, high
+    return auto_window(stored, slope, intercept)
+
+
 def move(stored: np.ndarray, delta: np.ndarray, codec: StoredCodec) -> np.ndarray:
-    """Stored values of the protected image, or of a part of it.
+    """Add a perturbation: the stored values of the protected image, or of a part of it.
 
     Args:
         stored: original values.
@@ -184,7 +199,7 @@ def move(stored: np.ndarray, delta: np.ndarray, codec: StoredCodec) -> np.ndarra
         codec: of these values.
 
     Raises:
-        RefusedError: ``delta_outside_bounds`` when a voxel moves that must not, or goes where it must not.
+        RefusedError: ``delta_outside_bounds`` when padding or a voxel outside the window moves, or one moves there.
         ValueError: When ``delta`` does not fit.
     """
     if stored.shape == delta.shape and not codec.allows(stored, delta):
@@ -195,13 +210,13 @@ def move(stored: np.ndarray, delta: np.ndarray, codec: StoredCodec) -> np.ndarra
 
 
 def compare(before: np.ndarray, after: np.ndarray, limit: float, *, allow_unchanged: bool = False) -> FileCheck:
-    """Count and bound the difference of two arrays of one type; equal bits are equal, NaN included.
+    """Count the voxels that differ between two arrays of one type, and check by how much; NaN equals itself.
 
     Args:
         before: the original values.
         after: the protected ones.
         limit: largest difference allowed.
-        allow_unchanged: let equal arrays pass.
+        allow_unchanged: accept equal arrays.
 
     Raises:
         RefusedError: When the difference exceeds ``limit`` (plus a float's own rounding), or is nowhere.

@@ -29,7 +29,7 @@ from monai_salm.io.dicom_volume import (
     to_canonical,
 )
 from monai_salm.io.kept import Kept, state_of
-from monai_salm.records import image_digest, in_order
+from monai_salm.records import contiguous, image_digest
 from monai_salm.stored import SliceScaling, StoredCodec, auto_window
 
 CT_WINDOW = (-160.0, 240.0)
@@ -113,7 +113,7 @@ def read_slices(case: Case, spatial_dims: int, window: Window, axis: int, indice
         dataset = parse(read_bytes(layout.files[place]))
         check_supported(dataset, spatial_dims, allow_protected=True)
         planes.append(decode(dataset))
-    stored = in_order(to_canonical(np.stack(planes), orientation)[None])
+    stored = contiguous(to_canonical(np.stack(planes), orientation)[None])
     return StoredImage(stored, layout.outline.codec.of_slices(indices), layout.outline.spacing, layout.windows)
 
 

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 
 from monai_salm.io.base import RefusedError
 from monai_salm.io.dicom_guard import refusing
-from monai_salm.records import in_order
+from monai_salm.records import contiguous
 
 DIRECTION_TOLERANCE = 1e-4
 """Of direction cosines: exporters round them, and not equally in all slices of a series."""
@@ -158,4 +158,4 @@ def to_canonical(slices: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any
 def from_canonical(volume: NDArray[Any], orientation: NDArray[Any]) -> NDArray[Any]:
     """Exact inverse of :py:func:`to_canonical`."""
     back = ornt_transform(_CANONICAL, orientation)
-    return in_order(apply_orientation(volume, back).transpose(2, 1, 0))
+    return contiguous(apply_orientation(volume, back).transpose(2, 1, 0))

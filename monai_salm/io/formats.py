@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of the formats, and what a release is made of: units, each a set of cases and the files that hold them.
+"""The table of formats, and their functions as other rooms call them, which all run in the child process.
 
-A unit is released as a whole or not at all: a DICOM series or image, a PNG or TIFF file, a NIfTI file with all its
-volumes, an archive with all its images, or all images that share one label file, and that file.
+A release consists of units, each released as a whole or not at all: a DICOM series or image, a PNG or TIFF file, a
+NIfTI file with all its volumes, an archive with all its images, or all images that share a label file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from monai_salm.io import dicom, nifti, npz, raster, worker
 from monai_salm.io.base import Case, FileCheck, Outline, StoredImage, Window
-from monai_salm.records import image_digest, in_order
+from monai_salm.records import contiguous, image_digest
 
 Deltas = Callable[[Case], np.ndarray]
 """(1, *spatial) lattice steps of a case, integers, in canonical axes."""
@@ -41,7 +41,7 @@ class ProtectedFile:
     content: bytes | memoryview
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Passed on as a buffer, as arrays are: a pickle that holds the bytes is copied three times on its way."""
+        """Pickle the bytes as a separate buffer, as arrays are; inside the pickle they would be copied three times."""
         return ProtectedFile, (self.source, self.name, PickleBuffer(self.content))
 
 
@@ -55,7 +55,7 @@ class Format:
 
 
 def _each_case(protect: Callable[..., Iterator[tuple[PurePosixPath, bytes]]]) -> Callable[..., Any]:
-    """Lift a function of one case and its delta to a unit."""
+    """Make a function of one case and its delta one of a unit and its deltas."""
 
     def protect_unit(unit: Sequence[Case], deltas: Deltas, **options: Any) -> Iterator[tuple[PurePosixPath, bytes]]:
         for case in unit:
@@ -86,12 +86,12 @@ def read(case: Case, spatial_dims: int, window: Window = "auto") -> StoredImage:
         RefusedError: When the case cannot be protected.
     """
     image = FORMATS[case.format].read(case, spatial_dims, window)
-    return replace(image, stored=in_order(image.stored))
+    return replace(image, stored=contiguous(image.stored))
 
 
 @worker.isolated
 def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outline:
-    """As :py:func:`read`, but the voxels stay where they were decoded: a series is large, and one copy is enough.
+    """As :py:func:`read`, but all except the voxels, which are large and stay in the child process.
 
     Args:
         case: the case.
@@ -109,7 +109,7 @@ def read_outline(case: Case, spatial_dims: int, window: Window = "auto") -> Outl
 
 @worker.isolated
 def read_spacing(case: Case, spatial_dims: int) -> tuple[float, ...]:
-    """``spacing`` of the image of a case, by headers alone.
+    """``spacing`` of the image of a case, from headers alone.
 
     Args:
         case: the case.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What took long to make of files, and is wanted again."""
+"""Caches of what takes long to read from files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Reader = TypeVar("Reader", bound=Callable[..., Any])
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, whoever sets its time back."""
+    """Numbers that change when a file does, even if its time of modification is set back."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def while_unchanged(most: int) -> Callable[[Reader], Reader]:
-    """Decorate a function of a file and of more: so many results are kept, each as long as its file stays the same."""
+    """Decorate a function whose first argument is a file: cache ``most`` results while their files are the same."""
 
     def decorate(function: Reader) -> Any:
         kept = lru_cache(most)(lambda state, *arguments: function(*arguments))
@@ -35,12 +35,12 @@ def while_unchanged(most: int) -> Callable[[Reader], Reader]:
 
 
 class Kept(Generic[Value]):
-    """Values by key, up to so much of them.
+    """A cache of values by key, limited by the sum of their sizes.
 
     Args:
-        most: of all sizes together, in any unit.
-        drop_newest: whether the value that came last makes room for the next one: of many that are wanted again in the
-            order in which they came, the first ones are then still there. Else the one that was not wanted for longest.
+        most: limit of that sum, in any unit.
+        drop_newest: drop the newest value to make room, instead of the least recently used one. That is better where
+            more values than fit are asked for again in the order in which they came: the first ones are still there.
     """
 
     def __init__(self, most: int, *, drop_newest: bool = False) -> None:
@@ -49,13 +49,13 @@ class Kept(Generic[Value]):
         self._size = 0
 
     def get(self, key: Any) -> Value | None:
-        """The value, if it is still there."""
+        """The value, or None where there is none (any more)."""
         if key in self._values and not self._drop_newest:
             self._values.move_to_end(key)
         return self._values.get(key, (None, 0))[0]
 
     def keep(self, key: Any, value: Value, size: int) -> Value:
-        """The same value."""
+        """Put a value in the cache, unless the key has one; returns ``value``."""
         if key not in self._values:
             while self._values and self._size + size > self._most:
                 self._size -= self._values.popitem(last=self._drop_newest)[1][1]

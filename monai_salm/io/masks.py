@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Voxel labels: a label file and its image -> class indices on the image's canonical grid, or a reason why not.
+"""Voxel labels: from a label file and its image to class indices on the image's canonical grid.
 
-Labels are never resampled and never guessed at: image and label must have the same grid, and every value must be one
-that the export names.
+Labels are never resampled or guessed: image and label must have the same grid, and every value must be one that the
+export names. Everything else is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_mask(case: Case, spatial_dims: int) -> np.ndarray:
 @worker.isolated
 @while_unchanged(4096)
 def label_values(path: Path) -> tuple[int, ...]:
-    """The distinct values of a NIfTI label file, ascending; read once as long as the file stays the same.
+    """The distinct values of a NIfTI label file, ascending; cached as long as the file stays the same.
 
     Raises:
         RefusedError: ``mask_is_image`` when they are no labels; ``mask_format`` when it is no NIfTI file; and as

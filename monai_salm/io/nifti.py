@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI: exact stored values in, the same file with some voxels patched out.
+"""NIfTI: reads exact stored values, and writes the same file with some voxels changed.
 
-Neither nibabel's nor MONAI's writer is used: both rewrite the header (scaling, qform and sform codes). Here the voxel
-bytes are changed in place, so that every other byte of the (decompressed) file stays what it was. Where they are, and
-what the axes mean, ``nifti_layout`` tells.
+nibabel's and MONAI's writers are not used, because both rewrite the header (scaling, qform and sform codes). Here voxel
+bytes are changed in place, and every other byte of the (decompressed) file stays. ``nifti_layout`` tells where they are
+and what the axes mean.
 
-A file of several volumes (a time series, diffusion, several contrasts) has one case per volume, with a window and a
-budget of its own; it is written as a whole.
+A file of several volumes (a time series, diffusion, several contrasts) is written as a whole. Each volume is a case
+with its own window and budget.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from monai_salm.io.base import (
     compare,
     move,
     room_for_notes,
+    window_of,
 )
 from monai_salm.io.kept import while_unchanged
 from monai_salm.io.nifti_layout import (
@@ -45,7 +46,7 @@ from monai_salm.io.nifti_layout import (
     sniff,
     texts,
 )
-from monai_salm.stored import StoredCodec, auto_window
+from monai_salm.stored import StoredCodec
 
 __all__ = [
     "MAX_TRAILING_BYTES",
@@ -53,7 +54,6 @@ __all__ = [
     "Grid",
     "check_copied",
     "check_no_text",
-    "constant",
     "count_volumes",
     "protect",
     "read",
@@ -66,9 +66,9 @@ __all__ = [
 ]
 
 _HEADER_BYTES = 544
-"""Of NIfTI-2; where NIfTI-1 has its first extension, up to 192 bytes more are let pass."""
+"""Of NIfTI-2. NIfTI-1's is shorter, so up to 192 bytes of its extensions are not counted as notes."""
 MAX_TRAILING_BYTES = 2**20
-"""Bytes after the last voxel; they are kept, but a file with more of them is not what its header says."""
+"""Most bytes after the last voxel; fewer are kept."""
 
 
 def count_volumes(path: Path, spatial_dims: int) -> int:
@@ -224,8 +224,9 @@ def _grid(layout: Layout) -> Grid:
 
 
 def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]:
-    """The voxels of a label file on canonical axes, (*spatial), scaled if the header scales them (then whole where
-    they are but for the precision of the scaling), and their grid.
+    """The voxels of a label file on canonical axes, (*spatial), and their grid.
+
+    Voxels are scaled if the header says so; scaled values that are whole numbers except for rounding are rounded.
 
     Args:
         path: the label file.
@@ -248,9 +249,13 @@ def read_labels(path: Path, spatial_dims: int | None) -> tuple[np.ndarray, Grid]
 
 
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """Labels by the scaling of their header; whole where slope and intercept, which NIfTI-1 keeps as 32-bit floats,
-    are why they are not, or a fine slope that nibabel chose for floats. Values that differ in the file must differ then
-    too: else the scaling would hide an image."""
+    """Scaled labels, rounded where they are whole numbers except for the precision of the scaling.
+
+    Slope and intercept of NIfTI-1 are 32-bit floats, and nibabel chooses fine slopes when it saves floats as integers.
+
+    Raises:
+        RefusedError: ``mask_is_image`` when different stored values become one: the scaling would hide an image.
+    """
     scaled = stored * slope + intercept
     nearest = np.rint(scaled)
     rounding = np.finfo(np.float32).eps * (np.abs(scaled) + 2 * abs(intercept)) + abs(slope) / 2 * (abs(slope) < 1e-3)
@@ -265,8 +270,8 @@ def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return scaled
 
 
-def constant(stored: np.ndarray) -> bool:
-    """True if all finite values are one and the same."""
+def _is_constant(stored: np.ndarray) -> bool:
+    """Whether all finite values are one and the same."""
     values = stored[np.isfinite(stored)] if stored.dtype.kind == "f" else stored
     return bool(values.size and values.min() == values.max())
 
@@ -277,12 +282,13 @@ def _image(content: bytearray, layout: Layout, index: int | None, window: Window
         raise RefusedError("no_such_image", f"the file has {layout.volumes} volumes, not one with index {index}")
     native = layout.voxels(content, at).astype(layout.dtype.newbyteorder("="))
     stored = np.ascontiguousarray(layout.axes.to_canonical(native))[None]
-    if constant(stored):
+    if _is_constant(stored):
         raise RefusedError(
             "constant_image", "all voxels have one value: there is nothing to protect; leave the file out"
         )
     try:
-        codec = StoredCodec(layout.dtype.name, _window(stored, layout, window), layout.slope, layout.intercept)
+        window = window_of(stored, window, layout.slope, layout.intercept)
+        codec = StoredCodec(layout.dtype.name, window, layout.slope, layout.intercept)
     except ValueError as error:
         raise RefusedError("no_window", str(error)) from error
     if (
@@ -293,15 +299,6 @@ def _image(content: bytearray, layout: Layout, index: int | None, window: Window
             "too_coarse", "the float type cannot hold small changes of values this large; rescale the image"
         )
     return StoredImage(stored, codec, layout.spacing)
-
-
-def _window(stored: np.ndarray, layout: Layout, window: Window) -> tuple[float, float]:
-    if not isinstance(window, str):
-        return window
-    if stored.dtype == np.uint8:
-        low, high = sorted(edge * layout.slope + layout.intercept for edge in (0.0, 255.0))
-        return low, high
-    return auto_window(stored, layout.slope, layout.intercept)
 
 
 def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED_TYPES) -> tuple[bytearray, Layout]:

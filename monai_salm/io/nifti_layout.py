@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a NIfTI file's voxels are and how to read them, told from its header and size alone.
+"""Where the voxels of a NIfTI file are and how to read them, from its header and size alone.
 
-Axes. Volumes are turned to RAS+ without resampling. A single slice is shown as a DICOM viewer would show it, so that
+Axes: volumes are turned to RAS+ without resampling. A single slice is shown as a DICOM viewer would show it, so that
 both formats mix in one cohort: columns run to the patient's left (sagittal plane: to posterior), rows to posterior
 (coronal and sagittal plane: to inferior). A file that does not tell its orientation (both codes 0, or an affine that
 cannot be inverted) is taken as stored; a slice of such a file is transposed, NIfTI's first axis being the column.

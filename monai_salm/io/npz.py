@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Archives in the MedMNIST layout: ``{train,val,test}_{images,labels}`` in one ``.npz``.
 
-One file holds many cases, so an archive is released as a whole: the protected copy has the same members in the same
-order; the voxels of the train and val images are patched, their labels and array headers stay byte for byte. Test
-images are never released: their two members are there, with no image in them.
-Volumes (N, D, H, W) carry no orientation and keep their axes.
+An archive is released as a whole. The protected copy has the same members in the same order: voxels of train and val
+images are patched, labels and array headers stay byte for byte. Test images are never released: their two members
+become arrays of length 0. Volumes (N, D, H, W) have no orientation and keep their axes.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from monai_salm.io.base import (
     Window,
     compare,
     move,
+    window_of,
 )
 from monai_salm.io.kept import while_unchanged
 from monai_salm.stored import StoredCodec
@@ -44,7 +44,7 @@ def sniff(head: bytes) -> bool:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a zip archive holds arrays; of a broken one, whether its name says so."""
+    """Whether a zip archive holds arrays; for a broken archive, whether it is called ``.npz``."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".npy") for name in archive.namelist())
@@ -89,7 +89,7 @@ def read(case: Case, spatial_dims: int, window: Window) -> StoredImage:
     if case.index is None or not 0 <= case.index < len(labels_of_split):
         raise RefusedError("no_such_image", f"{case.split} has {len(labels_of_split)} images, index is {case.index}")
     stored = _arrays(case.files[0])[f"{case.split}_images"][case.index][None]
-    return StoredImage(stored.copy(), StoredCodec("uint8", (0.0, 255.0) if isinstance(window, str) else window))
+    return StoredImage(stored.copy(), StoredCodec("uint8", window_of(stored, window)))
 
 
 def protect(
@@ -150,7 +150,7 @@ def verify(source: Path, written: Path, limit: float) -> FileCheck:
 
 
 def _emptied(members: dict[str, bytearray]) -> dict[str, bytearray]:
-    """The members of test, without a single case."""
+    """The members of the test split, as arrays of length 0."""
     found = {}
     for key in KEYS:
         if not key.startswith(RELEASED):

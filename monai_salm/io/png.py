@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PNG: 8- and 16-bit samples in, the same file with other samples out.
+"""PNG: reads 8- and 16-bit samples, and writes the same file with other samples.
 
-Only the compressed pixels (IDAT) are written anew, with the row filters of the source; every other chunk keeps its
-bytes. The filters are those of the PNG specification, third edition, section 9.
+Only the compressed pixels (IDAT) are written anew, with the row filters of the source (PNG specification, third
+edition, section 9); every other chunk keeps its bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
 """Color type -> colors, samples per pixel (the rest is alpha)."""
 _KNOWN = frozenset("cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD sPLT pHYs tIME tEXt zTXt iTXt eXIf".split())
-"""Chunks that stay true when pixels move by a few levels."""
+"""Chunks that are still right when pixels change by a few levels."""
 _IMAGE = frozenset(("IHDR", "IDAT", "IEND", "PLTE"))
 """Chunks of the image itself; PLTE of an RGB image only suggests colors."""
 _TEXTS = frozenset(("tEXt", "zTXt", "iTXt", "eXIf", "tIME"))
@@ -68,8 +68,7 @@ def colors(content: bytes) -> int:
 
 def texts(content: bytes) -> list[str]:
     """Kinds of the chunks with text, dates or Exif data, and private ones, which may hold some."""
-    harmless = (_KNOWN | _IMAGE) - _TEXTS
-    return sorted({name for kind, _, _ in _chunks(content) if (name := kind.decode("latin-1")) not in harmless})
+    return sorted({name for name, _, _ in _chunks(content)} - ((_KNOWN | _IMAGE) - _TEXTS))
 
 
 def decode(content: bytes) -> Pixels:
@@ -81,8 +80,8 @@ def decode(content: bytes) -> Pixels:
     layout = _layout(content)
     filters, filtered = _unpack(layout)
     raw = _unfilter(filters, filtered)
-    kept = layout.before + b"IDAT" + layout.after
-    return Pixels(raw.reshape(-1).view(f">u{layout.depth // 8}").reshape(_shape(layout)), layout.colors, kept)
+    samples = raw.reshape(-1).view(f">u{layout.depth // 8}").reshape(layout.height, layout.width, layout.samples)
+    return Pixels(samples, layout.colors, layout.before + b"IDAT" + layout.after)
 
 
 def encode(content: bytes, samples: np.ndarray) -> bytes:
@@ -103,25 +102,21 @@ def encode(content: bytes, samples: np.ndarray) -> bytes:
     return layout.before + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 6)) + layout.after
 
 
-def _shape(layout: _Layout) -> tuple[int, int, int]:
-    return layout.height, layout.width, layout.samples
-
-
 def _layout(content: bytes) -> _Layout:
     chunks = _chunks(content)
-    kinds = [kind for kind, _, _ in chunks]
-    data = [index for index, kind in enumerate(kinds) if kind == b"IDAT"]
-    if kinds[0] != b"IHDR" or kinds[-1] != b"IEND" or not data or data != list(range(data[0], data[-1] + 1)):
+    names = [name for name, _, _ in chunks]
+    data = [index for index, name in enumerate(names) if name == "IDAT"]
+    if names[0] != "IHDR" or names[-1] != "IEND" or not data or data != list(range(data[0], data[-1] + 1)):
         raise RefusedError("broken_file", "the chunks of the PNG file are not in order; save the image again")
-    if kinds.count(b"IHDR") > 1 or chunks[0][2] - chunks[0][1] != 13:
+    if names.count("IHDR") > 1 or chunks[0][2] - chunks[0][1] != 13:
         raise RefusedError("broken_header", "this is not a complete PNG header")
     start = chunks[0][1]
     width, height, depth, color, compression, filtering, interlace = struct.unpack_from(">IIBBBBB", content, start)
     _check_header(color, depth, compression or filtering, interlace)
     if not width or not height:
         raise RefusedError("broken_header", f"the header's shape {height} x {width} has no pixels")
-    for kind, first, end in chunks:
-        _check_chunk(kind, content[first:end])
+    for name, first, end in chunks:
+        _check_chunk(name, content[first:end])
     _check_room(chunks, height * width * _COLORS[color][1] * depth // 8)
     packed = b"".join(content[chunks[index][1] : chunks[index][2]] for index in data)
     number, samples = _COLORS[color]
@@ -135,22 +130,20 @@ def _layout(content: bytes) -> _Layout:
     return layout
 
 
-def _chunks(content: bytes) -> list[tuple[bytes, int, int]]:
-    """Kind, start and end of the data of every chunk, checksums compared."""
-    found: list[tuple[bytes, int, int]] = []
-    at = len(SIGNATURE)
-    while not found or found[-1][0] != b"IEND":
-        start = at + 8
-        if start > len(content):
+def _chunks(content: bytes) -> list[tuple[str, int, int]]:
+    """Name of every chunk, and start and end of its data; checksums are compared."""
+    found: list[tuple[str, int, int]] = []
+    position = len(SIGNATURE)
+    while not found or found[-1][0] != "IEND":
+        start = position + 8
+        end = start + int.from_bytes(content[position : position + 4], "big")
+        position = end + 4
+        if position > len(content):
             raise RefusedError("truncated_file", "the PNG file ends too early; export it again")
-        length, kind = struct.unpack_from(">I4s", content, at)
-        at = start + length + 4
-        if at > len(content):
-            raise RefusedError("truncated_file", "the PNG file ends too early; export it again")
-        if zlib.crc32(content[start - 4 : at - 4]) != int.from_bytes(content[at - 4 : at], "big"):
+        if zlib.crc32(content[start - 4 : end]) != int.from_bytes(content[end:position], "big"):
             raise RefusedError("broken_file", "a checksum of the PNG file is wrong; export it again")
-        found.append((kind, start, start + length))
-    if at != len(content):
+        found.append((content[start - 4 : start].decode("latin-1"), start, end))
+    if position != len(content):
         raise RefusedError("trailing_data", "the file goes on after the PNG image; save it again without the rest")
     return found
 
@@ -166,9 +159,8 @@ def _check_header(color: int, depth: int, method: int, interlace: int) -> None:
         raise RefusedError("interlaced_image", "the PNG file is interlaced; save it without (Adam7)")
 
 
-def _check_chunk(kind: bytes, data: bytes) -> None:
-    """Refuse what could hold the image once more, or would be wrong beside other pixels."""
-    name = kind.decode("latin-1")
+def _check_chunk(name: str, data: bytes) -> None:
+    """Refuse chunks that may hold a copy of the image, or that would be wrong with other pixels."""
     if name in _IMAGE:
         return
     if name == "tRNS":
@@ -188,17 +180,17 @@ def _check_chunk(kind: bytes, data: bytes) -> None:
         )
 
 
-def _check_room(chunks: list[tuple[bytes, int, int]], size: int) -> None:
-    """Refuse texts and private chunks that have room for another copy of the image, however it is packed."""
+def _check_room(chunks: list[tuple[str, int, int]], size: int) -> None:
+    """Refuse texts and private chunks that are large enough for a copy of the image, however it is packed."""
     closed = (_KNOWN | _IMAGE) - {"tEXt", "zTXt", "iTXt"}
-    free = sum(end - start for kind, start, end in chunks if kind.decode("latin-1") not in closed)
+    free = sum(end - start for name, start, end in chunks if name not in closed)
     if free > room_for_notes(size):
         detail = f"texts and private chunks have {free} bytes, enough for a copy of the image"
         raise RefusedError("embedded_preview", f"{detail}; save it without metadata")
 
 
 def _may_hold_preview(name: str, data: bytes) -> bool:
-    """Whether a text chunk holds XMP data with a picture, or more text than is looked through."""
+    """Whether a text chunk holds XMP data with a picture, Exif data, or more text than is searched."""
     keyword, _, rest = data.partition(b"\0")
     if keyword.lower().startswith(b"raw profile type") and keyword.lower().split()[-1] not in (b"icc", b"icm"):
         return True  # Exif and Photoshop's data as text, as ImageMagick writes them
@@ -231,14 +223,14 @@ def _unpack(layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _filter(filters: np.ndarray, raw: np.ndarray) -> np.ndarray:
-    """What each filter leaves of the raw bytes (H, W, pixel_bytes)."""
+    """The raw bytes (H, W, pixel_bytes) after the filter of each row (H)."""
     around = np.pad(raw, ((1, 0), (1, 0), (0, 0))).astype(np.int16)
     predicted = _predict(filters[:, None, None], around[1:, :-1], around[:-1, 1:], around[:-1, :-1])
     return (raw - predicted).astype(np.uint8)
 
 
 def _unfilter(filters: np.ndarray, filtered: np.ndarray) -> np.ndarray:
-    """Inverse of :py:func:`_filter`, one anti-diagonal at a time: its pixels do not depend on each other."""
+    """Inverse of :py:func:`_filter`, one anti-diagonal at a time, whose pixels do not depend on each other."""
     height, width, size = filtered.shape
     raw = np.empty_like(filtered)
     last, before_last = np.zeros((2, height + 1, size), np.int16)  # position row + 1: the row above the first is 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single images in PNG and TIFF files: dermatology, fundus, X-ray exports. Exact samples in, the same file out.
+"""Single images in PNG and TIFF files: dermatology, fundus, X-ray exports.
 
-Only the samples of the colors change; alpha, and every other byte that need not (see ``png`` and ``tiff``), stays.
-That includes text and Exif data, which may name persons: have them removed before.
+Only the color samples change. Alpha stays, and so does every other byte that need not change (see ``png`` and
+``tiff``), text and Exif data included: they may name persons, so remove them before.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from monai_salm.io.base import (
     Window,
     compare,
     move,
+    window_of,
 )
-from monai_salm.stored import StoredCodec, auto_window
+from monai_salm.stored import StoredCodec
 
 _MODULES = {"png": png, "tiff": tiff}
 
@@ -144,9 +145,7 @@ def _image(pixels: Pixels, window: Window) -> StoredImage:
         raise RefusedError(
             "constant_image", "all pixels have one value: there is nothing to protect; leave the file out"
         )
-    if isinstance(window, str):
-        window = (0.0, 255.0) if stored.dtype == np.uint8 else auto_window(stored, 1.0, 0.0)
-    return StoredImage(stored, StoredCodec(stored.dtype.name, window, inverted=pixels.inverted))
+    return StoredImage(stored, StoredCodec(stored.dtype.name, window_of(stored, window), inverted=pixels.inverted))
 
 
 def _decode(path: Path) -> Pixels:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a case can be protected: all its voxels are decoded and looked at in the child, and few numbers come back."""
+"""Whether a case can be protected: its voxels are decoded and checked in the child, which returns few numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from monai_salm.stored import StoredCodec
 
 @dataclass(frozen=True)
 class Sound:
-    """What is known of a case that was decoded.
+    """What is known of a case that can be protected.
 
     Args:
         codec: of its image.
-        class_voxels: voxels of each class by its mask; empty without one.
+        class_voxels: number of voxels of each class; empty without a mask.
     """
 
     codec: StoredCodec

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TIFF: 8- and 16-bit samples of a single page in strips, and the same file with other samples.
+"""TIFF: reads 8- and 16-bit samples of a single page in strips, and writes the same file with other samples.
 
-Uncompressed strips are patched in place. Deflate and LZW strips are packed anew (LZW as Deflate, the one tag that
-changes) and stay in place, or go to the end of the file where they have grown: then zeros fill their old place. All
-other bytes stay. The layout and LZW are those of TIFF 6.0, Deflate is that of Adobe Photoshop's TIFF technical notes.
+Uncompressed strips are patched in place. Deflate and LZW strips are packed anew, both as Deflate; one that has grown
+moves to the end of the file, and zeros fill its old place. Besides the strips only the tags of their places, sizes and
+compression change. Sources: TIFF 6.0 (layout, LZW), Adobe Photoshop's TIFF technical notes (Deflate).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from monai_salm.io.base import DEFLATE_RATIO, MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
 
 PREVIEW_MARK = b"xmpGImg:image"
-"""Where XMP metadata holds a picture."""
+"""Name of the XMP property that holds a picture."""
 MAX_ENTRIES = 512
 """Of a directory; real ones have fewer than 100."""
 _NONE, _LZW, _DEFLATE = 1, 5, 8
 _PACKED_RATIO = {_NONE: 1, _LZW: 4096, _DEFLATE: DEFLATE_RATIO, 32946: DEFLATE_RATIO}
-"""Compression tag -> how far packed strips can grow."""
+"""Supported compression -> most bytes that one packed byte can become."""
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 """Field type -> bytes of one value."""
 _NUMBERS = {1: "B", 3: "H", 4: "I"}
@@ -33,8 +33,19 @@ _TEXTS = (269, 270, 285, 306, 315, 316, 700, 33432, 33723, 34665, 34853)
 """Names, descriptions, dates, XMP, copyright, IPTC, Exif and GPS."""
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
-_PREVIEWS = {513, 514, 37500}  # places of a JPEG preview; a maker's note, which may hold one
-_KNOWN = {33432, 33550, 33723, 33922, 34665, 34675, 34735, 34736, 34737, 34853}  # of the makers' tags, from 32768 on
+_PREVIEWS = {513, 514, 37500}  # a JPEG preview; a maker's note, which may hold one
+_KNOWN = {
+    33432,
+    33550,
+    33723,
+    33922,
+    34665,
+    34675,
+    34735,
+    34736,
+    34737,
+    34853,
+}  # harmless private tags
 _TILES, _EXTRA, _FORMAT, _XMP = 322, 338, 339, 700
 _COLORS = {0: 1, 1: 1, 2: 3}
 
@@ -50,24 +61,36 @@ class _Field:
 
 @dataclass(frozen=True)
 class _Directory:
+    """The tags of an image.
+
+    Args:
+        content: the file.
+        order: byte order, as ``struct`` writes it.
+        fields: by tag.
+        following: position of the next directory; 0 where there is none.
+        start: position of the first byte of the directory.
+        end: position behind its last byte.
+    """
+
+    content: bytes
     order: str
     fields: dict[int, _Field]
     following: int
     start: int
     end: int
 
-    def numbers(self, content: bytes, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+    def numbers(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Unsigned integers of a tag."""
         field = self.fields.get(tag)
         if field is None:
             return default
         if field.type not in _NUMBERS or not field.count:
             raise RefusedError("broken_header", f"tag {tag} of the TIFF file holds no number; save the image again")
-        return struct.unpack_from(f"{self.order}{field.count}{_NUMBERS[field.type]}", content, field.at)
+        return struct.unpack_from(f"{self.order}{field.count}{_NUMBERS[field.type]}", self.content, field.at)
 
-    def number(self, content: bytes, tag: int, default: int) -> int:
+    def number(self, tag: int, default: int) -> int:
         """The one value of a tag (the first of several equal ones)."""
-        values = self.numbers(content, tag, (default,))
+        values = self.numbers(tag, (default,))
         if len(set(values)) > 1:
             raise RefusedError("unsupported_type", f"the samples of a pixel differ in tag {tag}; save the image again")
         return values[0]
@@ -83,7 +106,7 @@ class _Layout:
     compression: int
     predictor: bool
     strips: tuple[tuple[int, int, int], ...]
-    """Offset, packed bytes and unpacked bytes of each."""
+    """Offset, packed size and unpacked size of each, in bytes."""
 
 
 def sniff(head: bytes) -> bool:
@@ -101,7 +124,7 @@ def colors(content: bytes) -> int:
 
 
 def texts(content: bytes) -> list[str]:
-    """Tags with text, dates or Exif data, and all of makers, which may hold some, save color profiles."""
+    """Tags with text, dates or Exif data, and all private tags, which may hold some, except color profiles."""
     tags = _directory(content).fields
     return [f"tag {tag}" for tag in sorted(tags) if tag in _TEXTS or (tag >= 32768 and tag != 34675)]
 
@@ -113,11 +136,11 @@ def decode(content: bytes) -> Pixels:
         RefusedError: When the file is broken, larger than it may be, or of a kind that is not supported.
     """
     layout = _layout(content)
-    raw = b"".join(_unpacked(content, layout))
+    raw = b"".join(_unpacked(layout))
     samples = np.frombuffer(raw, layout.dtype).reshape(layout.shape)
     if layout.predictor:
         samples = np.add.accumulate(samples, axis=1, dtype=layout.dtype.newbyteorder("=")).astype(layout.dtype)
-    return Pixels(samples, layout.colors, _kept(content, layout), layout.inverted)
+    return Pixels(samples, layout.colors, _kept(layout), layout.inverted)
 
 
 def encode(content: bytes, samples: np.ndarray) -> bytes:
@@ -142,7 +165,7 @@ def encode(content: bytes, samples: np.ndarray) -> bytes:
         return bytes(written)
     packed = [zlib.compress(strip, 6) for strip in strips]
     offsets = [offset for offset, _, _ in layout.strips]
-    moved: list[int] = []
+    moved: list[int] = []  # strips that do not fit in their old place
     for index, (offset, count, _) in enumerate(layout.strips):
         fits = len(packed[index]) <= count
         if offset + count == len(content):  # nothing follows
@@ -173,6 +196,7 @@ def check_exif(data: bytes) -> None:
 
 
 def _put(written: bytearray, layout: _Layout, tag: int, values: list[int]) -> None:
+    """Overwrite the values of a tag."""
     field = layout.directory.fields[tag]
     limit = 2 ** (8 * _SIZES[field.type])
     if max(values) >= limit:
@@ -182,9 +206,9 @@ def _put(written: bytearray, layout: _Layout, tag: int, values: list[int]) -> No
     struct.pack_into(f"{layout.directory.order}{len(values)}{_NUMBERS[field.type]}", written, field.at, *values)
 
 
-def _kept(content: bytes, layout: _Layout) -> bytes:
-    """All bytes but the strips, what points at them, and how they are packed."""
-    kept = bytearray(content)
+def _kept(layout: _Layout) -> bytes:
+    """The file with zeros in place of the strips, of their places and sizes, and of how they are packed."""
+    kept = bytearray(layout.directory.content)
     packed = layout.compression != _NONE
     for tag in (_OFFSETS, _COUNTS, _COMPRESSION) if packed else ():
         field = layout.directory.fields[tag]
@@ -210,7 +234,7 @@ def _directory(content: bytes) -> _Directory:
             raise RefusedError("broken_header", f"the TIFF directory has {entries} entries; save the image again")
         end = start + 2 + 12 * entries
         fields = dict(_entry(content, order, at) for at in range(start + 2, end, 12))
-        return _Directory(order, fields, struct.unpack_from(f"{order}I", content, end)[0], start, end + 4)
+        return _Directory(content, order, fields, struct.unpack_from(f"{order}I", content, end)[0], start, end + 4)
     except struct.error as error:
         raise RefusedError("truncated_file", "the TIFF directory leaves the file; export the image again") from error
 
@@ -232,94 +256,93 @@ def _layout(content: bytes) -> _Layout:
     for tag, what in _OTHER_IMAGES.items():
         if tag in directory.fields:
             raise RefusedError("embedded_preview", f"the file holds {what}; save it flat, without a preview")
-    _check_xmp(content, directory)
-    _check_kind(content, directory)
-    height, width = (directory.number(content, tag, 0) for tag in (_HEIGHT, _WIDTH))
-    samples = directory.number(content, _SAMPLES, 1)
-    bits = directory.number(content, _BITS, 1)
-    photometric = directory.number(content, _PHOTOMETRIC, -1)
+    _check_xmp(directory)
+    _check_kind(directory)
+    height, width = (directory.number(tag, 0) for tag in (_HEIGHT, _WIDTH))
+    samples = directory.number(_SAMPLES, 1)
+    bits = directory.number(_BITS, 1)
+    photometric = directory.number(_PHOTOMETRIC, -1)
     number = _COLORS[photometric]
-    _check_samples(content, directory, samples, number)
+    _check_samples(directory, samples, number)
     if bits not in (8, 16):
         raise RefusedError("unsupported_type", f"the samples have {bits} bits; 8 and 16 are supported")
     if not height or not width:
         raise RefusedError("broken_header", f"the header's shape {height} x {width} has no pixels")
     dtype = np.dtype(f"{directory.order}u{bits // 8}")
-    compression = directory.number(content, _COMPRESSION, _NONE)
-    predictor = compression != _NONE and directory.number(content, _PREDICTOR, 1) == 2
+    compression = directory.number(_COMPRESSION, _NONE)
+    predictor = compression != _NONE and directory.number(_PREDICTOR, 1) == 2
     row = width * samples * dtype.itemsize
     if height * row > MAX_RASTER_BYTES:
         raise RefusedError(
             "too_large", f"the image has {height * row} bytes; above {MAX_RASTER_BYTES} is not supported"
         )
-    strips = _strips(content, directory, height, row, compression)
+    strips = _strips(directory, height, row, compression)
     shape = (height, width, samples)
     return _Layout(directory, shape, dtype, number, photometric == 0, compression, predictor, strips)
 
 
-def _check_kind(content: bytes, directory: _Directory) -> None:
-    """Refuse by name what is not handled."""
+def _check_kind(directory: _Directory) -> None:
+    """Refuse kinds of images that are not supported."""
     if _TILES in directory.fields:
         raise RefusedError("tiled_image", "the pixels are in tiles; save the image in strips")
-    compression = directory.number(content, _COMPRESSION, _NONE)
+    compression = directory.number(_COMPRESSION, _NONE)
     if compression in (6, 7):
         raise RefusedError("jpeg_image", "the pixels are JPEG, which loses detail; export the image without loss")
     if compression not in _PACKED_RATIO:
         raise RefusedError("unsupported_compression", f"compression {compression} is not supported; save it as Deflate")
-    photometric = directory.number(content, _PHOTOMETRIC, -1)
+    photometric = directory.number(_PHOTOMETRIC, -1)
     if photometric == 3:
         raise RefusedError("palette_image", "the pixels are numbers of a palette; save the image as RGB or grayscale")
     if photometric not in _COLORS:
         raise RefusedError(
             "unsupported_color", f"color kind {photometric} is not supported; save it as RGB or grayscale"
         )
-    if directory.number(content, _PLANAR, 1) != 1 and directory.number(content, _SAMPLES, 1) > 1:
+    if directory.number(_PLANAR, 1) != 1 and directory.number(_SAMPLES, 1) > 1:
         raise RefusedError("planar_image", "the colors are stored one after the other; save the image interleaved")
-    if directory.number(content, _FORMAT, 1) != 1:
+    if directory.number(_FORMAT, 1) != 1:
         raise RefusedError("unsupported_type", "the samples are no unsigned integers; save the image as 8 or 16 bit")
-    if directory.number(content, _FILL_ORDER, 1) != 1:
+    if directory.number(_FILL_ORDER, 1) != 1:
         raise RefusedError("unsupported_type", "the bits are stored in reverse; save the image again")
-    if directory.number(content, _PREDICTOR, 1) not in (1, 2):
+    if directory.number(_PREDICTOR, 1) not in (1, 2):
         raise RefusedError("unsupported_compression", "the predictor is not supported; save the image as Deflate")
 
 
-def _check_samples(content: bytes, directory: _Directory, samples: int, number: int) -> None:
-    extra = directory.numbers(content, _EXTRA) if samples > number else ()
+def _check_samples(directory: _Directory, samples: int, number: int) -> None:
+    extra = directory.numbers(_EXTRA) if samples > number else ()
     if samples not in (number, number + 1) or any(kind == 1 for kind in extra):
         raise RefusedError(
             "alpha_channel", f"a pixel has {samples} samples that depend on each other; save it without alpha"
         )
 
 
-def _check_xmp(content: bytes, directory: _Directory) -> None:
+def _check_xmp(directory: _Directory) -> None:
     field = directory.fields.get(_XMP)
-    if field and PREVIEW_MARK in content[field.at : field.at + field.count]:
+    if field and PREVIEW_MARK in directory.content[field.at : field.at + field.count]:
         raise RefusedError("embedded_preview", "the metadata hold a preview of the image; save it without metadata")
 
 
-def _strips(
-    content: bytes, directory: _Directory, height: int, row: int, compression: int
-) -> tuple[tuple[int, int, int], ...]:
-    rows = min(directory.number(content, _ROWS, height), height)
+def _strips(directory: _Directory, height: int, row: int, compression: int) -> tuple[tuple[int, int, int], ...]:
+    rows = min(directory.number(_ROWS, height), height)
     if not rows:
         raise RefusedError("broken_header", "a strip of the TIFF file has no rows; save the image again")
     sizes = [row * min(rows, height - first) for first in range(0, height, rows)]
-    offsets, counts = (directory.numbers(content, tag) for tag in (_OFFSETS, _COUNTS))
+    offsets, counts = (directory.numbers(tag) for tag in (_OFFSETS, _COUNTS))
     if not len(sizes) == len(offsets) == len(counts):
         raise RefusedError("broken_header", f"the TIFF file needs {len(sizes)} strips and tells of {len(offsets)}")
     strips = tuple(zip(offsets, counts, sizes, strict=True))
-    if any(offset + count > len(content) for offset, count, _ in strips):
+    if any(offset + count > len(directory.content) for offset, count, _ in strips):
         raise RefusedError("truncated_file", "a strip leaves the TIFF file; export the image again")
     if any(size > count * _PACKED_RATIO[compression] for _, count, size in strips):
         raise RefusedError("truncated_file", "the header promises more pixels than the strips can hold")
     if compression == _NONE and any(size != count for _, count, size in strips):
         raise RefusedError("broken_header", "a strip is longer than its pixels; save the image again")
-    _check_places(content, directory, strips)
+    _check_places(directory, strips)
     return strips
 
 
-def _check_places(content: bytes, directory: _Directory, strips: tuple[tuple[int, int, int], ...]) -> None:
-    """Refuse strips that share bytes with anything, and files with much that no tag tells of."""
+def _check_places(directory: _Directory, strips: tuple[tuple[int, int, int], ...]) -> None:
+    """Refuse strips that overlap anything, and files with room for another image outside the known tags."""
+    content = directory.content
     told = np.zeros(len(content), bool)
     others = [(field.at, field.at + field.count * _SIZES.get(field.type, 0)) for field in directory.fields.values()]
     for start, end in [(0, 8), (directory.start, directory.end), *others]:
@@ -340,7 +363,9 @@ def _check_places(content: bytes, directory: _Directory, strips: tuple[tuple[int
 # --------------------------------------------------------------------- packing
 
 
-def _unpacked(content: bytes, layout: _Layout) -> Iterator[bytes]:
+def _unpacked(layout: _Layout) -> Iterator[bytes]:
+    """The pixels of each strip."""
+    content = layout.directory.content
     for offset, count, size in layout.strips:
         packed = content[offset : offset + count]
         if layout.compression == _NONE:

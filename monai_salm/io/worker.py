@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child process in which untrusted bytes are parsed, decoded and encoded: whatever they do there costs one file.
+"""Runs functions in a child process that parses, decodes and encodes untrusted bytes, so a bad file costs only itself.
 
-Codecs are native code, and a file that breaks one can kill, hang or bloat the process that runs it. So each process of
-ours keeps one child, started at first use and again when it died; it gets a function and its arguments and gives back
-what the function returns. The child has limits on memory, time and files, may gain no privileges, and knows neither
-torch nor MONAI. Its standard streams lead nowhere, and no text of an exception that is not ours leaves it: such texts
-quote values of the file.
+Codecs are native code, and a broken file can crash, hang or bloat the process that runs them. Each process of ours
+keeps one child, started at first use and again after it died; it receives a function with arguments and returns the
+result. The child has limits on memory, time and open files, gains no privileges, and loads neither torch nor MONAI. Its
+standard streams lead to ``/dev/null``, and no text of an exception that is not ours leaves it: such texts quote values
+of the file.
 
-Reasons that this module gives for a refusal: ``codec_crash`` (the child died), ``too_slow``, ``too_large`` (memory) and
-``unreadable`` (anything else that a broken file can raise).
+This module's own reasons for a refusal: ``codec_crash`` (the child died), ``too_slow``, ``too_large`` (memory) and
+``unreadable`` (any other exception that a broken file caused).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from monai_salm.io.worker_wire import ClosedError, receive, send
 SECONDS = 30.0
 """Processor time that a call may take, whatever the size of its files."""
 BYTES_PER_SECOND = 1 << 20
-"""A call may take one more second for each so many bytes of its files; the slowest codec here reads four times that."""
+"""A call gets one more second per so many bytes of its files; the slowest codec here reads four times as fast."""
 WALL = 6
-"""A call may take so many times its processor time by the clock: other processes want the processor too."""
+"""Limit by the clock, in multiples of that of processor time: other processes may use the processor, too."""
 START_SECONDS = 300.0
 MEMORY_BYTES = min(16 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
 """Memory that the child may take on top of what it has when it starts."""
@@ -50,8 +50,8 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
-    # Of glibc: what a slice needed is there for the next one, what a volume needed goes back to the system. To ask the
-    # system for each buffer of a slice takes as long as all else that is done with it.
+    # For glibc: keep buffers of the size of a slice for the next slice, return those of a volume to the system. Asking
+    # the system for each buffer of a slice takes as long as all else that is done with it.
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
 }
@@ -83,7 +83,7 @@ def call(function: Callable[Given, Result], *arguments: Given.args, **named: Giv
 
 
 def isolated(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Decorate a module's function that is computed in the child wherever it is called, see :py:func:`call`."""
+    """Decorate a module's function so that it always runs in the child, see :py:func:`call`."""
 
     @wraps(function)
     def anywhere(*arguments: Given.args, **named: Given.kwargs) -> Result:
@@ -93,19 +93,19 @@ def isolated(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
 
 def stream(function: Callable[..., Iterable[Result]], *arguments: Any) -> Iterator[Result]:
-    """Yield what a generator yields, one item at a time: the child waits until the next one is wanted.
+    """Yield what a generator function yields in the child, which computes each item only when it is asked for.
 
-    Other calls may come in between. Arguments and exceptions as for :py:func:`call`.
+    Other calls may come in between. Arguments and exceptions are as for :py:func:`call`.
     """
     if _Child.inside:
         yield from function(*arguments)
         return
     seconds = _seconds(arguments)
     child, number = _begin("open", function, arguments, seconds)
-    del arguments  # they are the child's now
+    del arguments  # the child has them: free the memory here
     try:
         while item := child.ask("next", number, (), seconds):
-            yield item.pop()  # and keeps nothing of it while the next one comes
+            yield item.pop()  # so that no reference to it is left while the next one is made
     finally:
         child.drop(number)
 
@@ -133,7 +133,7 @@ def _current() -> _Child:
 
 
 def _begin(what: str, function: Any, arguments: Any, seconds: float) -> tuple[_Child, Any]:
-    """Ask a child; another one where that died of another thread's file before this request had its turn."""
+    """Send a request; to another child if the first one died of another thread's file before it was asked."""
     while True:
         child = _current()
         with suppress(_GoneError):
@@ -203,11 +203,11 @@ class _Child:
         raise _ERRORS[kind](*answer)
 
     def drop(self, number: int) -> None:
-        """Close a stream with the next request: Python may end a forgotten generator in the middle of another one."""
+        """Close a stream with the next request, not now: garbage collection may call this in the middle of one."""
         self._dropped.append(number)
 
     def end(self) -> None:
-        """Close the socket, which ends a child that waits, and kill one that does not."""
+        """Close the socket, which ends an idle child, and kill it in case it is busy."""
         self.alive = False
         self._socket.close()
         with suppress(ProcessLookupError):
@@ -254,9 +254,9 @@ def serve() -> None:
     """Answer requests until the parent closes its end of the socket."""
     _Child.inside = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent says what ends
-    from monai_salm.io import soundness  # noqa: F401  everything that limits must not hinder is loaded now
+    from monai_salm.io import soundness  # noqa: F401  load everything before the limits apply
 
-    gc.freeze()  # what is loaded stays; to look for garbage in it takes a tenth of the time that files take
+    gc.freeze()  # looking for garbage in what is loaded would take a tenth of the time that files take
     parent = socket.socket(fileno=int(sys.argv[1]))
     _limit()
     opened: dict[int, Iterator[Any]] = {}
@@ -269,7 +269,7 @@ def serve() -> None:
             del target, arguments
             try:
                 send(parent, answer, None)
-            except MemoryError as error:  # in the making of the message, of which nothing is sent yet
+            except MemoryError as error:  # while the message was made, so nothing of it is sent yet
                 send(parent, _told(error), None)
             del answer
 
@@ -287,12 +287,12 @@ def _answer(opened: dict[int, Iterator[Any]], what: str, target: Any, arguments:
             return "done", None if item is opened else [item]
         opened.pop(target, None)
         return "done", None
-    except BaseException as error:  # a broken file can raise anything, and a codec in Rust no Exception
+    except BaseException as error:  # a broken file can raise anything, and a codec in Rust even what is no Exception
         return _told(error)
 
 
 def _told(error: BaseException) -> tuple[Any, ...]:
-    """What the parent may know of an exception."""
+    """The answer that tells the parent of an exception, without texts that are not ours."""
     if isinstance(error, RefusedError):
         return "refused", error.reason, error.detail
     if isinstance(error, MemoryError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python objects through a socket: large arrays without copies, and from the untrusted side nothing but plain data."""
+"""Sends Python objects through a socket: arrays without copies, and from the untrusted side only plain data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ClosedError(Exception):
 
 
 def send(to: socket.socket, message: Any, deadline: float | None) -> None:
-    """Send a message: the number of buffers, their sizes, the buffers; the first holds the pickle, others its arrays.
+    """Send a message: the number of buffers, their sizes, then the buffers: the pickle and its arrays.
 
     Raises:
         ClosedError: When nobody listens.
@@ -54,7 +54,7 @@ def receive(of: socket.socket, deadline: float | None, *, trusted: bool = False)
     Args:
         of: the socket.
         deadline: as for :py:func:`send`.
-        trusted: whether the sender may name any class and function; else what is not plain data is an error.
+        trusted: whether the message may name any class and function; else anything but plain data is an error.
 
     Raises:
         ClosedError: When the other side is gone, or sent what it must not.
@@ -67,7 +67,7 @@ def receive(of: socket.socket, deadline: float | None, *, trusted: bool = False)
     body, *arrays = (_read(of, size, deadline) for size in sizes)
     if trusted:
         return pickle.loads(body, buffers=arrays)
-    silence_parsers()  # pydicom says what it thinks of a value whenever it makes one
+    silence_parsers()  # pydicom warns about odd values as it unpickles them
     try:
         return _PlainData(io.BytesIO(body), buffers=arrays).load()
     except Exception:  # not only UnpicklingError: a pickle is a program, and this one may be hostile
@@ -102,10 +102,10 @@ def _left(deadline: float | None) -> float | None:
 
 
 class _PlainData(pickle.Unpickler):
-    """Builds arrays, records of ours, and data sets of pydicom: nothing whose making could do anything."""
+    """Unpickles arrays, dataclasses of ours, and data sets of pydicom: classes whose constructors do no harm."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, if it is one of those; only modules that are loaded already are looked at."""
+        """The class, if it is one of those and its module is loaded already."""
         found = getattr(sys.modules.get(module), name, None)
         if module.partition(".")[0] == "numpy":
             allowed = name in _NUMPY
