@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monai_salm.io import tiff
 from monai_salm.io.base import DEFLATE_RATIO, MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
+from monai_salm.io.tiff_directory import PREVIEW_MARK, check_exif
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLORS = {0: (1, 1), 2: (3, 3), 4: (1, 2), 6: (3, 4)}
@@ -170,7 +170,7 @@ def _check_chunk(name: str, data: bytes) -> None:
     if name in ("acTL", "fcTL", "fdAT"):
         raise RefusedError("animation", "the file holds several frames; save each as a file of its own")
     if name == "eXIf":
-        tiff.check_exif(data)
+        check_exif(data)
     if name in ("iTXt", "zTXt", "tEXt") and _may_hold_preview(name, data):
         raise RefusedError("embedded_preview", "the text of the file holds a preview; save the image without metadata")
     # The fourth letter is large where a chunk depends on the pixels (specification, section 5.4).
@@ -199,7 +199,7 @@ def _may_hold_preview(name: str, data: bytes) -> bool:
         text = zlib.decompressobj().decompress(packed, MAX_TEXT_BYTES) if packed else data
     except zlib.error as error:
         raise RefusedError("broken_file", "a text of the PNG file cannot be unpacked; save it without") from error
-    return tiff.PREVIEW_MARK in text or len(text) >= MAX_TEXT_BYTES
+    return PREVIEW_MARK in text or len(text) >= MAX_TEXT_BYTES
 
 
 def _unpack(layout: _Layout) -> tuple[np.ndarray, np.ndarray]:

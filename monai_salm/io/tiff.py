@@ -17,88 +17,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from monai_salm.io.base import DEFLATE_RATIO, MAX_RASTER_BYTES, Pixels, RefusedError, room_for_notes
+from monai_salm.io.tiff_directory import NUMBERS, PREVIEW_MARK, SIZES, Directory, read_directory
 
-PREVIEW_MARK = b"xmpGImg:image"
-"""Name of the XMP property that holds a picture."""
-MAX_ENTRIES = 512
-"""Of a directory; real ones have fewer than 100."""
 _NONE, _LZW, _DEFLATE = 1, 5, 8
 _PACKED_RATIO = {_NONE: 1, _LZW: 4096, _DEFLATE: DEFLATE_RATIO, 32946: DEFLATE_RATIO}
 """Supported compression -> most bytes that one packed byte can become."""
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-"""Field type -> bytes of one value."""
-_NUMBERS = {1: "B", 3: "H", 4: "I"}
 _OTHER_IMAGES = {330: "further images", 513: "a JPEG preview", 34377: "Photoshop's preview", 37724: "layers"}
 _TEXTS = (269, 270, 285, 306, 315, 316, 700, 33432, 33723, 34665, 34853)
 """Names, descriptions, dates, XMP, copyright, IPTC, Exif and GPS."""
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
-_PREVIEWS = {513, 514, 37500}  # a JPEG preview; a maker's note, which may hold one
-_KNOWN = {
-    33432,
-    33550,
-    33723,
-    33922,
-    34665,
-    34675,
-    34735,
-    34736,
-    34737,
-    34853,
-}  # harmless private tags
+_KNOWN = {33432, 33550, 33723, 33922, 34665, 34675, 34735, 34736, 34737, 34853}
+"""Private tags (from 32768 on) that hold no image."""
 _TILES, _EXTRA, _FORMAT, _XMP = 322, 338, 339, 700
 _COLORS = {0: 1, 1: 1, 2: 3}
 
 
 @dataclass(frozen=True)
-class _Field:
-    """One entry of a directory: ``at`` is where its values are."""
-
-    type: int
-    count: int
-    at: int
-
-
-@dataclass(frozen=True)
-class _Directory:
-    """The tags of an image.
-
-    Args:
-        content: the file.
-        order: byte order, as ``struct`` writes it.
-        fields: by tag.
-        following: position of the next directory; 0 where there is none.
-        start: position of the first byte of the directory.
-        end: position behind its last byte.
-    """
-
-    content: bytes
-    order: str
-    fields: dict[int, _Field]
-    following: int
-    start: int
-    end: int
-
-    def numbers(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Unsigned integers of a tag."""
-        field = self.fields.get(tag)
-        if field is None:
-            return default
-        if field.type not in _NUMBERS or not field.count:
-            raise RefusedError("broken_header", f"tag {tag} of the TIFF file holds no number; save the image again")
-        return struct.unpack_from(f"{self.order}{field.count}{_NUMBERS[field.type]}", self.content, field.at)
-
-    def number(self, tag: int, default: int) -> int:
-        """The one value of a tag (the first of several equal ones)."""
-        values = self.numbers(tag, (default,))
-        if len(set(values)) > 1:
-            raise RefusedError("unsupported_type", f"the samples of a pixel differ in tag {tag}; save the image again")
-        return values[0]
-
-
-@dataclass(frozen=True)
 class _Layout:
-    directory: _Directory
+    directory: Directory
     shape: tuple[int, int, int]
     dtype: np.dtype
     colors: int
@@ -125,7 +62,7 @@ def colors(content: bytes) -> int:
 
 def texts(content: bytes) -> list[str]:
     """Tags with text, dates or Exif data, and all private tags, which may hold some, except color profiles."""
-    tags = _directory(content).fields
+    tags = read_directory(content).fields
     return [f"tag {tag}" for tag in sorted(tags) if tag in _TEXTS or (tag >= 32768 and tag != 34675)]
 
 
@@ -184,26 +121,15 @@ def encode(content: bytes, samples: np.ndarray) -> bytes:
     return bytes(written)
 
 
-def check_exif(data: bytes) -> None:
-    """Refuse an Exif block (a small TIFF file) that holds a preview of the image.
-
-    Raises:
-        RefusedError: When it does, or cannot be read.
-    """
-    found = _directory(data)
-    if found.following or _PREVIEWS & found.fields.keys():
-        raise RefusedError("embedded_preview", "the Exif data hold a preview of the image; save it without metadata")
-
-
 def _put(written: bytearray, layout: _Layout, tag: int, values: list[int]) -> None:
     """Overwrite the values of a tag."""
     field = layout.directory.fields[tag]
-    limit = 2 ** (8 * _SIZES[field.type])
+    limit = 2 ** (8 * SIZES[field.type])
     if max(values) >= limit:
         raise RefusedError(
             "unsupported_type", f"tag {tag} of the TIFF file is too small for the new strips; save it anew"
         )
-    struct.pack_into(f"{layout.directory.order}{len(values)}{_NUMBERS[field.type]}", written, field.at, *values)
+    struct.pack_into(f"{layout.directory.order}{len(values)}{NUMBERS[field.type]}", written, field.at, *values)
 
 
 def _kept(layout: _Layout) -> bytes:
@@ -212,45 +138,17 @@ def _kept(layout: _Layout) -> bytes:
     packed = layout.compression != _NONE
     for tag in (_OFFSETS, _COUNTS, _COMPRESSION) if packed else ():
         field = layout.directory.fields[tag]
-        kept[field.at : field.at + _SIZES[field.type] * field.count] = bytes(_SIZES[field.type] * field.count)
+        kept[field.at : field.at + field.size] = bytes(field.size)
     for offset, count, _ in layout.strips:
         kept[offset : offset + count] = bytes(count)
     return bytes(kept).rstrip(b"\0") if packed else bytes(kept)
 
 
-# ------------------------------------------------------------------- directory
-
-
-def _directory(content: bytes) -> _Directory:
-    order = {b"II": "<", b"MM": ">"}.get(content[:2])
-    if content[2:4] in (b"+\0", b"\0+"):
-        raise RefusedError("big_tiff", "BigTIFF files are not supported; save the image as classic TIFF")
-    if order is None or len(content) < 8 or struct.unpack_from(f"{order}H", content, 2)[0] != 42:
-        raise RefusedError("broken_header", "this is not a complete TIFF header")
-    try:
-        start = struct.unpack_from(f"{order}I", content, 4)[0]
-        entries = struct.unpack_from(f"{order}H", content, start)[0]
-        if entries > MAX_ENTRIES:
-            raise RefusedError("broken_header", f"the TIFF directory has {entries} entries; save the image again")
-        end = start + 2 + 12 * entries
-        fields = dict(_entry(content, order, at) for at in range(start + 2, end, 12))
-        return _Directory(content, order, fields, struct.unpack_from(f"{order}I", content, end)[0], start, end + 4)
-    except struct.error as error:
-        raise RefusedError("truncated_file", "the TIFF directory leaves the file; export the image again") from error
-
-
-def _entry(content: bytes, order: str, at: int) -> tuple[int, _Field]:
-    tag, kind, count = struct.unpack_from(f"{order}HHI", content, at)
-    size = _SIZES.get(kind, 0) * count
-    if size > 4:
-        at = struct.unpack_from(f"{order}I", content, at + 8)[0] - 8
-    if at + 8 + size > len(content):
-        raise RefusedError("truncated_file", f"tag {tag} of the TIFF file leaves the file; export the image again")
-    return tag, _Field(kind, count, at + 8)
+# ------------------------------------------------------------------- layout
 
 
 def _layout(content: bytes) -> _Layout:
-    directory = _directory(content)
+    directory = read_directory(content)
     if directory.following:
         raise RefusedError("several_pages", "the TIFF file has several pages; save each as a file of its own")
     for tag, what in _OTHER_IMAGES.items():
@@ -281,7 +179,7 @@ def _layout(content: bytes) -> _Layout:
     return _Layout(directory, shape, dtype, number, photometric == 0, compression, predictor, strips)
 
 
-def _check_kind(directory: _Directory) -> None:
+def _check_kind(directory: Directory) -> None:
     """Refuse kinds of images that are not supported."""
     if _TILES in directory.fields:
         raise RefusedError("tiled_image", "the pixels are in tiles; save the image in strips")
@@ -307,7 +205,7 @@ def _check_kind(directory: _Directory) -> None:
         raise RefusedError("unsupported_compression", "the predictor is not supported; save the image as Deflate")
 
 
-def _check_samples(directory: _Directory, samples: int, number: int) -> None:
+def _check_samples(directory: Directory, samples: int, number: int) -> None:
     extra = directory.numbers(_EXTRA) if samples > number else ()
     if samples not in (number, number + 1) or any(kind == 1 for kind in extra):
         raise RefusedError(
@@ -315,13 +213,13 @@ def _check_samples(directory: _Directory, samples: int, number: int) -> None:
         )
 
 
-def _check_xmp(directory: _Directory) -> None:
+def _check_xmp(directory: Directory) -> None:
     field = directory.fields.get(_XMP)
     if field and PREVIEW_MARK in directory.content[field.at : field.at + field.count]:
         raise RefusedError("embedded_preview", "the metadata hold a preview of the image; save it without metadata")
 
 
-def _strips(directory: _Directory, height: int, row: int, compression: int) -> tuple[tuple[int, int, int], ...]:
+def _strips(directory: Directory, height: int, row: int, compression: int) -> tuple[tuple[int, int, int], ...]:
     rows = min(directory.number(_ROWS, height), height)
     if not rows:
         raise RefusedError("broken_header", "a strip of the TIFF file has no rows; save the image again")
@@ -340,11 +238,11 @@ def _strips(directory: _Directory, height: int, row: int, compression: int) -> t
     return strips
 
 
-def _check_places(directory: _Directory, strips: tuple[tuple[int, int, int], ...]) -> None:
+def _check_places(directory: Directory, strips: tuple[tuple[int, int, int], ...]) -> None:
     """Refuse strips that overlap anything, and files with room for another image outside the known tags."""
     content = directory.content
     told = np.zeros(len(content), bool)
-    others = [(field.at, field.at + field.count * _SIZES.get(field.type, 0)) for field in directory.fields.values()]
+    others = [(field.at, field.at + field.size) for field in directory.fields.values()]
     for start, end in [(0, 8), (directory.start, directory.end), *others]:
         told[start:end] = True
     for offset, count, _ in strips:
