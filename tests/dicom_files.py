@@ -44,6 +44,22 @@ def parse(content: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(content))
 
 
+def rewritten(content: bytes, change: Callable[[Dataset], None]) -> bytes:
+    """A file with some attributes changed, written by pydicom."""
+    dataset, buffer = parse(content), io.BytesIO()
+    change(dataset)
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def edited(path: Path, change: Callable[[Dataset], None], name: str = "CT_small.dcm", **options: bool) -> Path:
+    """A copy of a bundled file with some attributes changed, written by pydicom."""
+    dataset = pydicom.dcmread(bundled(name))
+    change(dataset)
+    dataset.save_as(path, **options)
+    return path
+
+
 def fitting_delta(image: StoredImage, levels: int = 1, density: float = 0.3) -> np.ndarray:
     """A sparse perturbation of exactly ``levels`` that every rule allows."""
     stored = torch.from_numpy(image.stored.astype(np.int64))

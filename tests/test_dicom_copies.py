@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import bundled, protect, reason, refusal, write_enhanced
+from dicom_files import bundled, edited, protect, reason, refusal, write_enhanced
 from PIL import Image
 from pydicom import uid
 from pydicom.dataelem import RawDataElement
@@ -176,13 +176,6 @@ def in_an_item_that_checks_read(dataset: Dataset, *values: bytes) -> None:
     (value,) = values
     item.add_new("Manufacturer", "UN", value)
     dataset.ContributingEquipmentSequence = [item]
-
-
-def edited(path: Path, change: Callable[[Dataset], None], name: str = "CT_small.dcm", **options: bool) -> Path:
-    dataset = pydicom.dcmread(bundled(name))
-    change(dataset)
-    dataset.save_as(path, **options)
-    return path
 
 
 @pytest.mark.parametrize("where", [in_private, in_unknown, in_items, in_items_of_an_unknown_type])

@@ -11,7 +11,19 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import UIDS, WHEN, bundled, case_of, fitting_delta, parse, protect, reason, refusal, write_enhanced
+from dicom_files import (
+    UIDS,
+    WHEN,
+    bundled,
+    case_of,
+    edited,
+    fitting_delta,
+    parse,
+    protect,
+    reason,
+    refusal,
+    write_enhanced,
+)
 from exports import write_series
 from pydicom import uid
 from pydicom.dataelem import DataElement, RawDataElement
@@ -28,13 +40,6 @@ from monai_salm.io.dicom_parse import parse as parse_plain
 
 PRIVATE = Tag(0x0047, 0x10DA)
 """Of creator GEMS_3DSTATE_001; the dictionary says that it is a sequence."""
-
-
-def edited(path: Path, change: Callable[[Dataset], None], name: str = "CT_small.dcm") -> Path:
-    dataset = pydicom.dcmread(bundled(name))
-    change(dataset)
-    dataset.save_as(path)
-    return path
 
 
 def raw_value(content: bytes, tag: int) -> bytes:

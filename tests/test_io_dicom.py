@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import UIDS, WHEN, bundled, case_of, parse, protect, reason, refusal
+from dicom_files import UIDS, WHEN, bundled, case_of, parse, protect, reason, refusal, rewritten
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import uid
@@ -653,14 +652,6 @@ def test_the_check_decodes_the_copy_each_time_and_the_original_once(monkeypatch:
 
 
 # Verification
-
-
-def rewritten(content: bytes, change: Callable[[Dataset], None]) -> bytes:
-    dataset = parse(content)
-    change(dataset)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer)
-    return buffer.getvalue()
 
 
 def set_pixel(value: int) -> Callable[[Dataset], None]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from dicom_files import (
     fitting_delta,
     parse,
     reason,
+    rewritten,
     write_enhanced,
     write_mr_series,
 )
@@ -134,13 +134,6 @@ def test_derivation_stands_in_the_functional_groups(tmp_path: Path, change: Call
         assert source.ReferencedSOPInstanceUID not in (after.SOPInstanceUID, pydicom.dcmread(path).SOPInstanceUID)
         if change is with_own_derivation and index:
             assert items[0].DerivationDescription == f"frame {index}"
-
-
-def rewritten(content: bytes, change: Callable[[Dataset], None]) -> bytes:
-    dataset, buffer = parse(content), io.BytesIO()
-    change(dataset)
-    dataset.save_as(buffer)
-    return buffer.getvalue()
 
 
 def one_frame_original(dataset: Dataset) -> None:

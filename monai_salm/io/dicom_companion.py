@@ -14,7 +14,6 @@ from monai_salm.io.dicom_guard import refusing
 from monai_salm.io.dicom_parse import holds_pixels, read_header
 from monai_salm.io.dicom_seg import SEG_CLASSES
 from monai_salm.io.dicom_support import check_identity
-from monai_salm.io.dicom_syntax import check_syntax
 
 COMPANION_CLASSES = frozenset(
     {
@@ -55,7 +54,6 @@ def read_companion(path: Path) -> tuple[str, frozenset[str]]:
     """
     header = read_header(path)
     with refusing("unreadable", "a reference of the file is broken; export it again"):
-        check_syntax(header.file_meta)
         check_identity(header)
         if (header.pixel_element and header.SOPClassUID not in SEG_CLASSES) or "EncapsulatedDocument" in header:
             detail = "the file holds pixels or a document, which its kind has no place for"

@@ -55,37 +55,47 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     shape = (int(dataset.Rows), int(dataset.Columns))
-    dtype, frames = stored_dtype(dataset), int(dataset.get("NumberOfFrames") or 1)
+    dtype, limits = stored_dtype(dataset), stored_range(dataset)
+    frames = int(dataset.get("NumberOfFrames") or 1)
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
-        key: tuple[Any, ...] = ()
         if syntax in NATIVE:
-            plane = _native(dataset.PixelData, frame, (frames, *shape), dtype)
-        else:
-            encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
-            if syntax != uid.RLELossless:
-                check_codestream(encoded, syntax, shape)
-            if not afresh:
-                key = (hashlib.sha256(encoded).digest(), syntax, shape, dtype, stored_range(dataset))
-            kept = _DECODED.get(key)
-            if kept is not None:
-                return kept
-            # Uncorrected, bits above BitsStored make values out of range, which are refused below.
-            options = {"correct_unused_bits": False} if syntax == uid.RLELossless else {}
-            plane = pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin_of(syntax), **options)
-        if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
-            raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
-        low, high = stored_range(dataset)
-        if high - low < (1 << 8 * dtype.itemsize) - 1 and (plane.min() < low or plane.max() > high):
-            raise RefusedError(
-                "unused_bits_set",
-                "bits above Bits Stored are in use: an embedded overlay, or signed values that are not sign-extended; "
-                "convert the overlay, extend the signs, or correct Bits Stored",
-            )
-        plane = np.ascontiguousarray(plane, dtype=dtype)
-        if key:
+            return _checked(_native(dataset.PixelData, frame, (frames, *shape), dtype), shape, dtype, limits)
+        encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
+        if syntax != uid.RLELossless:
+            check_codestream(encoded, syntax, shape)
+        if afresh:
+            return _checked(_decompressed(dataset, frame), shape, dtype, limits)
+        key = hashlib.sha256(encoded).digest(), syntax, shape, dtype, limits
+        plane = _DECODED.get(key)
+        if plane is None:
+            plane = _checked(_decompressed(dataset, frame), shape, dtype, limits)
             plane.flags.writeable = False
             _DECODED.keep(key, plane, plane.nbytes)
         return plane
+
+
+def _decompressed(dataset: Dataset, frame: int) -> NDArray[Any]:
+    """One frame of compressed pixel data, as the codec gives it."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    # Uncorrected, bits above BitsStored make values out of range, which are refused then.
+    options = {"correct_unused_bits": False} if syntax == uid.RLELossless else {}
+    return pixel_array(dataset, index=frame, raw=True, decoding_plugin=plugin_of(syntax), **options)
+
+
+def _checked(
+    plane: NDArray[Any], shape: tuple[int, int], dtype: np.dtype[Any], limits: tuple[int, int]
+) -> NDArray[Any]:
+    """A decoded frame in native byte order, if its size, type and values are those of the header."""
+    if plane.shape != shape or plane.dtype.newbyteorder("=") != dtype:
+        raise RefusedError("codestream_mismatch", "header and pixel data disagree about the image; export it again")
+    low, high = limits
+    if high - low < (1 << 8 * dtype.itemsize) - 1 and (plane.min() < low or plane.max() > high):
+        raise RefusedError(
+            "unused_bits_set",
+            "bits above Bits Stored are in use: an embedded overlay, or signed values that are not sign-extended; "
+            "convert the overlay, extend the signs, or correct Bits Stored",
+        )
+    return np.ascontiguousarray(plane, dtype=dtype)
 
 
 def _native(data: bytes, frame: int, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:

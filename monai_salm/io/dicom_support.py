@@ -15,7 +15,6 @@ from monai_salm.io.dicom_copies import check_copies, undecoded
 from monai_salm.io.dicom_frames import ENHANCED, frame_headers, is_enhanced
 from monai_salm.io.dicom_guard import refusing
 from monai_salm.io.dicom_parse import STANDARD_ROOT
-from monai_salm.io.dicom_syntax import check_syntax
 from monai_salm.io.dicom_volume import rescale_of
 
 MANUFACTURER = "monai_salm"
@@ -72,16 +71,15 @@ def check_supported(header: Dataset, spatial_dims: int = 3, *, allow_protected: 
 
     Raises:
         RefusedError: ``unsupported_sop_class``, ``multi_frame``, ``single_slice``, ``already_protected``,
-            ``missing_uid``, ``unsupported_transfer_syntax``, ``missing_transfer_syntax``, ``missing_pixel_data``,
-            ``unsupported_pixel_format``, ``unsupported_photometric``, ``supplemental_palette``, ``embedded_overlay``,
-            ``modality_lut``, ``invalid_rescale``, ``invalid_geometry``, ``pixel_copy``, ``nested_too_deep``, or
-            ``unreadable`` when an attribute of the image is broken.
+            ``missing_uid``, ``missing_pixel_data``, ``unsupported_pixel_format``, ``unsupported_photometric``,
+            ``supplemental_palette``, ``embedded_overlay``, ``modality_lut``, ``invalid_rescale``,
+            ``invalid_geometry``, ``pixel_copy``, ``nested_too_deep``, or ``unreadable`` when an attribute of the image
+            is broken.
     """
     with refusing("unreadable", "an attribute of the image is missing or broken; export it again"):
         values = undecoded(header)  # before a check decodes any: a picture can be hidden in text, too
         _check_class(header, spatial_dims)
         _check_marks(header, allow_protected)
-        check_syntax(header.file_meta)
         _check_pixel_format(header)
         _check_overlays(header)
         _check_values(header)
