@@ -55,9 +55,9 @@ def decode(dataset: Dataset, frame: int = 0, *, afresh: bool = False) -> NDArray
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     shape = (int(dataset.Rows), int(dataset.Columns))
-    dtype, limits = stored_dtype(dataset), stored_range(dataset)
-    frames = int(dataset.get("NumberOfFrames") or 1)
+    dtype, frames = stored_dtype(dataset), int(dataset.get("NumberOfFrames") or 1)
     with refusing("undecodable_pixel_data", "the pixel data cannot be decoded; export the image uncompressed"):
+        limits = stored_range(dataset)
         if syntax in NATIVE:
             return _checked(_native(dataset.PixelData, frame, (frames, *shape), dtype), shape, dtype, limits)
         encoded = get_frame(dataset.PixelData, frame, number_of_frames=frames)
