@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who raised an error: texts of our own code are about the input and safe to show, a library's may be neither. And what
-is said of the most frequent fault of an input, a number out of range."""
+"""Whether an error's text may be shown, and checks of the most frequent fault of an input, a number out of range.
+
+An error that our own code raises is about the input, and its text is safe to show; a library's text may quote a file.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,18 @@ def check_number(
     most: float = math.inf,
     whole: bool = False,
 ) -> None:
-    """Raise unless a value is a finite number in a range; true and false are none.
+    """Raise unless a value is a finite number (no bool) in a range.
 
     Args:
         name: what the value is called.
         value: anything.
-        least: what it may be at least.
-        above: what it must be above.
-        most: what it may be at most.
+        least: smallest value that is allowed.
+        above: the value must be greater than this.
+        most: largest value that is allowed.
         whole: whether it must be an integer.
 
     Raises:
-        ValueError: Which value it is, and what it must be.
+        ValueError: When it is not; the text has the name, the value and the range.
 
     Example:
         >>> check_number("rounds", 2.5, least=1, whole=True)
@@ -50,25 +52,29 @@ def check_number(
         ...
         ValueError: rounds is 2.5; it must be a whole number, 1 or more
     """
-    kind = Integral if whole else Real
-    if isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf:
-        if least <= value <= most and value > above:
+    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool):
+        if -math.inf < value < math.inf and least <= value <= most and value > above:
             return
-    limits = (f"{least:g} or more" * (least > -math.inf), f"above {above:g}" * (above > -math.inf))
-    told = " and ".join(filter(None, [*limits, f"at most {most:g}" * (most < math.inf)]))
-    raise ValueError(f"{name} is {value!r}; it must be a {'whole ' * whole}number{told and ', ' + told}")
+    limits = [
+        f"{least:g} or more" if least > -math.inf else "",
+        f"above {above:g}" if above > -math.inf else "",
+        f"at most {most:g}" if most < math.inf else "",
+    ]
+    allowed = " and ".join(filter(None, limits))
+    number = "whole number" if whole else "number"
+    raise ValueError(f"{name} is {value!r}; it must be a {number}{', ' if allowed else ''}{allowed}")
 
 
 def check_size(name: str, value: object, dims: int | None = None) -> list[int]:
-    """A size in voxels, a whole number above 0 for each axis.
+    """The value as a size in voxels: one whole number above 0 for each axis.
 
     Args:
         name: what the value is called.
         value: anything.
-        dims: how many axes there are; default: 2 or 3.
+        dims: number of axes; default: 2 or 3 are allowed.
 
     Raises:
-        ValueError: When it is none.
+        ValueError: When it is no such size.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in ((dims,) if dims else (2, 3)):
         raise ValueError(f"{name} is {value!r}; it must have {dims or '2 or 3'} numbers")

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from monai_salm.release.labels import Cohort
 
 ALL = ("run",)
-"""Fit, protect and verify."""
+"""Fit, protect and verify; like all of these, ids of the bundles' configs."""
 CHECK = ("check",)
-"""What ``run`` asks first: whether there can be a study."""
+"""Whether there can be a study; ``run`` begins with it."""
 FIT = ("fit",)
 WRITE = ("protect",)
-WITHOUT_VERIFY = FIT + WRITE
 VERIFY = ("verify",)
 
 RUN_CONFIG = "private/run-config.json"
+"""Where :py:func:`save_run` keeps bundle and settings of a release."""
 BANK = "private/bank.sqlite"
 """Where the bundles keep the perturbations."""
 
 _OF_EACH_RUN = ("dataset_dir", "output_dir", "labels", "visibility", "require_deidentified", "shard", "device")
-"""Settings that say nothing of the perturbations."""
+"""Settings that do not change how perturbations are made; further cases may have others."""
 _MARK = Path("configs", "metadata.json")
 _WRAPPED = ("Failed to evaluate", "Failed to instantiate component")
 _OF_LIBRARIES = re.compile(r"Failed to instantiate component '((?:torch\.optim|monai\.networks)\.[\w.]+)'")
@@ -62,7 +62,7 @@ def bundle_path(name: str) -> Path:
 
 
 def _full_name(name: str) -> str:
-    """The same from any folder: a name of ours, or an absolute path."""
+    """A bundle's name that means the same from any working directory: one of ours, or an absolute path."""
     return name if name in bundle_names() else str(bundle_path(name))
 
 
@@ -104,8 +104,8 @@ def protect_overrides(
     require_deidentified: bool | None = None,
     rename: bool | None = None,
 ) -> dict[str, Any]:
-    """Config ids and values for what a user says in words; what is None keeps the bundle's default."""
-    said = {
+    """Values by config id, for the options of the command line; what is None keeps the bundle's default."""
+    named = {
         "dataset_dir": str(export.absolute()),
         "output_dir": str(output_dir.absolute()),
         "labels": str(labels.absolute()) if labels else None,
@@ -117,19 +117,19 @@ def protect_overrides(
         "require_deidentified": require_deidentified,
         "rename": rename,
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, replace: bool = True) -> None:
     """Keep how a copy was made beside its key, so that it can be verified later.
 
-    Nothing where nothing was begun yet, or where another process is at work.
+    Does nothing where no release was begun, or while another process works on it.
 
     Args:
         output_dir: folder of the release.
         bundle: see :py:func:`bundle_path`.
         overrides: values by config id.
-        replace: put it in place of what was kept before.
+        replace: whether to replace what was kept before.
     """
     from monai_salm.release import lock
     from monai_salm.release.commit import RUN, write
@@ -143,12 +143,12 @@ def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, rep
 
 
 def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:
-    """Make sure that a part of a copy is written as the perturbations were made; folders and tables may have moved.
+    """Make sure that a shard is written with the settings of the perturbations; folders and tables may have moved.
 
     Raises:
-        ValueError: When the settings are others than :py:func:`save_run` kept, or none were kept.
+        ValueError: When the settings are not those that :py:func:`save_run` kept, or none were kept.
     """
-    load_run(output_dir)
+    load_run(output_dir)  # raises where there are none
     if changed := changed_settings(output_dir, bundle, overrides):
         raise ValueError(
             f"the perturbations were made with other settings; give the ones that --fit-only was given: "
@@ -157,9 +157,9 @@ def check_same_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
 
 
 def changed_settings(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> dict[str, str]:
-    """In words, by name, how settings differ from those that :py:func:`save_run` kept; folders and tables may move.
+    """How settings differ from those that :py:func:`save_run` kept: a sentence by name of the setting.
 
-    Nothing where none were kept. What was left out counts as the bundle has it now.
+    Empty where none were kept. Folders and tables may differ; a setting that was left out has the bundle's value.
     """
     if not (output_dir / RUN_CONFIG).is_file():
         return {}
@@ -182,12 +182,12 @@ def _differ(name: str, old: Any, new: Any) -> bool:
 
 
 def check_same_fit(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) -> None:
-    """Tell before a scan what will not go on with the perturbations that are there.
+    """Refuse, before a scan, settings of our bundles that certainly cannot go on with the perturbations in a folder.
 
-    Only what is certain: the fit itself compares all that decides them, which needs every image.
+    The fit itself compares all that decides perturbations, which needs every image.
 
     Raises:
-        ValueError: When there are some, of another of our bundles, budget or mask ratio.
+        ValueError: When the perturbations are of another bundle, budget or mask ratio.
     """
     if bundle in bundle_names() and is_begun(output_dir):
         changed = changed_settings(output_dir, bundle, overrides)
@@ -199,19 +199,19 @@ def check_same_fit(output_dir: Path, bundle: str, overrides: Mapping[str, Any]) 
 
 
 def is_begun(output_dir: Path) -> bool:
-    """Whether a folder holds perturbations of a complete round, which settle the settings."""
+    """Whether a folder holds perturbations of a complete round; from then on the settings are fixed."""
     if not (output_dir / BANK).is_file():
         return False
     from monai_salm.bank import PerturbationBank
 
     try:
         return len(PerturbationBank(output_dir / BANK)) > 0
-    except ValueError:  # empty, as a killed run leaves it; what is damaged the fit tells
+    except ValueError:  # empty, as a killed run leaves it, or damaged, which the fit reports
         return False
 
 
 def plain_settings(bundle: str, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the named settings of a bundle that are plain values, read without MONAI."""
+    """Values of the named settings of a bundle, without those that are expressions; read without MONAI."""
     import yaml
 
     content = yaml.safe_load((bundle_path(bundle) / "configs" / "train.yaml").read_text())
@@ -220,12 +220,12 @@ def plain_settings(bundle: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def has_check(bundle: str) -> bool:
-    """Whether a bundle can be asked for its study beforehand; a copy of an earlier version cannot."""
+    """Whether a bundle has the stage ``check``; copies of bundles of earlier versions have not."""
     return bool(plain_settings(bundle, CHECK))
 
 
 def check_study(bundle: str, overrides: Mapping[str, Any], cohort: Cohort) -> None:
-    """Ask a bundle whether its study can be with these settings and cases, and write nothing.
+    """Check, without writing anything, that a bundle can do its study with these settings and cases.
 
     Raises:
         ValueError: When it cannot.
@@ -271,10 +271,10 @@ def like_overrides(output_dir: Path, said: Mapping[str, Any]) -> tuple[str, dict
 
     Args:
         output_dir: folder of the earlier release.
-        said: what the user wants for the further cases, as from :py:func:`protect_overrides`.
+        said: settings that the user gives for the further cases, as from :py:func:`protect_overrides`.
 
     Raises:
-        ValueError: When the earlier release is not finished, or a setting contradicts it.
+        ValueError: When the earlier release is not finished, its key is gone, or a setting contradicts it.
     """
     from monai_salm.release.custody import KEY
     from monai_salm.release.earlier import EarlierRelease
@@ -291,8 +291,7 @@ def like_overrides(output_dir: Path, said: Mapping[str, Any]) -> tuple[str, dict
             f"the key of the earlier release is not at {key_file}; put it back there: with another key the copies "
             "would not belong together"
         )
-    key = {"key_file": str(key_file)}
-    return bundle, kept | key | dict(said) | {"like": str(output_dir.absolute())}
+    return bundle, {**kept, "key_file": str(key_file), **said, "like": str(output_dir.absolute())}
 
 
 def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) -> None:
@@ -313,7 +312,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
 
     configs = bundle_path(name) / "configs"
     _check_settings(configs / "train.yaml", overrides, run_ids)
-    said = {key: "$None" if value is None else value for key, value in overrides.items()}  # MONAI drops a plain None
+    given = {key: "$None" if value is None else value for key, value in overrides.items()}  # MONAI drops a plain None
     with warnings.catch_warnings():
         if name in bundle_names():  # ours; of a copy MONAI rightly warns that a config can run any code
             warnings.filterwarnings("ignore", message="parsing config_file")
@@ -323,7 +322,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
                 meta_file=str(configs / "metadata.json"),
                 logging_file=str(configs / "logging.conf"),
                 run_id=run_ids[0],
-                **said,
+                **given,
             )
             for run_id in run_ids:
                 workflow.run_id = run_id
@@ -337,9 +336,14 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
 
 
 def _check_settings(config_file: Path, overrides: Mapping[str, Any], run_ids: Sequence[str] = ()) -> None:
-    """Whether the config has all these ids (MONAI adds one that it has not, so a typing error would go unnoticed), and
-    none that is a number, or true or false, is given another kind of value, which would be a fault deep inside of a
-    library, or count as true. What a number may be, or a list of them, the parts know that take it."""
+    """Check that the config has all these ids, and that numbers and booleans are not replaced by other kinds of values.
+
+    MONAI adds an id that the config lacks, so a typing error would go unnoticed; and a value of the wrong kind would
+    fail deep inside of a library, or count as true. Which numbers are allowed is for the parts to say that take them.
+
+    Raises:
+        ValueError: When an id is unknown, or a value is of the wrong kind.
+    """
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
@@ -351,17 +355,22 @@ def _check_settings(config_file: Path, overrides: Mapping[str, Any], run_ids: Se
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"{config_file.parent.parent.name} has no setting {name!r}; {hint}")
     for name, value in overrides.items():
-        if not str(value).startswith(("$", "@", "%")) and name != "epsilon":  # takes both
-            usual = _usual(parser, name)
-            numeric = isinstance(usual, (int, float)) and not isinstance(usual, bool)
-            if isinstance(usual, bool) and not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it takes true or false, such as {usual}")
-            if numeric and (isinstance(value, (bool, str, dict)) or value in (math.inf, -math.inf) or value != value):
-                raise ValueError(f"{name} is {value!r}; it takes a number, such as {usual}")
+        is_expression = str(value).startswith(("$", "@", "%"))
+        if not is_expression and name != "epsilon":  # a budget may be a number or text
+            _check_kind(name, value, _usual(parser, name))
+
+
+def _check_kind(name: str, value: Any, usual: Any) -> None:
+    if isinstance(usual, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it takes true or false, such as {usual}")
+    elif isinstance(usual, (int, float)):
+        if isinstance(value, (bool, str, dict)) or value in (math.inf, -math.inf) or value != value:
+            raise ValueError(f"{name} is {value!r}; it takes a number, such as {usual}")
 
 
 def _usual(parser: ConfigParser, name: str) -> Any:
-    """Value of a setting in the bundle; None for an expression that needs the input, or a part of something."""
+    """Value of a setting in the bundle; None for an expression that needs the input, or is a part of a component."""
     value = parser[name]
     if not str(value).startswith("$"):
         return value
@@ -371,15 +380,17 @@ def _usual(parser: ConfigParser, name: str) -> Any:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """The error behind those that MONAI's config parser wraps around it, one for each level of the config; in our words
-    where an optimizer or a network of a library does not take its settings, which is all that it knows."""
-    part = ""
+    """The error behind those that MONAI's config parser wraps around it, one for each level of the config.
+
+    In our words, which can be shown, where the bundle is of another version or a library does not take its settings.
+    """
+    outer = ""
     while type(error) is RuntimeError and str(error).startswith(_WRAPPED) and error.__cause__ is not None:
-        part, error = str(error), error.__cause__
-    gone = isinstance(error, ModuleNotFoundError) and "monai_salm." in str(error)
-    if gone or isinstance(error, TypeError) and "'monai_salm." in part:
+        outer, error = str(error), error.__cause__
+    is_gone = isinstance(error, ModuleNotFoundError) and "monai_salm." in str(error)
+    if is_gone or isinstance(error, TypeError) and "'monai_salm." in outer:
         return ValueError(f"the bundle asks for what this version of monai_salm does not have; copy it anew: {error}")
-    made = _OF_LIBRARIES.match(part)
+    made = _OF_LIBRARIES.match(outer)
     if made and isinstance(error, (ValueError, TypeError)):
         return ValueError(f"{made[1]} does not take the settings that it is given: {error}")
     return error

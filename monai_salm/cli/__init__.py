@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``monai-salm``. Everything heavy is imported by the command that needs it.
 
-``arguments.py`` is what may be typed, ``commands.py`` what then happens, ``codes.py`` what it exits with.
+``arguments.py`` parses, ``commands.py`` has a function per command, ``codes.py`` exit codes and messages of errors.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         give_up(sys.stdout)
         return UNREAD
-    except OSError as error:  # of the flush: all others were told
+    except OSError as error:  # only the flush can raise it here: _run handles those of commands
         give_up(sys.stdout)
         say(f"the output cannot be written ({error.strerror})")
         return BAD_INPUT
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a command; the exit code, also of an error."""
+    """Run a command and turn its errors into messages; returns the exit code."""
     _quiet_logs(options.debug)
     umask = os.umask(0o077)
     try:
@@ -78,8 +78,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _open_streams() -> None:
-    """Standard streams that take all that is written: a closed one leads nowhere, and a letter that the screen's
-    encoding does not have is written as its number."""
+    """Make sure that writing to the standard streams cannot fail: replace a closed one by the null device, and write a
+    character that the encoding of the terminal lacks as an escape."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -95,8 +95,8 @@ def _ending_as_interrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
     ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    alone = threading.current_thread() is threading.main_thread()  # no other may say what signals do
-    ours = [end for end in ends if alone and signal.getsignal(end) is signal.SIG_DFL]  # nohup ignores one
+    is_main = threading.current_thread() is threading.main_thread()  # only this thread may set handlers
+    ours = [end for end in ends if is_main and signal.getsignal(end) is signal.SIG_DFL]  # nohup ignores SIGHUP
     for end in ours:
         signal.signal(end, interrupt)
     try:
@@ -107,13 +107,9 @@ def _ending_as_interrupted() -> Iterator[None]:
 
 
 def _quiet_logs(debug: bool) -> None:
-    """Warnings only, and no tracebacks: what an error may say of a file is decided here, and not by an engine."""
+    """Log warnings only, and no tracebacks: they quote files, and what may be said of a file is decided here alone."""
     handler = logging.StreamHandler(sys.stderr)
     if not debug:
-        handler.addFilter(_is_no_traceback)
-    # Nothing where the program that calls us has handlers of its own.
+        handler.addFilter(lambda record: not record.exc_info and not record.name.startswith("ignite."))
+    # Does nothing where the calling program has set handlers of its own.
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(levelname)s: %(message)s")
-
-
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info and not record.name.startswith("ignite.")

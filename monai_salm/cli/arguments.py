@@ -1,34 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be typed."""
+"""The arguments that each command takes."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monai_salm import __version__
 from monai_salm.cli import commands
 from monai_salm.cli.codes import EXIT_CODES
 
-_DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_SHARD_HELP = "only write part I of N, after --fit-only; other processes write the other parts into the same OUT"
+_DIM_HELP = "2: every slice is a case; 3: every volume (default: 3 where voxels have labels, else 2)"
 _NAMES_HELP = "show the names of files in place of pseudonyms; names may be personal"
-_EPSILON_HELP = (
-    "largest change of a voxel: '8/255' (of the intensity window; the default), '5 HU', '12 stored' (integers of the "
-    "file) or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
-)
-_RATIO_HELP = "fraction of the voxels that may change, in (0, 1] (default: 0.4, or 0.15 where voxels have labels)"
-_DEFENSES_HELP = "also measure what is left when a third party fights the protection; this does not change the verdict"
-_VISIBILITY_HELP = "what to do with images that change more visibly than their JPEG 2000 copy at 5:1 (default: report)"
-_LIKE_HELP = "an earlier release: protect further cases of its task with its surrogate and key, without fit or study"
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser; each command's function is in ``command``."""
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "monai-salm",
         description="Write a protected copy of a labeled medical image data set, from which networks\n"
@@ -37,13 +29,18 @@ def parser() -> argparse.ArgumentParser:
         "  monai-salm protect EXPORT OUT    write OUT/protected, the copy to share, and a report\n"
         "  monai-salm verify OUT            check the copy, and measure again what it is worth",
         epilog=EXIT_CODES,
-        formatter_class=formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"monai-salm {__version__}")
     debug = "show the traceback and text of every error; the text of an unexpected one may hold names of patients"
     parser.add_argument("--debug", action="store_true", help=debug)
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_inspect, _add_protect, _add_verify, _add_push, _add_bundle):
+        add(verbs)
+    return parser
 
+
+def _add_inspect(verbs: Verbs) -> None:
     inspect = verbs.add_parser("inspect", help="list what an export holds, and what would be refused and why")
     inspect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
     _add_input(inspect)
@@ -52,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--names", action="store_true", help=_NAMES_HELP)
     inspect.set_defaults(command=commands.inspect)
 
+
+def _add_protect(verbs: Verbs) -> None:
     protect = verbs.add_parser("protect", help="write the protected copy of an export, and measure what it is worth")
     protect.add_argument("export", type=Path, metavar="EXPORT", help="folder (or archive) with the images")
     protect.add_argument("out", type=Path, metavar="OUT", help="new or empty folder; OUT/protected is what you share")
@@ -59,10 +58,17 @@ def parser() -> argparse.ArgumentParser:
     which = protect.add_mutually_exclusive_group()
     which.add_argument("--dim", type=int, choices=(2, 3), help=_DIM_HELP)
     which.add_argument("--bundle", metavar="NAME", help="a bundle's name, or the folder of an edited copy")
-    which.add_argument("--like", type=Path, metavar="OUT1", help=_LIKE_HELP)
-    protect.add_argument("--epsilon", metavar="BUDGET", help=_EPSILON_HELP)
-    protect.add_argument("--mask-ratio", type=float, metavar="R", help=_RATIO_HELP)
-    protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=_VISIBILITY_HELP)
+    like = "an earlier release: protect further cases of its task with its surrogate and key, without fit or study"
+    which.add_argument("--like", type=Path, metavar="OUT1", help=like)
+    epsilon = (
+        "largest change of a voxel: '8/255' (of the intensity window; the default), '5 HU', '12 stored' (integers of "
+        "the file) or a preset: ct-brain, ct-body, ct-lung, mr, cr-dx"
+    )
+    protect.add_argument("--epsilon", metavar="BUDGET", help=epsilon)
+    ratio = "fraction of the voxels that may change, in (0, 1] (default: 0.4, or 0.15 where voxels have labels)"
+    protect.add_argument("--mask-ratio", type=float, metavar="R", help=ratio)
+    visibility = "what to do with images that change more visibly than their JPEG 2000 copy at 5:1 (default: report)"
+    protect.add_argument("--visibility", choices=("report", "refuse", "none"), help=visibility)
     _add_set(protect)
     rename = "give new names to files that would keep those of the export: NIfTI, PNG, TIFF, archives"
     protect.add_argument("--rename", action="store_true", help=rename)
@@ -71,9 +77,12 @@ def parser() -> argparse.ArgumentParser:
     stages = protect.add_mutually_exclusive_group()
     stages.add_argument("--no-verify", action="store_true", help="write without a study; 'verify OUT' does it later")
     stages.add_argument("--fit-only", action="store_true", help="only make the perturbations; --shard writes later")
-    stages.add_argument("--shard", type=_shard, metavar="I/N", help=_SHARD_HELP)
+    shard = "only write part I of N, after --fit-only; other processes write the other parts into the same OUT"
+    stages.add_argument("--shard", type=_shard, metavar="I/N", help=shard)
     protect.set_defaults(command=commands.protect)
 
+
+def _add_verify(verbs: Verbs) -> None:
     verify = verbs.add_parser(
         "verify",
         help="check that a protected copy is what was written, then measure what it is worth",
@@ -82,31 +91,31 @@ def parser() -> argparse.ArgumentParser:
         "was made, the study is run: networks are trained on the clean and on the\n"
         "protected images and tested on clean ones. It ends with a report and a verdict.",
         epilog=EXIT_CODES,
-        formatter_class=formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote, or a copy without private/")
     verify.add_argument("--files-only", action="store_true", help="only check the files")
     public_key = "the owner's release.pub, from a source that you trust (default: the one in OUT)"
     verify.add_argument("--public-key", type=Path, metavar="FILE", help=public_key)
     verify.add_argument("--names", action="store_true", help=_NAMES_HELP)
-    verify.add_argument("--defenses", choices=("standard", "full"), help=_DEFENSES_HELP)
+    defenses = "also measure what is left when a third party fights the protection; this does not change the verdict"
+    verify.add_argument("--defenses", choices=("standard", "full"), help=defenses)
     verify.add_argument("--export", type=Path, help="the export, if it is no longer where protect found it")
     verify.add_argument("--labels", type=Path, metavar="CSV", help="the label table, if it moved")
     _add_set(verify)
     verify.set_defaults(command=commands.verify)
 
+
+def _add_push(verbs: Verbs) -> None:
     push = verbs.add_parser("push", help="send a release to a PACS, and compare what the PACS gives back")
     push.add_argument("out", type=Path, metavar="OUT", help="folder that protect wrote")
     push.add_argument("target", type=_target, metavar="AET@host:port", help="title and address of the PACS")
-    push.add_argument(
-        "--aet",
-        type=_title,
-        default="MONAI_SALM",
-        metavar="TITLE",
-        help="our own AE title (default: %(default)s)",
-    )
+    title = "our own AE title (default: %(default)s)"
+    push.add_argument("--aet", type=_title, default="MONAI_SALM", metavar="TITLE", help=title)
     push.set_defaults(command=commands.push)
 
+
+def _add_bundle(verbs: Verbs) -> None:
     bundle = verbs.add_parser("bundle", help="find the MONAI bundles that come with monai-salm")
     actions = bundle.add_subparsers(title="actions", required=True, metavar="ACTION")
     actions.add_parser("list", help="print the names").set_defaults(command=commands.bundle_list)
@@ -117,19 +126,14 @@ def parser() -> argparse.ArgumentParser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="new folder (default: ./NAME)")
     copy.set_defaults(command=commands.bundle_copy)
-    return parser
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="CSV",
-        help="table case,label[,split] or case,mask[,split] (default: labels.csv in the export)",
-    )
-    parser.add_argument(
-        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensity window in physical units"
-    )
+    """What tells which cases an export holds, and which of them may be protected."""
+    labels = "table case,label[,split] or case,mask[,split] (default: labels.csv in the export)"
+    parser.add_argument("--labels", type=Path, metavar="CSV", help=labels)
+    window = "intensity window in physical units"
+    parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help=window)
     gate = (
         "refuse DICOM files that do not say PatientIdentityRemoved YES and BurnedInAnnotation NO, others with free text"
     )
@@ -144,23 +148,23 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 def _target(text: str) -> str:
     from monai_salm.release.pacs import Target
 
-    return _understood(Target.parse, text)
+    return _checked(Target.parse, text)
 
 
 def _title(text: str) -> str:
     from monai_salm.release.pacs import check_title
 
-    return _understood(check_title, text)
+    return _checked(check_title, text)
 
 
 def _shard(text: str) -> str:
     from monai_salm.release.shards import Shard
 
-    return _understood(Shard.parse, text)
+    return _checked(Shard.parse, text)
 
 
-def _understood(parse: Callable[[str], Any], text: str) -> str:
-    """The text, once ``parse`` takes it."""
+def _checked(parse: Callable[[str], Any], text: str) -> str:
+    """The text as it is, if ``parse`` can read it: a typing error should end here, and not after hours."""
     try:
         parse(text)
     except ValueError as error:

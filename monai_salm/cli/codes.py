@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command exits with, and what it says of an error."""
+"""Exit codes, and what may be said of an error: messages name no file that could be personal."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ exit codes:
 
 
 def exit_code(error: Exception) -> int | None:
-    """Code of an error that its own text explains; None for a fault of the program."""
+    """Exit code of an error whose own text explains it to the user; None for a fault of the program."""
     if type(error).__module__.startswith("monai_salm."):
         return {"IntegrityError": INTEGRITY, "LockedError": LOCKED}.get(type(error).__name__, BAD_INPUT)
-    explained = isinstance(error, OSError) or (isinstance(error, ValueError) and is_ours(error))
-    return BAD_INPUT if explained else None
+    is_explained = isinstance(error, OSError) or (isinstance(error, ValueError) and is_ours(error))
+    return BAD_INPUT if is_explained else None
 
 
 def sentence(error: Exception, options: argparse.Namespace) -> str:
-    """Text of an explained error; of files only those are named that the command line named, or that are ours."""
+    """Text of an error that has an exit code. It names only files that the command line names, or that are ours."""
     if isinstance(error, OSError) and error.strerror:
         named = _named(error, options)
         return f"{error.strerror}: {named}" if named else error.strerror
@@ -43,7 +43,7 @@ def sentence(error: Exception, options: argparse.Namespace) -> str:
 
 
 def _named(error: OSError, options: argparse.Namespace) -> str:
-    """What may be said of an error's file: names of released files may be personal."""
+    """What may be said of the file of an error; empty where nothing may. Names of released files may be personal."""
     if str(error.filename) in {str(value) for value in vars(options).values() if isinstance(value, Path)}:
         return str(error.filename)
     out = getattr(options, "out", None)
@@ -57,12 +57,12 @@ def _named(error: OSError, options: argparse.Namespace) -> str:
 
 
 def pipe_broke(error: BaseException) -> bool:
-    """Whether nobody reads the output any more; rich makes an exit of that."""
+    """Whether nobody reads the output any more; rich turns that into a SystemExit."""
     return isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
 
 
 def say_where(error: Exception) -> None:
-    """The traceback of a fault, without texts: those of other libraries quote what they read, names included."""
+    """Print the traceback of a fault without its text: libraries quote what they read, names of patients included."""
     import traceback
 
     print("Traceback (most recent call last):", *traceback.format_tb(error.__traceback__), file=sys.stderr, sep="\n")
@@ -70,7 +70,7 @@ def say_where(error: Exception) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the user, beside what was asked for."""
+    """Print a line for the user to standard error."""
     try:
         print(f"monai-salm: {text}", file=sys.stderr, flush=True)
     except OSError:  # of a terminal that was closed
@@ -78,5 +78,5 @@ def say(text: str) -> None:
 
 
 def give_up(stream: TextIO) -> None:
-    """Lead a standard stream nowhere that cannot be written: Python writes what is left when it ends, and fails."""
+    """Point a broken standard stream to the null device: Python flushes it when it ends, and would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

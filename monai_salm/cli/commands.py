@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each command does, and what comes out of it. Everything heavy is imported by the command that needs it."""
+"""The commands: each takes the parsed arguments and returns an exit code, and imports what is heavy by itself."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from monai_salm.release.gates import Refusal
 
 _SHOWN = 20
-"""Rows of a list on the screen unless all are asked for."""
+"""Rows of a list that are printed without ``--all``."""
 _NAMES = "names of what was refused: 'monai-salm inspect EXPORT --all --names'"
-"""Reasons are kept under pseudonyms, since names may be personal."""
+"""A release keeps its refusals under pseudonyms, since names may be personal."""
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def inspect(options: argparse.Namespace) -> int:
     if labels is not None or any(case.label >= 0 for case in catalog.cases):
         try:
             cohort = label_cases(catalog, labels)
-        except ValueError as error:  # told at the end: what the export holds may show the reason
+        except ValueError as error:  # raised at the end: the tables may show the user its reason
             problem = error
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(counts_line(catalog, cohort), counts_table(catalog, cohort), sep="\n")
@@ -69,7 +69,7 @@ def inspect(options: argparse.Namespace) -> int:
 def _list_refusals(
     console: Console, refusals: Sequence[Refusal], catalog: Catalog, options: argparse.Namespace
 ) -> None:
-    """Count what was refused, and list it, or the first ones."""
+    """Print how much was refused, and a table of it, or of its first rows."""
     from monai_salm.release.gates import tally
     from monai_salm.release.listing import refusals_table
 
@@ -83,22 +83,21 @@ def _list_refusals(
 
 
 def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
-    """Slices or volumes; labels of voxels are mostly drawn in volumes."""
+    """2 for slices or 3 for volumes. Labels of voxels are mostly drawn in volumes."""
     return options.dim or (3 if voxelwise else 2)
 
 
 def protect(options: argparse.Namespace) -> int:
     """Fit, write and verify a protected copy, or parts of that."""
     from monai_salm import workflows
-    from monai_salm.release.commit import PROTECTED
     from monai_salm.release.labels import find_labels
     from monai_salm.release.voxels import VoxelLabels
 
-    _check_words(options)
+    _check_arguments(options)
     voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
     spatial_dims = _dim(options, voxelwise)
     bundle = options.bundle or workflows.bundle_for(spatial_dims, voxelwise)
-    said = workflows.protect_overrides(
+    named = workflows.protect_overrides(
         options.export,
         options.out,
         labels=options.labels,
@@ -110,31 +109,21 @@ def protect(options: argparse.Namespace) -> int:
         require_deidentified=options.require_deidentified or None,
         rename=options.rename or None,
     )
-    overrides = _both(options, said)
+    overrides = _with_set(options, named)
     if options.like:
         bundle, overrides = workflows.like_overrides(options.like, overrides)
     workflows.check_same_fit(options.out, bundle, overrides)
     verified = not (options.no_verify or options.like)
     if options.dry_run:
         return _plan(options, bundle, overrides, spatial_dims, verified)
-    stages = workflows.ALL if verified else workflows.WITHOUT_VERIFY
-    if options.fit_only:  # a study that cannot be is told before the fit
-        stages = (*(workflows.CHECK if verified and workflows.has_check(bundle) else ()), *workflows.FIT)
     if options.shard:
         workflows.check_same_run(options.out, bundle, overrides)
-        return _outcome(options.out, _stages(bundle, workflows.WRITE, overrides | {"shard": options.shard}), told=True)
-    made = workflows.is_begun(options.out) or (options.out / PROTECTED).exists()
-    if not made:  # settings of a run that ended before there was anything
-        workflows.save_run(options.out, bundle, overrides)
-    try:
-        code = _stages(bundle, stages, overrides)
-    except BaseException as error:  # the settings that something was made with stay
-        _name_settings(error, options.out, bundle, overrides)
-        workflows.save_run(options.out, bundle, overrides, replace=not made)
-        raise
-    workflows.save_run(options.out, bundle, overrides)
+        code = _run_stages(bundle, workflows.WRITE, overrides | {"shard": options.shard})
+        return _outcome(options.out, code, told=True)
     if options.fit_only:
-        return code
+        can_check = verified and workflows.has_check(bundle)  # a study that cannot be is told before the fit
+        return _make(options.out, bundle, (workflows.CHECK if can_check else ()) + workflows.FIT, overrides)
+    code = _make(options.out, bundle, workflows.ALL if verified else workflows.FIT + workflows.WRITE, overrides)
     code = _outcome(options.out, code, verified=verified, told=True)
     if options.push and code == DONE:
         return _push(options.out, options.push)
@@ -143,20 +132,41 @@ def protect(options: argparse.Namespace) -> int:
     return code
 
 
-def _both(options: argparse.Namespace, said: dict[str, Any]) -> dict[str, Any]:
-    """What ``--set`` says, and what options of their own ``said``.
+def _make(out: Path, bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
+    """Run stages, and keep in OUT the settings that what is there was made with; returns the exit code."""
+    from monai_salm import workflows
+    from monai_salm.release.commit import PROTECTED
+
+    is_new = not (workflows.is_begun(out) or (out / PROTECTED).exists())
+    if is_new:  # kept settings, if any, are of a run that made nothing
+        workflows.save_run(out, bundle, overrides)
+    try:
+        code = _run_stages(bundle, stages, overrides)
+    except BaseException as error:
+        _name_settings(error, out, bundle, overrides)
+        workflows.save_run(out, bundle, overrides, replace=is_new)
+        raise
+    workflows.save_run(out, bundle, overrides)
+    return code
+
+
+def _with_set(options: argparse.Namespace, named: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``--set``, and those that options of their own have ``named``.
 
     Raises:
-        ValueError: When both say the same setting.
+        ValueError: When both give the same setting.
     """
-    chosen, dim = dict(options.set), getattr(options, "dim", None)  # which may be said by the choice of the bundle
-    if twice := sorted(chosen.keys() & (said.keys() | ({"spatial_dims"} if dim else set()))):
+    chosen = dict(options.set)
+    taken = set(named)
+    if getattr(options, "dim", None):  # where it chooses the bundle, it is not among the named
+        taken.add("spatial_dims")
+    if twice := sorted(chosen.keys() & taken):
         raise ValueError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of the two out")
-    return chosen | said
+    return chosen | named
 
 
 def _name_settings(error: BaseException, out: Path, bundle: str, overrides: dict[str, Any]) -> None:
-    """Where OUT was made with other settings, add to the error which they are."""
+    """Where the error says that OUT was made with other settings, add to its text which those are."""
     from monai_salm import workflows
     from monai_salm.records import OtherSettingsError
 
@@ -164,8 +174,8 @@ def _name_settings(error: BaseException, out: Path, bundle: str, overrides: dict
         error.args = (f"{error}. Of the settings, {', '.join(changed.values())}",)
 
 
-def _check_words(options: argparse.Namespace) -> None:
-    """What a typing error could spoil is checked at once, and not after hours of fitting."""
+def _check_arguments(options: argparse.Namespace) -> None:
+    """Check at once what may be a typing error, and not after hours of fitting."""
     from monai_salm import workflows
     from monai_salm.perturbations.budget import Budget, as_window
     from monai_salm.perturbations.masks import SparsityMask
@@ -191,7 +201,7 @@ def _check_words(options: argparse.Namespace) -> None:
 def _plan(
     options: argparse.Namespace, bundle: str, overrides: dict[str, Any], spatial_dims: int, verified: bool
 ) -> int:
-    """Tell what the bundle would do with these settings; ``spatial_dims`` is for those that do not tell their own."""
+    """Print what the bundle would do with these settings; ``spatial_dims`` is for a bundle without this setting."""
     from monai_salm import workflows
     from monai_salm.perturbations.budget import as_window
     from monai_salm.release.labels import load_cohort
@@ -205,15 +215,25 @@ def _plan(
         if name not in settings:
             raise ValueError(f"the bundle computes {name}; give --{name.replace('_', '-')} for a plan")
     grid = {"spatial_dims": settings["spatial_dims"], "window": as_window(settings.get("window", "auto"))}
-    strict, budget = bool(settings.get("require_deidentified")), settings["epsilon"]
     cohort = load_cohort(
-        options.export, options.labels, **grid, require_deidentified=strict, like=options.like, budget=budget
+        options.export,
+        options.labels,
+        **grid,
+        require_deidentified=bool(settings.get("require_deidentified")),
+        like=options.like,
+        budget=settings["epsilon"],
     )
     if verified:
         workflows.check_study(bundle, overrides, cohort)
-    noise = {"budget": budget, "mask_ratio": settings["mask_ratio"]}
-    gate = VisibilityGate(settings.get("visibility", "report"))
-    plan = make_plan(cohort, options.out, **grid, **noise, gate=gate, banks=1 + (verified and not options.fit_only))
+    plan = make_plan(
+        cohort,
+        options.out,
+        **grid,
+        budget=settings["epsilon"],
+        mask_ratio=settings["mask_ratio"],
+        gate=VisibilityGate(settings.get("visibility", "report")),
+        banks=2 if verified and not options.fit_only else 1,  # a study makes the control's too
+    )
     print(*plan.lines(), sep="\n")
     return NOT_PROTECTED if plan.refused or plan.refused_at_writing else DONE
 
@@ -232,17 +252,19 @@ def verify(options: argparse.Namespace) -> int:
         return DONE
     from monai_salm import workflows
 
-    asked = options.export or options.labels or options.set or options.defenses
-    if not (asked or (options.out / workflows.RUN_CONFIG).is_file()):
+    wants_study = options.export or options.labels or options.set or options.defenses
+    if not (wants_study or (options.out / workflows.RUN_CONFIG).is_file()):
         print(f"only files were checked: a study needs {workflows.RUN_CONFIG} of 'monai-salm protect'")
         return DONE
     bundle, overrides = workflows.load_run(options.out)
     export = options.export or Path(overrides.get("dataset_dir", ""))
     if not export.exists():
         raise ValueError(f"the export is not at {export}; name its folder with --export")
-    said = workflows.protect_overrides(export, options.out, labels=options.labels)
-    overrides |= _both(options, said | ({"defenses": options.defenses} if options.defenses else {}))
-    return _outcome(options.out, _stages(bundle, workflows.VERIFY, overrides), verified=True)
+    named = workflows.protect_overrides(export, options.out, labels=options.labels)
+    if options.defenses:
+        named["defenses"] = options.defenses
+    overrides |= _with_set(options, named)
+    return _outcome(options.out, _run_stages(bundle, workflows.VERIFY, overrides), verified=True)
 
 
 def push(options: argparse.Namespace) -> int:
@@ -285,8 +307,8 @@ def bundle_copy(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
-    """Run stages of a bundle; the code a stage wants to exit with."""
+def _run_stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
+    """Run stages of a bundle; returns the code that a stage wants to exit with."""
     from monai_salm.workflows import run_bundle
 
     try:
@@ -302,8 +324,14 @@ def _stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> in
 
 
 def _outcome(out: Path, code: int, *, verified: bool = False, told: bool = False) -> int:
-    """Say what came out (refusals, unless the stages have told them), and how that counts, unless the stages ended with
-    an error (any other ``code``)."""
+    """Print what a run made, and return the exit code.
+
+    Args:
+        out: the output folder.
+        code: of the stages; if that is an error, nothing is printed.
+        verified: whether there should be a report.
+        told: whether the stages have printed the refusals.
+    """
     import json
 
     from monai_salm.release.commit import PROTECTED
