@@ -784,7 +784,7 @@ def test_voxel_labels_choose_the_segmentation_bundle(run, started, tmp_path, arg
     assert code == DONE, err
     overrides = {"dataset_dir": str(export), "output_dir": str(out)}
     overrides |= {} if spatial_dims is None else {"spatial_dims": spatial_dims}
-    assert started == [(bundle, workflows.WITHOUT_VERIFY, overrides)]
+    assert started == [(bundle, workflows.FIT + workflows.WRITE, overrides)]
 
 
 @pytest.mark.parametrize(("arguments", "dim"), [([], 2), (["--dim", 2], 2), (["--dim", 3], 3)])
@@ -792,7 +792,7 @@ def test_labels_of_whole_cases_choose_a_classification_bundle(run, started, expo
     (export / "dataset.json").write_text("{}")  # a table case,label has the last word
     assert run("protect", export, tmp_path / "out", "--no-verify", *arguments)[0] == DONE
     overrides = {"dataset_dir": str(export), "output_dir": str(tmp_path / "out")}
-    assert started == [(f"salm_{dim}d_classification", workflows.WITHOUT_VERIFY, overrides)]
+    assert started == [(f"salm_{dim}d_classification", workflows.FIT + workflows.WRITE, overrides)]
 
 
 def test_inspect_takes_volumes_where_voxels_have_labels(run, tmp_path):

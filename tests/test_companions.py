@@ -209,6 +209,21 @@ def test_companion_of_a_case_that_fails_at_the_last_moment_is_refused_too(tmp_pa
     }
 
 
+def test_a_shard_that_is_written_again_forgets_companions_that_were_refused_before(tmp_path: Path) -> None:
+    cohort = load_cohort(write_export(tmp_path / "in"), spatial_dims=3)
+    bank = bank_of(cohort)
+    later = next(case for case in cohort.cases if case.files[0].parent.name == "B")
+    lacking = {name: delta for name, delta in bank.items() if name != later.sample_id}
+    out, key = tmp_path / "out", tmp_path / "key"
+    key.write_bytes(bytes(32))  # one with which B is not alone in its shard
+    key.chmod(0o600)
+    for deltas, refused in ((lacking, {"no_perturbation", "companion_without_image"}), (bank, set())):
+        for index in (1, 2):
+            protect(cohort, deltas, out, shard=Shard(index, 2), key_file=key)
+        assert {refusal.reason for refusal in read_refusals(out)} == refused
+        assert not check(out).problems
+
+
 def test_companion_of_a_companion_goes_along(tmp_path: Path) -> None:
     root = write_export(tmp_path / "in", refuse="B")
     write_referring(root / "more" / "about_seg.dcm", "report", [root / "more" / "seg.dcm"])

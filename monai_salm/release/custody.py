@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a release keeps about itself: its start, keys, journals and refusals; and how it is closed and signed."""
+"""What a release keeps about itself: start time, keys, journals and refusals; and how it is closed and signed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SOFTWARE = ("numpy", "torch", "pydicom", "nibabel")
 
 
 class Journal:
-    """A shard's journal: what an earlier run wrote, and what this one adds, a line for each file that is in place.
+    """A shard's journal, a line for each file that is in place: those of earlier runs, and what this one appends.
 
     Args:
         output_dir: the output folder.
@@ -61,9 +61,8 @@ class Journal:
         _check_count(output_dir, shard)
         path = output_dir / shard.journal
         records, self._head = read_chain(path)
-        text, _ = link(records)
-        if path.is_file():
-            door.write(output_dir, {shard.journal: text}, shard.part)  # without a line that a killed run wrote in part
+        if path.is_file():  # drop a last line that a killed run wrote in part
+            door.write(output_dir, {shard.journal: link(records)[0]}, shard.part)
         self.done: dict[str, list[ManifestRow]] = {}
         for row in rows_of(records):
             self.done.setdefault(row.sample_id, []).append(row)
@@ -75,13 +74,13 @@ class Journal:
 
 
 def clear_key_parts(output_dir: Path) -> None:
-    """Remove what is left of keys that a killed run had not finished making."""
+    """Remove the unfinished key files that a killed run has left."""
     for left in (output_dir / door.PRIVATE).glob(".*.part"):
         left.unlink(missing_ok=True)
 
 
 def start_time(output_dir: Path) -> datetime:
-    """Start of the first run on this folder (SOURCE_DATE_EPOCH if set), so that every rerun writes the same bytes."""
+    """When the first run on this folder started (SOURCE_DATE_EPOCH if set); every rerun then writes the same bytes."""
     path = output_dir / door.RUN
     if not path.is_file():
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
@@ -98,9 +97,9 @@ def read_refusals(output_dir: Path | str) -> list[Refusal]:
 
 
 def refusals_line(output_dir: Path | str) -> str:
-    """What was refused, why, beside how many protected files, and where that is told; empty where nothing was.
+    """A line for the user: what was refused and why, and how many files were protected; empty where nothing was.
 
-    Files, as the manifest counts them: what is refused may be a file that is no case, or one that holds many.
+    Files are counted, and not cases: what was refused may be no case, or hold many.
     """
     refusals = read_refusals(output_dir)
     if not refusals:
@@ -119,10 +118,10 @@ def close(
     refusals: Sequence[Refusal],
     uids: UidMap,
 ) -> list[ManifestRow]:
-    """Write a shard's manifest in the cohort's order; sign all that is finished; with the last shard write companions
-    and tables.
+    """Write the manifest of a shard in the cohort's order, and sign it with all others that are there.
 
-    Then every file below ``protected/`` is held against the manifest, and gets the time of the release's start.
+    The last shard adds what belongs to all: companions and tables. Then every file below ``protected/`` is held against
+    the manifest, and gets the time of the release's start.
 
     Args:
         output_dir: the output folder.
@@ -136,40 +135,54 @@ def close(
         The rows, with those of companions and tables where they were written.
     """
     others = [other for other in shards_of(shard.count) if other != shard and (output_dir / other.manifest).is_file()]
-    complete = len(others) == shard.count - 1
+    is_last = len(others) == shard.count - 1
     rest = read_manifest(output_dir, [other.journal for other in others])
-    tables = _tables([*rows, *rest], cohort) if complete else {}
-    texts = {f"{door.PROTECTED}/{name}": text for name, text in tables.items()}
-    table_rows, alone = [], []
-    if complete and cohort.companions:
-        released = {row.sample_id for row in (*rows, *rest)}
-        table_rows, refused = write_companions(output_dir, cohort.companions, released, uids, shard.part)
-        alone = [Refusal(companion.sample_id, error.reason, error.detail) for companion, error in refused]
-        released |= {row.sample_id for row in table_rows}
-        texts[REFERENCES], _ = link(closure(cohort.companions, released))
-    table_rows += [_table_row(name, content, cohort.root) for name, content in tables.items()]
-    whole = Shard()
-    own = [*refusals, *alone] if shard == whole else refusals
-    texts[shard.refusals], _ = link(map(asdict, own))
-    if alone and shard != whole:
-        texts[whole.refusals], _ = link(map(asdict, alone))
-    texts |= _manifests(shard, [*rows, *table_rows] if shard == whole else rows)
-    if complete and shard != whole:
-        texts |= _manifests(whole, table_rows)
+    lists = {shard: (list(rows), list(refusals))}
+    texts: dict[str, str | bytes] = {}
+    common: list[ManifestRow] = []
+    if is_last:
+        common, refused, texts = _close_whole(output_dir, shard, [*rows, *rest], cohort, uids)
+        whole_rows, whole_refusals = lists.setdefault(Shard(), ([], []))  # the same lists where there is one shard
+        whole_rows += common
+        whole_refusals += refused
+    for part, (its_rows, its_refusals) in lists.items():  # refusals first: a manifest says that its shard is finished
+        if its_refusals or part == shard or (output_dir / part.refusals).is_file():
+            texts[part.refusals], _ = link(map(asdict, its_refusals))
+        texts[part.journal], _ = journal_text(its_rows)
+        texts[part.manifest] = public_text(its_rows, _versions())
     door.write(output_dir, {**texts, **_signed(output_dir, texts, others, shard.count)}, shard.part)
     door.clear_staging(output_dir, shard.part)
-    if complete:
-        sweep(output_dir / door.PROTECTED, [*rows, *table_rows, *rest])
+    if is_last:
+        sweep(output_dir / door.PROTECTED, [*rows, *common, *rest])
         door.give_one_time(output_dir / door.PROTECTED, start_time(output_dir))
-    return [*rows, *table_rows]
+    return [*rows, *common]
+
+
+def _close_whole(
+    output_dir: Path, shard: Shard, rows: Sequence[ManifestRow], cohort: Cohort, uids: UidMap
+) -> tuple[list[ManifestRow], list[Refusal], dict[str, str | bytes]]:
+    """Write companions and make tables, for the rows of all shards.
+
+    Returns:
+        Rows of both, which companions were refused, and texts that are still to be written, by name.
+    """
+    tables = _tables(rows, cohort)
+    texts: dict[str, str | bytes] = {f"{door.PROTECTED}/{name}": content for name, content in tables.items()}
+    released = {row.sample_id for row in rows}
+    common, refused = write_companions(output_dir, cohort.companions, released, uids, shard.part)
+    if cohort.companions:
+        released |= {row.sample_id for row in common}
+        texts[REFERENCES], _ = link(closure(cohort.companions, released))
+    common += [_table_row(name, content, cohort.root) for name, content in tables.items()]
+    return common, [Refusal(each.sample_id, error.reason, error.detail) for each, error in refused], texts
 
 
 def _signed(
     output_dir: Path, texts: Mapping[str, str | bytes], others: Sequence[Shard], count: int
 ) -> dict[str, bytes]:
-    """Files that sign the chains among the texts, and those that other shards have written."""
+    """The files of the signature, over the chains among the texts and those that other shards have written."""
     ours = [name for name in texts if name.endswith(".jsonl") and not name.startswith(f"{door.PROTECTED}/")]
-    chains = {name: _chain(text) for name, text in texts.items() if name in ours}
+    chains = {name: _chain(texts[name]) for name in ours}
     for other in others:
         for name in (other.manifest, other.journal, other.refusals):
             chains[name] = _chain((output_dir / name).read_text())
@@ -182,7 +195,7 @@ def _signed(
 
 
 def _tables(rows: Sequence[ManifestRow], cohort: Cohort) -> dict[str, bytes]:
-    """Content of the tables that go with the files; of those that a cohort does not have, none."""
+    """Content of the tables that go with the files, by name; without those that the cohort has no use for."""
     written: dict[str, list[ManifestRow]] = {}
     for row in rows:
         written.setdefault(row.sample_id, []).append(row)
@@ -202,10 +215,6 @@ def _table_row(name: str, content: bytes, root: Path) -> ManifestRow:
     return ManifestRow(pseudonym(name), name, digest, 0, 0.0, 0, 0, digest, state=state)
 
 
-def _manifests(shard: Shard, rows: Sequence[ManifestRow]) -> dict[str, str]:
-    return {shard.journal: journal_text(rows)[0], shard.manifest: public_text(rows, _versions())[0]}
-
-
 def _chain(text: str) -> signature.Chain:
     lines = text.splitlines(keepends=True)
     return signature.Chain(door.sha256(lines[-1].encode()) if lines else GENESIS, len(lines))
@@ -223,11 +232,11 @@ def _versions() -> Mapping[str, str]:
 
 
 def _check_count(output_dir: Path, shard: Shard) -> None:
-    """A folder that was written in one number of shards cannot go on in another."""
+    """Refuse a folder that was written in another number of shards."""
     ours = {other.journal for other in shards_of(shard.count)} | {door.JOURNAL}
     there = {f"{door.PRIVATE}/{path.name}" for path in (output_dir / door.PRIVATE).glob(door.MANIFESTS)}
-    alone = shard.count > 1 and door.JOURNAL in there and there == {door.JOURNAL}
-    if there - ours or alone:
+    is_whole = there == {door.JOURNAL}  # of a release in shards, this one comes with the last of them
+    if there - ours or (is_whole and shard.count > 1):
         raise ValueError(
             f"the output folder was written in another number of shards than {shard.count}; go on with that number, or "
             "choose a new output folder"

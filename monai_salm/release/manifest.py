@@ -24,10 +24,9 @@ GENESIS = "0" * 64
 PROTECTED, COMPANION, LABEL, TABLE = "protected", "companion", "label", "table"
 """States of a released file: perturbed; copied with new references; voxel labels; made by the release."""
 PUBLIC = ("file", "sha256", "state", "epsilon", "levels", "max_abs", "changed", "voxels")
-"""What the public manifest tells of a file: nothing of its source, save a name that the copy keeps."""
-
+"""Fields of the public manifest. They tell nothing of a file's source, save a name that the copy keeps."""
 LEFT_BY_SYSTEMS = (".ds_store", "thumbs.db", "desktop.ini")
-"""Names (in lower case) of files that operating systems put into folders that somebody looks at."""
+"""Names (in lower case) of files that operating systems put into folders that are looked at."""
 
 
 class IntegrityError(RuntimeError):
@@ -69,7 +68,7 @@ class ManifestRow:
 
 
 def link(records: Iterable[Mapping[str, Any]], head: str = GENESIS) -> tuple[str, str]:
-    """Lines that go on from ``head``, and the new head.
+    """Lines that continue a chain from its ``head``, and the new head.
 
     Example:
         >>> text, head = link([{"file": "a"}])
@@ -88,7 +87,7 @@ def read_chain(path: Path, *, torn: bool = True) -> tuple[list[dict[str, Any]], 
 
     Args:
         path: of the file.
-        torn: leave out a last line that a killed run wrote in part; else that is an error too.
+        torn: leave out a last line that a killed run wrote in part; if false, that is an error too.
 
     Raises:
         IntegrityError: When a line does not follow from the one before.
@@ -128,7 +127,7 @@ def read_manifest(output_dir: Path | str, journals: Iterable[str] | None = None)
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[ManifestRow]:
-    """Rows of the records of journals; of two of one file the later."""
+    """Rows of the records of journals; where two are of one file, the later one."""
     known = {field.name for field in fields(ManifestRow)}
     rows = (ManifestRow(**{key: value for key, value in record.items() if key in known}) for record in records)
     return list({row.file: row for row in rows}.values())
@@ -139,31 +138,35 @@ def journal_text(rows: Iterable[ManifestRow], head: str = GENESIS) -> tuple[str,
     return link(map(vars, rows), head)
 
 
-def public_text(rows: Iterable[ManifestRow], versions: Mapping[str, str]) -> tuple[str, str]:
-    """The public manifest, sorted by file so that nothing is told by the order, and its head.
+def public_text(rows: Iterable[ManifestRow], versions: Mapping[str, str]) -> str:
+    """The public manifest, sorted by file so that the order tells nothing.
 
     Args:
         rows: of the journal.
         versions: of the software that wrote the files, by name.
     """
     header = {"manifest": "monai_salm", "schema": SCHEMA, "versions": dict(versions)}
-    told = ({name: getattr(row, name) for name in PUBLIC} for row in sorted(rows, key=lambda row: row.file))
-    return link([header, *told])
+    records = ({name: getattr(row, name) for name in PUBLIC} for row in sorted(rows, key=lambda row: row.file))
+    return link([header, *records])[0]
 
 
 def differences(root: Path, expected: Mapping[str, str], *, thorough: bool = False) -> Iterator[tuple[str, str]]:
-    """What a folder holds that it should not, lacks, or holds otherwise: pairs of what is wrong and the file's name.
+    """How a folder differs from what it should hold.
 
     Args:
         root: the folder.
         expected: sha256 by path below it.
-        thorough: tell of empty folders too, and go on where a file or folder cannot be read (``"unreadable"``).
+        thorough: count empty folders as files, and go on where a file or folder cannot be read (``"unreadable"``).
+
+    Yields:
+        ``"missing"``, ``"changed"``, ``"added"`` or ``"unreadable"``, and the path below the folder.
 
     Raises:
         OSError: When something cannot be read, unless it is ``thorough``.
     """
     present = dict(walk(root, thorough=thorough))
-    closed = tuple(f"{name}/".lstrip("/") for name, kind in present.items() if kind is None)
+    # Of the folder itself, whose name is empty, this is the prefix of all names.
+    closed = tuple(f"{name}/".lstrip("/") for name, is_file in present.items() if is_file is None)
     for name, digest in expected.items():
         if name.startswith(closed):
             continue
@@ -182,12 +185,15 @@ def differences(root: Path, expected: Mapping[str, str], *, thorough: bool = Fal
 
 
 def walk(folder: Path, below: str = "", *, thorough: bool = False) -> Iterator[tuple[str, bool | None]]:
-    """Path of everything in a folder but its folders, and whether it is a regular file; links are not followed.
+    """Everything below a folder but folders; links are not followed.
 
     Args:
         folder: the folder.
         below: goes in front of each path.
-        thorough: tell of empty folders too, and (None) of those that cannot be opened.
+        thorough: yield empty folders too, and those that cannot be opened; else these raise.
+
+    Yields:
+        Its path, and whether it is a regular file; None for a folder that cannot be opened.
     """
     try:
         if not folder.is_dir():
@@ -209,7 +215,7 @@ def walk(folder: Path, below: str = "", *, thorough: bool = False) -> Iterator[t
 
 
 def sweep(root: Path, rows: Iterable[ManifestRow]) -> None:
-    """Hold a protected folder against its manifest.
+    """Check that a protected folder holds what its manifest lists, and nothing else.
 
     Raises:
         IntegrityError: When it holds another file, or lacks one, or one has changed.

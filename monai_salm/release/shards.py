@@ -32,8 +32,10 @@ class Shard:
             raise ValueError(f"there is no shard {self.index} of {self.count}; count from 1, up to {MAX_SHARDS}")
 
     @classmethod
-    def parse(cls, text: str | Shard) -> Shard:
-        """The shard of ``"I/N"``."""
+    def parse(cls, text: str | Shard | None) -> Shard:
+        """The shard of ``"I/N"``; a shard is returned as it is, and None means the whole release."""
+        if not text:
+            return cls()
         if isinstance(text, Shard):
             return text
         numbers = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
@@ -63,15 +65,15 @@ class Shard:
 
     @property
     def part(self) -> str:
-        """Name of its own folder in the staging folder; empty where there is one process only."""
+        """What its names have that others have not, ``"2-of-4"``; empty where one process writes everything."""
         return "" if self.count == 1 else f"{self.index}-of-{self.count}"
 
     def holds(self, digest: bytes) -> bool:
-        """Whether what has this (keyed, evenly spread) digest is in this part."""
+        """Whether a unit is in this part, by a keyed digest of it, which spreads units evenly."""
         return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
 
     def named(self, name: str) -> str:
-        """Name of its own file in place of ``name.jsonl``."""
+        """Name of its own file beside those of other shards, in place of ``name.jsonl``."""
         return name.replace(".jsonl", f"-{self.part}.jsonl") if self.part else name
 
 
