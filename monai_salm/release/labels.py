@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +17,12 @@ from monai_salm.release.companions import Companion
 from monai_salm.release.earlier import EarlierRelease
 from monai_salm.release.folders import class_folders
 from monai_salm.release.gates import Refusal
+from monai_salm.release.held_out import held_out_ids
+from monai_salm.release.pairing import shared_mask
 from monai_salm.release.table import LABELS_FILE, LabelRow, alike, match, natural, read_labels
-from monai_salm.release.voxels import VoxelLabels, class_names, find_voxel_labels, other_classes, shared_mask
+from monai_salm.release.voxels import VoxelLabels, class_names, find_voxel_labels, other_classes
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT_FRACTION = 0.25
-"""Part of each class that the study keeps from its victims when the table names no test cases."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +280,7 @@ def label_cases(
         raise ValueError(other_classes(set(found) - set(classes)))
     classes = found if classes is None else tuple(classes)
     cases = tuple(replace(case, label=classes.index(label)) for case, label in named)
-    held_out = _named_test(cases) or _held_out(cases, seed)
+    held_out = held_out_ids(cases, seed)
     cohort = Cohort(cases, classes, tuple(refusals), catalog.root, held_out, companions=catalog.companions)
     _warn(cohort)
     return cohort
@@ -303,7 +300,7 @@ def _label_voxels(catalog: Catalog, seed: int, known: bool) -> Cohort:
     if not cases or (catalog.class_voxels and not known):
         _check_foreground(cases, present, catalog.classes)
     counts = {case.sample_id: catalog.class_voxels[case.sample_id] for case in cases if catalog.class_voxels}
-    held_out = _named_test(cases) or _held_out_patients(cases, present, seed)
+    held_out = held_out_ids(cases, seed, present)
     refusals = (*catalog.refusals, *refused)
     cohort = Cohort(tuple(cases), catalog.classes, refusals, catalog.root, held_out, counts, catalog.companions)
     _warn(cohort)
@@ -333,56 +330,6 @@ def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) ->
 def _only_tested(count: int, classes: Sequence[str]) -> ValueError:
     told = f"{count} of {len(classes)} classes occur in split test only; move some of their cases to train"
     return ValueError("; ".join(filter(None, [told, alike(classes)])))
-
-
-def _named_test(cases: Sequence[Case]) -> frozenset[str]:
-    return frozenset(case.sample_id for case in cases if case.split == "test")
-
-
-def _train_patients(cases: Sequence[Case]) -> dict[str, list[Case]]:
-    groups: dict[str, list[Case]] = defaultdict(list)
-    for case in cases:
-        if case.split == "train":
-            groups[case.group].append(case)
-    return groups
-
-
-def _held_out(cases: Sequence[Case], seed: int) -> frozenset[str]:
-    """Whole patients, taken until each class has lent its part, but never a class's last patient."""
-    groups = _train_patients(cases)
-    total = Counter(case.label for members in groups.values() for case in members)
-    taken: dict[int, int] = defaultdict(int)
-    out: set[str] = set()
-    for group in _shuffled(groups, seed):
-        counts = Counter(case.label for case in groups[group])
-        wanted = any(taken[label] < max(1, round(HELD_OUT_FRACTION * total[label])) for label in counts)
-        if wanted and all(taken[label] + count < total[label] for label, count in counts.items()):
-            out |= {case.sample_id for case in groups[group]}
-            for label, count in counts.items():
-                taken[label] += count
-    return frozenset(out)
-
-
-def _held_out_patients(cases: Sequence[Case], present: Mapping[str, set[int]], seed: int) -> frozenset[str]:
-    """A seeded quarter of the patients, somebody of each class if that can be, but never the last one that has it."""
-    groups = _train_patients(cases)
-    has = {group: set().union(*(present[case.sample_id] for case in members)) for group, members in groups.items()}
-    left = Counter(label for labels in has.values() for label in labels)
-    order = [group for group in _shuffled(groups, seed) if all(left[label] > 1 for label in has[group])]
-    first = {label: group for group in reversed(order) for label in has[group]}
-    somebody = [first[label] for label in sorted(first, key=lambda label: (left[label], label))]  # of the rarest first
-    taken: list[str] = []
-    for group in dict.fromkeys([*somebody, *order]):
-        if len(taken) < max(1, round(HELD_OUT_FRACTION * len(groups))) < len(groups):
-            if all(left[label] > 1 for label in has[group]):
-                left -= Counter(has[group])
-                taken.append(group)
-    return frozenset(case.sample_id for group in taken for case in groups[group])
-
-
-def _shuffled(groups: Iterable[str], seed: int) -> list[str]:
-    """Patients by a hash of the seed and their name, so that the order does not depend on that of the files."""
-    return sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
 def _warn(cohort: Cohort) -> None:

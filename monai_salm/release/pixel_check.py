@@ -10,8 +10,8 @@ from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.io.soundness import Sound, examine
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.gates import Refused
+from monai_salm.release.pairing import shared_mask
 from monai_salm.release.progress import track
-from monai_salm.release.voxels import shared_mask
 from monai_salm.stored import StoredCodec
 
 
