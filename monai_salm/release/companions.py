@@ -20,7 +20,7 @@ from monai_salm.release.identity import UidMap, pseudonym
 from monai_salm.release.manifest import COMPANION, ManifestRow, read_chain
 
 REFERENCES = f"{door.PRIVATE}/references.jsonl"
-"""Each companion of a release: how many instances it refers to, and how many of them are not released."""
+"""Chain with a line per companion: how many instances it refers to, and how many of these are not released."""
 ALONE = RefusedError(
     "companion_without_image", "it refers to no image of the release; it may describe one that was refused"
 )
@@ -35,8 +35,8 @@ class Companion:
         file: absolute path.
         name: its POSIX path relative to the export.
         uid: its SOPInstanceUID.
-        references: number of instances that it refers to, by ``sample_id`` of the case or companion that they are part
-            of; ``""`` for those that are not in the export or cannot be protected.
+        references: how many instances it refers to, by ``sample_id`` of the case or companion that these are part of;
+            ``""`` stands for those that are not in the export or cannot be protected.
     """
 
     sample_id: str
@@ -76,7 +76,7 @@ class CompanionFiles:
     def resolve(
         self, cases: Collection[str], owners: Mapping[str, str], broken: Mapping[Path, RefusedError]
     ) -> tuple[list[Companion], list[Refused]]:
-        """Those that belong to cases, and all others as refused.
+        """Divide the companions into those that belong to cases, and all others, which are refused.
 
         Args:
             cases: ``sample_id`` of every case.
@@ -92,14 +92,15 @@ class CompanionFiles:
             companions.append(Companion(pseudonym(uid), path, name, uid, tuple(sorted(references.items()))))
         kept = belonging(companions, cases)
         alone = {each.sample_id for each in companions} - {each.sample_id for each in kept}
-        refused: list[Refused] = []
-        refused += [([self._found[path][0]], error, "") for path, error in broken.items() if path in self._found]
+        refused: list[Refused] = [
+            ([self._found[path][0]], error, "") for path, error in broken.items() if path in self._found
+        ]
         refused += [([each.name, each.uid], ALONE, "") for each in companions if each.sample_id in alone]
         return kept, refused
 
 
 def belonging(companions: Sequence[Companion], released: Iterable[str]) -> list[Companion]:
-    """Those that refer to a released case, or to a companion that does."""
+    """Those that refer to a released case, or to another companion that belongs to the release."""
     known, kept = set(released), set()
     while new := {
         companion.sample_id
@@ -139,10 +140,11 @@ def write_companions(
 
 
 def closure(companions: Sequence[Companion], released: Collection[str]) -> list[dict[str, str | int]]:
-    """What each released companion refers to, and how much of it is not there: nothing dangles unseen."""
-    chosen = [companion for companion in companions if companion.sample_id in released]
+    """Records of :py:data:`REFERENCES` for the released companions, so that no reference dangles unseen."""
     return [
-        {"sample_id": each.sample_id, "references": each.total, "not_released": each.lost(released)} for each in chosen
+        {"sample_id": each.sample_id, "references": each.total, "not_released": each.lost(released)}
+        for each in companions
+        if each.sample_id in released
     ]
 
 

@@ -52,7 +52,7 @@ class EarlierRelease:
         return tuple(json.loads((self.folder / CLASSES).read_text()))
 
     def _chain(self) -> Iterator[Path]:
-        """Its folder, and those of the releases that it followed in turn; all of them share a key."""
+        """Its folder, and that of the release that it followed, and so on; all of them share a key."""
         out: Path | None = self.folder
         seen: set[Path] = set()
         while out is not None and out not in seen:
@@ -74,13 +74,13 @@ class EarlierRelease:
         """
         shared: set[str] = set()
         for out in self._chain():
-            with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is for a warning alone
+            with suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: only a warning needs it
                 its = json.loads((out / PATIENTS).read_text())
                 shared |= {*patients["test"]} & {*its["released"]} | {*patients["released"]} & {*its["test"]}
         return len(shared)
 
     def without_its_cases(self, catalog: Catalog) -> Catalog:
-        """Refuse what it has protected already: under one key two versions of an image would share their UIDs."""
+        """Refuse cases that it has protected already: under one key two copies of an image would share their UIDs."""
         released = {row.sample_id for out in self._chain() for row in read_manifest(out)}
         again = [case for case in catalog.cases if owner_id(case) in released]
         detail = "the earlier release has a case of this name; leave it out, or give other data another name"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a file of an export out: no format fits it, it is not de-identified, or it is protected already."""
+"""Refusals, and the checks of any format: no format fits, not de-identified, a UID twice, or protected already."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from monai_salm.release.manifest import LEFT_BY_SYSTEMS, PROTECTED, IntegrityErr
 IGNORED = ("dicomdir", "labels.csv", *LEFT_BY_SYSTEMS)
 """Names (in lower case) of files that are no images and are read elsewhere or made anew."""
 _ARCHIVES = (b"PK\3\4", b"PK\5\6", b"7z\xbc\xaf\x27\x1c", b"Rar!")
-"""How they begin: zip (the second is an empty one), 7z, rar; tar is known by what stands at byte 257."""
+"""How archives begin: zip, empty zip, 7z and rar."""
 Refused = tuple[Sequence[str], RefusedError, str]
-"""Real names of what is refused, why, and its ``sample_id`` (empty for what is no case, and for several)."""
+"""Real names of what is refused, why, and its ``sample_id``; that is empty unless it is one case."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
 
 
 def summary(refusals: Sequence[Refusal | RefusedError]) -> str:
-    """Reasons with their counts, and what the most frequent one says: ``"2 broken_file; broken_file: repair it"``.
+    """Reasons with their counts, and the detail of the most frequent: ``"2 broken_file; broken_file: repair it"``.
 
-    Where that names another reason as its cause, what this one says.
+    Where that detail names another reason as its cause, the detail of the cause.
     """
     reasons = Counter(refusal.reason for refusal in refusals)
     most = next((each for each in refusals if reasons[each.reason] == max(reasons.values())), None)
@@ -91,13 +91,13 @@ def unknown(path: Path, head: bytes) -> RefusedError:
         return RefusedError("nifti_pair", "the voxels of a .hdr/.img pair; convert it to a single .nii file")
     if head[:3] == b"\xff\xd8\xff":
         return RefusedError("jpeg_image", "JPEG cannot hold exact changes; export the image as PNG, TIFF or DICOM")
-    if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
+    if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":  # the latter is tar
         return RefusedError("unknown_file", "an archive of files; unpack it first, and protect the folder")
     return RefusedError("unknown_file", "the content is neither DICOM nor NIfTI, PNG, TIFF or an .npz archive")
 
 
 def uids_of(path: Path) -> tuple[str, ...]:
-    """UIDs of instance, series and study of a refused file, by which a table may call it; empty where it tells none."""
+    """UIDs of instance, series and study of a refused file, which a table may use as its name; empty where unknown."""
     try:
         return worker.call(dicom.read_uids, path)
     except RefusedError:
@@ -105,7 +105,7 @@ def uids_of(path: Path) -> tuple[str, ...]:
 
 
 def same_uids(files: Iterable[tuple[Path, str]]) -> dict[Path, RefusedError]:
-    """The refusal of each DICOM file that has no SOPInstanceUID, or that of another: a PACS keeps only one of them.
+    """The refusal of each DICOM file that has no SOPInstanceUID, or shares it: a PACS keeps only one of such files.
 
     Args:
         files: each file of the export, and its SOPInstanceUID.
@@ -150,7 +150,7 @@ class ReleasedFiles:
 
 
 def _listed(path: Path) -> set[str]:
-    """Digests of the protected images of a manifest; none where it is not one of ours."""
+    """Digests of the protected images in a manifest; empty where the file is no manifest of ours."""
     if path.is_symlink():
         return set()
     try:

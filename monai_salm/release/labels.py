@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels and splits of a cohort: from a table, class folders, the archive that brings its own, or by voxel."""
+"""Labels and splits of a cohort: from a table, class folders, an archive that has its own, or files of voxel labels."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def load_cohort(
     window = as_window(window)
     earlier = EarlierRelease(like) if like else None
     found = find_labels(dataset_dir, labels)  # before the scan: a typing error should not cost a scan
-    if found is None:  # unless archives bring labels: say so before every image is decoded
+    if found is None:  # only archives have labels then; raise, if there are none, before every image is decoded
         label_cases(scan(dataset_dir, spatial_dims, check_pixels=False), None, seed=seed)
     catalog = scan(
         dataset_dir,
@@ -174,8 +174,8 @@ def load_cohort(
 
 
 def find_labels(dataset_dir: Path | str, labels: Path | str | None = None) -> list[LabelRow] | VoxelLabels | None:
-    """What tells the labels of an export: a table, ``dataset.json``, DICOM SEG files or class folders of PNG and TIFF
-    images; None where only archives can.
+    """What an export says about labels: a table, ``dataset.json``, DICOM SEG files or class folders of PNG and TIFF
+    images; None where only archives can say it.
 
     A table ``case,label`` decides that cases are labeled as a whole, whatever else the export holds.
 
@@ -287,8 +287,13 @@ def label_cases(
 
 
 def _label_voxels(catalog: Catalog, seed: int, known: bool) -> Cohort:
-    """Cohort of a catalog whose cases have masks; each class that occurs must occur in released cases, unless an
-    earlier release has taught it."""
+    """Cohort of a catalog whose cases have masks.
+
+    Args:
+        catalog: the scanned export.
+        seed: see :py:func:`label_cases`.
+        known: whether the classes are of an earlier release; else each that occurs must occur in released cases.
+    """
     tested = [unit for unit in formats.units(catalog.cases) if any(case.split == "test" for case in unit)]
     shared = {case: shared_mask(case) for unit in tested for case in unit if case.split != "test"}
     cases = [case for case in catalog.cases if case not in shared]
@@ -308,6 +313,7 @@ def _label_voxels(catalog: Catalog, seed: int, known: bool) -> Cohort:
 
 
 def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], classes: Sequence[str]) -> None:
+    """Raise unless each class of voxels that occurs, and one at least, occurs in released cases."""
     if not cases:
         raise ValueError("no case with voxel labels is left; see the reasons for what was refused")
     released = set().union(*(present[case.sample_id] for case in cases if case.split != "test"))
@@ -319,6 +325,7 @@ def _check_foreground(cases: Sequence[Case], present: Mapping[str, set[int]], cl
 
 
 def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) -> None:
+    """Raise unless there are two classes, and each occurs in released cases."""
     if len(classes) < 2:
         found = "no case has a label" if not classes else f"all {len(named)} labeled cases are of one class"
         raise ValueError(f"{found}; a classification cohort needs two or more classes with usable cases")
@@ -333,7 +340,7 @@ def _only_tested(count: int, classes: Sequence[str]) -> ValueError:
 
 
 def _warn(cohort: Cohort) -> None:
-    """Tell what may be a mistake."""
+    """Log what may be a mistake."""
     if shared := set.intersection(*map(set, cohort.patients.values())):
         logger.warning("%d patients have cases both in split test and in a released split", len(shared))
     if told := alike(cohort.classes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every case of an export is decoded once before anything is promised: what is broken or cannot change is refused."""
+"""Decode every case of an export once, and refuse what is broken or cannot be changed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ def sound_cases(
 
     Returns:
         The cases that are sound, the voxels of each class by sample id, and what is refused.
-
     """
     kept: list[Case] = []
     class_voxels: dict[str, tuple[int, ...]] = {}
     refused: list[Refused] = []
-    bar = track(cases, "checking pixels")
+    bar = track(cases, "checking pixels")  # advanced by hand: a refused unit ends early
     for unit in formats.units(cases):
         culprit = unit[0]
         try:
@@ -46,16 +45,16 @@ def sound_cases(
                     _check_budget(sound.codec, budget)
             kept += unit
         except RefusedError as error:
-            if unit[0].mask and len(unit) > 1:
+            if unit[0].mask and len(unit) > 1:  # images that share a label file: each has its own reason
                 refused += [
                     (case.names, error if case is culprit else shared_mask(case, error.reason), case.sample_id)
                     for case in unit
                 ]
-                continue
-            name = unit[0].sample_id if len(unit) == 1 else ""
-            shared = [] if unit[0].index is None else [unit[0].file_name.as_posix()]
-            refused.append(([*shared, *(name for case in unit for name in case.names)], error, name))
-    for _ in bar:  # what was left of refused units
+            else:  # one case, or all cases of one file, which are refused under its name
+                file = [] if unit[0].index is None else [unit[0].file_name.as_posix()]
+                names = [*file, *(name for case in unit for name in case.names)]
+                refused.append((names, error, unit[0].sample_id if len(unit) == 1 else ""))
+    for _ in bar:  # the cases of refused units that were not looked at
         pass
     return kept, class_voxels, refused
 

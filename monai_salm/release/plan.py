@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run would do, told before it does anything: files, bytes, refusals, disk and time. Writes nothing at all."""
+"""What a run would do: files, bytes, refusals, disk and time, from some images that are tried in memory."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Plan:
         files: files and bytes by format and state.
         cases: cases by format and state; none of labels and companions.
         refused: refusals by reason.
-        copy_bytes: the copy's size as the samples let expect; None where none could be tried.
+        copy_bytes: the copy's size, estimated from the samples; None where none of a format could be tried.
         bank_bytes: most that the perturbations can take, uncompressed.
         free_bytes: free on the disk of the output folder.
-        seconds: to write and check the files, from the samples; None where none could be tried.
+        seconds: to write and check the files, estimated from the samples; None as for ``copy_bytes``.
         tried: how many files and bytes the samples had.
         refused_at_writing: samples that could not be written, by reason.
     """
@@ -130,28 +130,24 @@ def make_plan(
     noise = _Noise(Budget.parse(budget), mask_ratio)
     rates = {form: _try(_spread(found), noise, spatial_dims, window, gate) for form, found in by_format.items()}
     states = _states(cohort, units)
-    copy_bytes, seconds, bank_bytes = 0.0, 0.0, 0.0
+    copy_bytes: float = sum(size for (_, state), (_, size) in states.items() if state in ("label", "companion"))
+    bank_bytes = seconds = 0.0
     known = all(rate.files for rate in rates.values()) and bool(rates)
-    for (form, state), (count, size) in states.items():
-        rate = rates.get(form)
-        if state in ("label", "companion"):
-            copy_bytes += size
-        elif state == "protected" and rate is not None and known:
-            copy_bytes += size * rate.written / rate.size
-            seconds += size * rate.seconds / rate.size
-            bank_bytes += banks * count * rate.voxels / rate.files
-    tried = sum(rate.files for rate in rates.values()), sum(rate.size for rate in rates.values())
-    cases = Counter((case.format, HELD_OUT if case.split == "test" else "protected") for case in cohort.cases)
+    for form, rate in rates.items() if known else ():
+        count, size = states[form, "protected"]
+        copy_bytes += size * rate.written / rate.size
+        seconds += size * rate.seconds / rate.size
+        bank_bytes += banks * count * rate.voxels / rate.files
     return Plan(
-        states,
-        cases,
-        dict(Counter(refusal.reason for refusal in cohort.refusals)),
-        round(copy_bytes) if known else None,
-        round(bank_bytes),
-        shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free,
-        seconds if known else None,
-        tried,
-        dict(sum((rate.refused for rate in rates.values()), Counter())),
+        files=states,
+        cases=Counter((case.format, HELD_OUT if case.split == "test" else "protected") for case in cohort.cases),
+        refused=dict(Counter(refusal.reason for refusal in cohort.refusals)),
+        copy_bytes=round(copy_bytes) if known else None,
+        bank_bytes=round(bank_bytes),
+        free_bytes=shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free,
+        seconds=seconds if known else None,
+        tried=(sum(rate.files for rate in rates.values()), sum(rate.size for rate in rates.values())),
+        refused_at_writing=dict(sum((rate.refused for rate in rates.values()), Counter())),
     )
 
 
@@ -173,6 +169,7 @@ class _Noise:
 def _try(
     units: Sequence[tuple[Case, ...]], noise: _Noise, spatial_dims: int, window: Window, gate: Gate | None
 ) -> _Rate:
+    """Protect units of one format in memory, and measure it; those that are refused are counted."""
     rate = _Rate()
     until = time.monotonic() + SAMPLE_SECONDS
     uids, now = UidMap(secrets.token_bytes(32)), datetime.now(timezone.utc)
@@ -193,7 +190,7 @@ def _try(
         except RefusedError as error:
             rate.refused[error.reason] += 1
             continue
-        except ValueError:  # told of by the run itself
+        except ValueError:  # the run itself reports it
             continue
         rate.seconds += time.monotonic() - start + reading
         rate.written += written
