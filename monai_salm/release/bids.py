@@ -33,8 +33,8 @@ PERSONAL = frozenset(
     "PatientID OtherPatientIDs PatientAddress PatientTelephoneNumbers IssuerOfPatientID AccessionNumber StudyID "
     "RequestedProcedureID DeviceSerialNumber StationName PatientsName PatientsBirthDate ScanDate".split()
 )
-"""Keys that converters write into sidecars, at any depth, and that no copy keeps; and so are all names of persons, UIDs
-and dates that the DICOM standard has a keyword for (PS3.6)."""
+"""Keys that no copy of a sidecar keeps, at any depth. Nor does it keep keys that are the DICOM keyword (PS3.6) of a
+person's name, a UID or a date."""
 _NAME = re.compile(
     r"(?P<entities>(?:[a-z]+-[A-Za-z0-9+]+_)*)(?P<suffix>[A-Za-z0-9]+)(?P<ending>\.nii|\.nii\.gz|\.json|\.bval|\.bvec|\.tsv|\.tsv\.gz)"
 )
@@ -139,7 +139,7 @@ def derivative(root: Path, cases: Sequence[Case]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for name in _companions(root, subjects):
         if name not in taken and _wanted(name, near.get(subject(name), ()) if subject(name) else images):
-            with suppress(RefusedError):  # told by the scan
+            with suppress(RefusedError):  # the scan has reported it
                 found[name] = _copied(root / name, name)
     raw = _description(root)
     # Required of a derivative; an image of a raw data set is as the scanner made it.
@@ -168,12 +168,14 @@ def _companions(root: Path, subjects: Iterable[str]) -> Iterator[str]:
 
 
 def _wanted(name: str, images: Iterable[str]) -> bool:
-    """Whether a companion goes with a released image. Lists of scans do not: they name originals and dates."""
+    """Whether a companion goes with any of some released images; lists of scans, with originals and dates, never do."""
     parts = _NAME.fullmatch(PurePosixPath(name).name)
     return bool(_TOP.fullmatch(name)) or (parts is not None and any(_goes_with(name, parts, each) for each in images))
 
 
 def _goes_with(name: str, parts: re.Match[str], image: str) -> bool:
+    """Whether a companion goes with an image, by the inheritance principle: it lies in the folder of the image or one
+    above, no entity contradicts the image's, and its suffix is that of the image or goes with any."""
     its = _NAME.fullmatch(PurePosixPath(image).name)
     if its is None or not PurePosixPath(image).parent.is_relative_to(PurePosixPath(name).parent):
         return False

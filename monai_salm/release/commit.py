@@ -18,19 +18,19 @@ from typing import Generic, TypeVar
 PROTECTED = "protected"
 """Folder of the output folder that is meant to be shared."""
 MANIFEST = "manifest.jsonl"
-"""Shared with the files: what each is now, and nothing of what it was."""
+"""Shared with the files: what each file is now, and nothing of what it was."""
 MANIFESTS = "manifest*.jsonl"
-"""Those of all shards; their journals in ``PRIVATE`` are called alike."""
+"""Pattern of the manifests of all shards, and in ``PRIVATE`` of their journals."""
 PRIVATE = "private"
 JOURNAL = f"{PRIVATE}/manifest.jsonl"
-"""The owner's: which original each file came from; grows while files are written."""
+"""The owner's own manifest, which names the original of each file; it grows while files are written."""
 RUN = f"{PRIVATE}/run.json"
 REFUSALS = f"{PRIVATE}/refusals.jsonl"
 LOCK = f"{PRIVATE}/lock"
 STAGING = ".staging"
 DEMO_EXPORT = "export"
 _MARKERS = (MANIFEST, RUN)
-"""Any of these says that an output folder is ours."""
+"""A folder with any of these is one of our output folders."""
 _CHUNK = 1 << 17
 """Bytes read at a time: memory for a whole file costs more than to read it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,7 +68,7 @@ class Committed(Generic[Result]):
 
 
 def check_output(source: Path, output_dir: Path) -> None:
-    """Refuse an output folder that could harm the export or hide foreign files among the protected ones.
+    """Refuse an output folder that could harm the export, or in which protected files would be mixed with others.
 
     An export at ``output_dir/export`` is allowed: that is the demo's layout.
 
@@ -97,8 +97,8 @@ def check_output(source: Path, output_dir: Path) -> None:
             raise ValueError(f"no permission to write in {place}; allow it, or name another output folder")
     if not new.is_dir() or any((new / marker).is_file() for marker in _MARKERS):
         return
-    locks = all(path.name.startswith(PurePosixPath(LOCK).name) for path in (new / PRIVATE).glob("*"))
-    ours = [new / PRIVATE, new / STAGING] if locks else []  # of a run that was killed at once
+    only_locks = all(path.name.startswith(PurePosixPath(LOCK).name) for path in (new / PRIVATE).glob("*"))
+    ours = [new / PRIVATE, new / STAGING] if only_locks else []  # what a run leaves that is killed at once
     foreign = [entry for entry in new.iterdir() if not (old.is_relative_to(entry) or entry in ours)]
     if foreign:
         raise ValueError(
@@ -132,7 +132,7 @@ def commit(output_dir: Path, files: Iterable[Staged[Result]], part: str = "") ->
             with _explained():
                 digest = _stage(path, file.content)
             staged.append((path, file.name, digest, file.verify(path)))
-            del file  # or its bytes are still here when those of the next one come
+            del file  # frees its bytes before those of the next one are made
         with _explained():
             _move(output_dir, [(path, name) for path, name, _, _ in staged])
     finally:
@@ -143,7 +143,7 @@ def commit(output_dir: Path, files: Iterable[Staged[Result]], part: str = "") ->
 
 
 def write(output_dir: Path, texts: Mapping[str, str | bytes], part: str = "") -> None:
-    """Commit files that need no check (content by name), see :py:func:`commit`; not those that are there already."""
+    """Commit files that need no check, given their content by name; those that are there already are left alone."""
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
     new = [name for name, content in contents.items() if not holds(output_dir / name, sha256(content))]
     if new:
@@ -192,14 +192,14 @@ def clear_staging(output_dir: Path, part: str = "") -> None:
 
 
 def give_one_time(folder: Path, when: datetime) -> None:
-    """Give one time to all that a folder holds: files are written in the order of the export's names."""
+    """Set the times of everything in a folder to one time: theirs would tell the order of the export's names."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in (*names, "."):
             os.utime(os.path.join(root, name), (when.timestamp(), when.timestamp()))
 
 
 def _stage(part: Path, content: bytes | memoryview) -> str:
-    """Write and flush, then read back; the sha256 of what the disk gave, which is what was written."""
+    """Write and flush a file, read it back, and return the sha256."""
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         _write_all(handle, content)
@@ -208,13 +208,14 @@ def _stage(part: Path, content: bytes | memoryview) -> str:
         os.close(handle)
     view = memoryview(content)
     with part.open("rb") as stream:
-        for start in range(0, len(content) + 1, _CHUNK):  # once more behind the last: nothing may follow
+        for start in range(0, len(content) + 1, _CHUNK):  # + 1: reads past the end too, where nothing may follow
             if stream.read(_CHUNK) != bytes(view[start : start + _CHUNK]):
                 raise OutputError("the disk gave back other bytes than were written; check the storage before going on")
     return sha256(content)
 
 
 def _move(output_dir: Path, pairs: Sequence[tuple[Path, PurePosixPath]]) -> None:
+    """Move staged files to their names, and flush the folders."""
     folders = dict.fromkeys(name.parent for _, name in pairs)
     for folder in folders:
         _make_folders(output_dir, folder)
@@ -267,7 +268,7 @@ def _make_folders(output_dir: Path, name: PurePosixPath) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say of a failed write what is safe and what to do."""
+    """Turn an error of the disk into one that says what is safe and what to do."""
     try:
         yield
     except OSError as error:

@@ -36,8 +36,11 @@ def read_dataset(path: Path) -> dict[str, Any]:
 
 
 def read_pairs(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
-    """Names of the classes, the pairs (nnU-Net lists none), and the images to test on that have no label here: they are
-    no cases.
+    """Read a ``dataset.json``.
+
+    Returns:
+        Names of the classes; the pairs, of which nnU-Net lists none; and the test images without a label, which are no
+        cases.
 
     Raises:
         ValueError: When something of it is broken.
@@ -69,7 +72,7 @@ def read_pairs(path: Path) -> tuple[Names, list[LabelRow], set[str]]:
 
 
 def _read_names(labels: Any) -> dict[int, str]:
-    """Both forms that are in use: ``{"0": "background", ...}`` and ``{"background": 0, ...}``."""
+    """Name of each voxel value, from either form in use: ``{"0": "background", ...}`` or ``{"background": 0, ...}``."""
     if not isinstance(labels, dict) or not labels:
         raise ValueError(f"{DATASET_FILE} needs 'labels', such as {{'0': 'background', '1': 'tumor'}}")
     pairs = list(labels.items())

@@ -24,7 +24,6 @@ SPLIT_FOLDERS = {
 _LIKE_A_SPLIT = re.compile(
     r"(?<![a-z])(train|training|val|valid|validation|test|testing|eval|evaluation|holdout|fold|split)(?![a-z])"
 )
-SOURCE = "the class folders"
 OTHER_CHANNELS = RefusedError(
     "other_channels", "a network takes either grayscale or RGB images, and most of this export are of the other kind"
 )
@@ -37,9 +36,9 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         dataset_dir: the export.
 
     Raises:
-        ValueError: When the folder of a split holds images, or one that holds others (or lies beside splits) is named
-            like a split (``test_set``), but none that is known: taken for a class, it would release images that are
-            meant to test on.
+        ValueError: When the folder of a split holds images outside of class folders; or when a folder is named like a
+            split, but not as one that is known (``test_set``), and has folders in it or splits beside it: taken for a
+            class, it would release images that are meant to test on.
     """
     rows: list[LabelRow] = []
     for path, head in _heads(dataset_dir):
@@ -53,12 +52,13 @@ def class_folders(dataset_dir: Path) -> list[LabelRow] | None:
         if not folders:
             return None
         name = path.relative_to(dataset_dir).as_posix()
-        rows.append(LabelRow(len(rows) + 1, name, folders[0], split, source=SOURCE))
+        rows.append(LabelRow(len(rows) + 1, name, folders[0], split, source="the class folders"))
     _refuse_splits_taken_for_classes(rows)
     return rows if len({row.label for row in rows}) > 1 else None
 
 
 def _refuse_splits_taken_for_classes(rows: Sequence[LabelRow]) -> None:
+    """Raise where what was taken for a class may be a split, see :py:func:`class_folders`."""
     if any(row.label.lower() in SPLIT_FOLDERS for row in rows):
         raise ValueError(
             "the folder of a split holds images that lie in no class folder, so nothing tells their class; move them "
@@ -81,7 +81,7 @@ def count_channels(dataset_dir: Path | str) -> int:
     rgb = others = 0
     for path, head in _heads(Path(dataset_dir)):
         if raster.sniff(head):
-            with suppress(RefusedError, OSError):  # told by the scan
+            with suppress(RefusedError, OSError):  # the scan reports it
                 found = worker.call(raster.count_colors, path, 2)
                 rgb, others = rgb + (found == 3), others + (found == 1)
         else:

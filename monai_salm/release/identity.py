@@ -52,6 +52,8 @@ KEPT_UID_KEYWORDS = frozenset(
     """.split()
 )
 """UI elements that name a class, a syntax, a coding scheme or a piece of software, not an instance: never mapped."""
+_MAY_HOLD_UIDS = frozenset({"SQ", "UI", "UN", None})
+"""Value representations of elements that may hold UIDs; UN and None (not told) may be anything."""
 
 
 def is_mapped_uid_tag(tag: BaseTag | int | str) -> bool:
@@ -63,10 +65,6 @@ def is_mapped_uid_tag(tag: BaseTag | int | str) -> bool:
     """
     keyword = tag if isinstance(tag, str) else keyword_for_tag(Tag(tag))
     return keyword not in KEPT_UID_KEYWORDS
-
-
-_MAY_HOLD_UIDS = frozenset({"SQ", "UI", "UN", None})
-"""Types of elements; the last two are for whatever they hold."""
 
 
 class UidMap:
@@ -130,9 +128,9 @@ class UidMap:
 
 
 def _type_of(dataset: Dataset, tag: BaseTag) -> str | None:
-    """What the dictionaries say of an element that does not tell its value representation; nothing is decoded.
+    """Value representation that the dictionaries give for an element that does not tell its own.
 
-    Decoding would write it back in another form.
+    The element is not decoded: that would write it back in another form.
     """
     try:
         if not tag.is_private:
@@ -218,14 +216,14 @@ def pseudonym(text: str) -> str:
 
 
 def keyed_name(key: bytes, name: PurePosixPath, folder: str) -> PurePosixPath:
-    """A name for a released file that tells nothing of its name in the export, save how it ends (``.nii.gz``)."""
+    """A name for a released file that tells nothing of its name in the export but the ending (``.nii.gz``)."""
     digest = hmac.new(key, _name_bytes(f"name:{name}"), hashlib.sha256).hexdigest()[:32]
     ending = next((ending for ending in _ENDINGS if name.name.lower().endswith(ending)), "")
     return PurePosixPath(folder, digest + ending)
 
 
 def _name_bytes(text: str) -> bytes:
-    """Of a text that may be a file's name; where that is not UTF-8, the system gives its bytes as surrogates."""
+    """Bytes of a text that may be a file's name: Python has those that are no UTF-8 as surrogates."""
     return text.encode(errors="surrogateescape")
 
 

@@ -32,6 +32,8 @@ BESIDE = (door.PROTECTED, door.PRIVATE, door.DEMO_EXPORT, "models", "report.html
 """Names that a release's folder may hold, beside the manifests."""
 UNREADABLE = "unreadable"
 MAX_SHOWN = 20
+Rows = dict[str, tuple[str, dict[str, Any]]]
+"""Where each released file is listed, and its record, by name."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Integrity:
         size: their bytes.
         fingerprint: sha256 of the public key, empty where there is no valid signature.
         problems: everything that is not as it was written.
-        trusted: whether the key is one that was handed over as the owner's.
-        closed: whether the owner's part is there, and not for us to read.
+        trusted: whether the key is one that the caller gave as the owner's.
+        closed: whether ``private/`` is there and may not be read.
     """
 
     files: dict[str, int]
@@ -71,7 +73,7 @@ class Integrity:
 
     @property
     def unread(self) -> bool:
-        """Whether all that is wrong is that somebody else may have to read it."""
+        """Whether the only problems are files that may not be read; somebody else may be able to."""
         return bool(self.problems) and all(problem.kind == UNREADABLE for problem in self.problems)
 
     @property
@@ -119,35 +121,39 @@ def check(output_dir: Path | str, public_key: Path | str | None = None) -> Integ
     if not _holds_anything(output_dir):
         return Integrity({}, 0, "", ())
     problems: list[Problem] = []
-    chains: dict[str, signature.Chain] = {}
-    shards, fingerprint = 1, ""
+    chains, shards, fingerprint = _read_signature(output_dir, Path(public_key) if public_key else None, problems)
+    rows: Rows = {}
+    for name, records in _read_chains(output_dir, chains, problems).items():
+        for number, record in enumerate(records, 1):
+            _take(record, f"line {number} of {name}", rows, problems)
+    problems += _missing_shards(output_dir, chains, shards)
+    problems += _differences(output_dir / door.PROTECTED, rows, problems)
+    problems += _beside(output_dir, chains)
+    files = [output_dir / door.PROTECTED / file for file in rows]
+    present = [file for file in files if os.path.isfile(file)]  # which is false, and no error, in a closed folder
+    return Integrity(
+        files=dict(Counter(str(record["state"]) for _, record in rows.values())),
+        size=sum(map(os.path.getsize, present)),
+        fingerprint=fingerprint,
+        problems=tuple(problems),
+        trusted=public_key is not None,
+        closed=(output_dir / door.PRIVATE).is_dir() and not _is_open(output_dir / door.PRIVATE),
+    )
+
+
+def _read_signature(
+    output_dir: Path, public_key: Path | None, problems: list[Problem]
+) -> tuple[dict[str, signature.Chain], int, str]:
+    """As :py:func:`signature.read_signed`; no chains, one shard and no fingerprint where that is a problem."""
     try:
-        chains, shards, fingerprint = signature.read_signed(output_dir, Path(public_key) if public_key else None)
+        return signature.read_signed(output_dir, public_key)
     except IntegrityError as error:
         problems.append(Problem("unsigned", str(error)))
     except OSError as error:
         if public_key and error.filename == str(public_key):
             raise
         problems.append(_unreadable(Path(str(error.filename)).name, error))
-    rows: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, records in _read_chains(output_dir, chains, problems).items():
-        for number, record in enumerate(records, 1):
-            _take(record, f"line {number} of {name}", rows, problems)
-    problems += _missing_shards(output_dir, chains, shards)
-    expected = {file: record["sha256"] for file, (_, record) in rows.items()}
-    closed = [problem.name for problem in problems if problem.kind == UNREADABLE]
-    listed = not any(name.endswith(".jsonl") and "/" not in name for name in closed)
-    for kind, name in differences(output_dir / door.PROTECTED, expected, thorough=True):
-        what = f"the file of {rows[name][0]}" if name in rows else _kind_of(output_dir / door.PROTECTED / name)
-        where = {"added": f"{what} in no manifest", UNREADABLE: f"{what} cannot be opened"}.get(kind, what)
-        if kind != "added" or listed:
-            problems.append(Problem(kind, where, f"{door.PROTECTED}/{name}"))
-    problems += _beside(output_dir, chains)
-    present = [output_dir / door.PROTECTED / file for file in expected]
-    size = sum(os.path.getsize(path) for path in present if os.path.isfile(path))  # False where it cannot be known
-    states = Counter(str(record["state"]) for _, record in rows.values())
-    hidden = (output_dir / door.PRIVATE).is_dir() and not _is_open(output_dir / door.PRIVATE)
-    return Integrity(dict(states), size, fingerprint, tuple(problems), public_key is not None, hidden)
+    return {}, 1, ""
 
 
 def _unreadable(name: str, error: OSError) -> Problem:
@@ -160,9 +166,10 @@ def _is_open(folder: Path) -> bool:
 
 
 def _holds_anything(output_dir: Path) -> bool:
-    """Whether there is a released file, or something that speaks of one."""
-    told = [*signature.SIGNED, door.JOURNAL, door.MANIFEST]
-    if any((output_dir / name).exists() for name in told) or any(output_dir.glob(door.MANIFESTS)):
+    """Whether there is a released file, or a manifest or signature of one."""
+    if any((output_dir / name).exists() for name in (*signature.SIGNED, door.JOURNAL)):
+        return True
+    if any(output_dir.glob(door.MANIFESTS)):
         return True
     return next(walk(output_dir / door.PROTECTED), None) is not None
 
@@ -170,14 +177,14 @@ def _holds_anything(output_dir: Path) -> bool:
 def _read_chains(
     output_dir: Path, chains: dict[str, signature.Chain], problems: list[Problem]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Records of the public manifests; every chain that was signed is checked."""
+    """Records of the public manifests, by name; every chain that was signed is checked."""
     records = {}
     names = chains or {path.name: None for path in sorted(output_dir.glob(door.MANIFESTS))}
     for name, chain in names.items():
         path = output_dir / name
         private = PurePosixPath(name).parent.as_posix() == door.PRIVATE
         if private and not _is_open(output_dir / door.PRIVATE):
-            continue  # the owner's, which a recipient does not get
+            continue  # a recipient does not get the owner's chains
         if path.is_symlink() or not path.is_file():
             problems.append(Problem("missing", name, name))
             continue
@@ -197,10 +204,8 @@ def _read_chains(
     return records
 
 
-def _take(
-    record: dict[str, Any], where: str, rows: dict[str, tuple[str, dict[str, Any]]], problems: list[Problem]
-) -> None:
-    """Take a line of a public manifest among the rows, if it is one that can be checked."""
+def _take(record: dict[str, Any], where: str, rows: Rows, problems: list[Problem]) -> None:
+    """Add a record of a public manifest to the rows, if it is one that can be checked."""
     if "manifest" in record:
         return
     file = record.get("file")
@@ -209,6 +214,20 @@ def _take(
         problems.append(Problem("edited", f"{where} is not one that this version writes"))
     else:
         rows[file] = where, record
+
+
+def _differences(folder: Path, rows: Rows, problems: list[Problem]) -> list[Problem]:
+    """How the protected files differ from the rows. Where a manifest could not be read, any file may be in it."""
+    closed = [problem.name for problem in problems if problem.kind == UNREADABLE]
+    all_listed = not any(name.endswith(".jsonl") and "/" not in name for name in closed)
+    expected = {file: record["sha256"] for file, (_, record) in rows.items()}
+    found = []
+    for kind, name in differences(folder, expected, thorough=True):
+        what = f"the file of {rows[name][0]}" if name in rows else _kind_of(folder / name)
+        detail = {"added": f"{what} in no manifest", UNREADABLE: f"{what} cannot be opened"}.get(kind, what)
+        if kind != "added" or all_listed:
+            found.append(Problem(kind, detail, f"{door.PROTECTED}/{name}"))
+    return found
 
 
 def _missing_shards(output_dir: Path, chains: dict[str, signature.Chain], shards: int) -> list[Problem]:
@@ -220,7 +239,7 @@ def _missing_shards(output_dir: Path, chains: dict[str, signature.Chain], shards
 
 
 def _kind_of(path: Path) -> str:
-    """What an entry is, in words; by its name only where operating systems give it."""
+    """What an entry is, in words, which have its name only if that is given by an operating system."""
     if os.path.islink(path):
         return "a link"
     if os.path.isdir(path):
@@ -236,8 +255,9 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
     for path in sorted(output_dir.iterdir()):
         if path.name == door.STAGING and next(walk(path), None) is None:
             continue
-        ours = path.name in BESIDE or path.name in chains
-        if not ours and not (not chains and path.match(door.MANIFESTS)):
+        # Without a signature it is not known which manifests there should be.
+        is_ours = path.name in BESIDE or path.name in chains or (not chains and path.match(door.MANIFESTS))
+        if not is_ours:
             problems.append(Problem("added", f"{_kind_of(path)} beside the protected files", path.name))
         elif path.is_symlink() or path.is_dir() == bool(path.suffix):  # what has an ending is a file here
             problems.append(Problem("changed", "a link or a folder in place of what was written", path.name))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One writer for each output folder: a lock that names its process, and that outlives no crash.
 
-Its file is locked (``flock``) by the process that holds the folder, in whatever container that runs; the system unlocks
-it with the end of the process. And the file says which process of which boot of which machine that is, for file systems
-without such locks: what a dead process of this machine held is taken over; of another machine nobody here can tell, so
-that is an error that says what to do.
+The process that holds the folder locks a file there (``flock``), which also works across containers; the system unlocks
+it when the process ends. For file systems without such locks the file says which process of which boot of which machine
+that is: what a dead process of this machine held is taken over. Whether a process of another machine is alive cannot be
+known here, so that is an error that says what to do.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from monai_salm.release import commit as door
 
 _held: dict[Path, int] = {}
-"""The locks' files that this process has open and locked."""
+"""Descriptors of the lock files that this process holds."""
 _turn = threading.Lock()
-"""Held by the thread of this process that looks at them."""
+"""Held by the thread of this process that reads or changes ``_held``."""
 
 
 def _forget() -> None:
-    """In a child of this process: it holds nothing, and must not keep a file locked when its parent has ended."""
+    """In a forked child: it holds nothing, and must not keep a file locked after its parent has ended."""
     global _turn
     _turn = threading.Lock()  # a thread of the parent may have had the other
     for path in list(_held):
@@ -80,14 +80,14 @@ def _take(output_dir: Path, name: str) -> bool:
         if path in _held and os.path.sameopenfile(handle, _held[path]):
             return False
         unlocked, holder = _lock(handle), _holder(handle)
-        if unlocked and (holder in (None, mine) or not _may_live(holder)):
-            _say(handle, json.dumps(mine))
+        if unlocked and (holder in (None, mine) or not _may_be_alive(holder)):
+            _write(handle, json.dumps(mine))
             _close(path)
             _held[path] = os.dup(handle)
             return True
     finally:
         os.close(handle)
-    holder = holder or mine | {"pid": "?"}  # it is about to say who it is
+    holder = holder or mine | {"pid": "?"}  # it has locked the file and not yet written it
     who = f"process {holder.get('pid')} on {'this' if _is_here(holder) else 'another'} machine"
     fix = f". If it does not run any more, remove {name} there and run again" if unlocked else ""
     raise LockedError(f"{who} writes into the output folder; wait for it{fix}")
@@ -99,7 +99,7 @@ def give_back(output_dir: Path, name: str = door.LOCK) -> None:
     with _turn:
         if path in _held:
             try:
-                _say(_held[path], "")
+                _write(_held[path], "")
             finally:
                 _close(path)
 
@@ -125,7 +125,7 @@ def _lock(handle: int) -> bool:
 
 
 def _holder(handle: int) -> dict[str, object] | None:
-    """Who the file names; what a crash left half written names nobody."""
+    """The process that the file names; None where it is empty, or a crash left it half written."""
     try:
         content = json.loads(os.pread(handle, 4096, 0))
     except (OSError, ValueError):  # some network file systems let nobody read a locked file
@@ -133,7 +133,7 @@ def _holder(handle: int) -> dict[str, object] | None:
     return content if isinstance(content, dict) else None
 
 
-def _say(handle: int, text: str) -> None:
+def _write(handle: int, text: str) -> None:
     os.ftruncate(handle, 0)
     os.pwrite(handle, text.encode(), 0)
     os.fsync(handle)
@@ -147,7 +147,7 @@ def _is_here(holder: dict[str, object]) -> bool:
     return holder.get("host") == socket.gethostname()
 
 
-def _may_live(holder: dict[str, object]) -> bool:
+def _may_be_alive(holder: dict[str, object]) -> bool:
     if not _is_here(holder):
         return True
     pid = holder.get("pid")
@@ -162,7 +162,8 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since the boot, so that a number that was given again is told apart."""
+    """When a process started, in ticks since the boot, which tells apart processes that got the same id; empty where
+    it has ended, ``"alive"`` where only that is known."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else rest[18]

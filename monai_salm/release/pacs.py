@@ -39,14 +39,15 @@ SECONDS = 60.0
 _CONTEXTS = 64
 """Presentation contexts of one association; there may be 128."""
 _IN_VAIN = 5
-"""So many files without an answer or refused connections in a row, and the rest is not sent."""
+"""After so many files without an answer, or refused connections, in a row the rest is not tried."""
 _NAMED = 20
-"""Files that a message names at most."""
+"""Most files that a message names."""
 _TITLE = r"(?! )[ -?A-\[\]-~]{1,16}(?<! )"
 _TEXT = re.compile(rf"({_TITLE})@([^@\s:]+|\[[0-9a-fA-F:]+\]):(\d{{1,5}})", re.ASCII)
 _DUPLICATE = 0x0111
-"""Status of a PACS that has a file of this UID, and takes no other."""
+"""Status of a PACS that already holds a file of this UID, and keeps that."""
 _NOT_OFFERED = 0x0122
+"""Status "SOP class not supported"."""
 _REFERENCES = Tag("ReferencedSeriesSequence")
 _UIDS = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"]
 
@@ -98,10 +99,10 @@ class Target:
 
 
 def check_title(text: str) -> None:
-    """Make sure that something can be called that.
+    """Check an AE title.
 
     Raises:
-        ValueError: When it is no AE title.
+        ValueError: When it is none.
     """
     if not re.fullmatch(_TITLE, text):
         raise ValueError(f"{text!r} is no AE title; write 1 to 16 letters, digits or signs of ASCII, no @ or backslash")
@@ -112,8 +113,8 @@ class Pushed:
     """What was sent.
 
     Args:
-        files: DICOM files that the PACS holds now, and that came back equal.
-        compared: those of them with pixel data.
+        files: DICOM files that were sent and came back equal.
+        compared: how many of them have pixel data.
         left: files of the release that are not DICOM and were not sent.
     """
 
@@ -204,7 +205,7 @@ def _silent() -> Iterator[None]:
 
 
 def _kinds(files: Sequence[_File]) -> Iterator[list[_File]]:
-    """Files by what one association can negotiate."""
+    """Files in groups of which one association can negotiate all kinds."""
     by_kind: dict[tuple[str, str], list[_File]] = defaultdict(list)
     for file in files:
         by_kind[file.sop_class, file.syntax].append(file)
@@ -256,15 +257,17 @@ def _not_accepted(kinds: Iterable[tuple[str, str]]) -> PushError:
 def _each(
     items: Sequence[Item], doing: str, connect: Callable[..., Any], ask: Callable[..., int | None], *, first: bool
 ) -> dict[Item, str]:
-    """Ask for each thing by one association, and by a new one where that has ended; why not, for each that failed.
+    """Make a request for each item over one association, or a new one whenever that has ended.
 
     Args:
-        items: what is asked for.
+        items: what to make requests for.
         doing: a verb for the progress.
-        connect: gives an association and leaves it to a stack; None where there is none now. Is told whether the errors
-            of this one may be raised.
-        ask: gives the status of the answer; None where there was none.
-        first: whether nothing was done before.
+        connect: opens an association that a stack closes, or returns None; with ``first`` it may raise instead.
+        ask: makes a request; returns the status of the answer, or None where there was none.
+        first: whether the first association is the first of all, see :py:func:`_open`.
+
+    Returns:
+        Why it failed, for each item that did.
     """
     failed: dict[Item, str] = {}
     association, in_vain = None, 0
@@ -279,7 +282,7 @@ def _each(
                 continue
             try:
                 code = ask(association, item)
-            except RuntimeError:  # it ended since we looked
+            except RuntimeError:  # the association has ended in the meantime
                 code = None
             if code is None:
                 failed[item], in_vain, association = "with no answer", in_vain + 1, None
@@ -293,9 +296,9 @@ def _each(
 def _open(
     group: Sequence[_File], target: Target, ae_title: str, stack: ExitStack, get: Any = None, *, first: bool
 ) -> Any:
-    """An association for these files; None where there is none now, unless it is the first of all.
+    """An association for these files; None where there is none.
 
-    Later ones raise nothing: what has been sent by then must be told.
+    Only the first of all raises an error instead: later, the user must be told what has been sent by then.
     """
     try:
         association = stack.enter_context(_association(target, ae_title, group, get))
@@ -311,6 +314,7 @@ def _open(
 
 
 def _store(files: Sequence[_File], target: Target, ae_title: str) -> None:
+    """Send all files."""
     from pynetdicom import _config
 
     def send(association: Any, file: _File) -> int | None:
@@ -335,6 +339,7 @@ def _store(files: Sequence[_File], target: Target, ae_title: str) -> None:
 
 
 def _compare(files: Sequence[_File], target: Target, ae_title: str) -> None:
+    """Fetch all series from the PACS, and compare the digests of what comes back."""
     held: dict[str, str] = {}
 
     def keep(event: Any) -> int:
@@ -392,6 +397,6 @@ def _digest(dataset: Dataset) -> str:
 
 
 def _is_content(tag: BaseTag) -> bool:
-    """Whether an element is none of those that a PACS may correct (patient, study, request) or add (its own)."""
+    """Whether a PACS must keep an element: it may correct those of patient, study and request, and add its own."""
     steps = tag.group in (0x0032, 0x0038, 0x4008) or (tag.group == 0x0040 and tag.element < 0xA000)
     return tag == _REFERENCES or (0x0028 <= tag.group < 0xFF00 and not tag.is_private and not steps)

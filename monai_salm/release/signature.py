@@ -28,7 +28,7 @@ SIGNATURE = "release.sig"
 PUBLIC_KEY = "release.pub"
 SIGNED = (ROOT, SIGNATURE, PUBLIC_KEY)
 _CHAIN = re.compile(r"(private/)?[a-z][a-z0-9-]*\.jsonl")
-"""Names of chains: a forged list must not lead the check out of the folder."""
+"""Names that chains may have: a forged list must not lead the check out of the folder."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_signed(output_dir: Path, public_key: Path | None = None) -> tuple[dict[
         }
         shards = int(content["shards"])
         if not 1 <= shards <= MAX_SHARDS or not all(map(_CHAIN.fullmatch, chains)):
-            raise ValueError("somebody else's")
+            raise ValueError("no content of this version")
         return chains, shards, hashlib.sha256(_raw(key)).hexdigest()
     except InvalidSignature:
         raise IntegrityError(f"the signature does not hold: {ROOT} or {SIGNATURE} was edited") from None

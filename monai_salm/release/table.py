@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The label table, CSV ``case,label[,split]`` or ``case,mask[,split]``. Errors name lines, never their content."""
+"""The label table, CSV ``case,label[,split]`` or ``case,mask[,split]``. Errors name lines and never their content."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class LabelRow:
     """What is said of one case.
 
     Args:
-        line: of the table; number of the entry, from 1, in ``dataset.json``.
+        line: number of the line in the table, or of the entry in a list of ``dataset.json``, from 1.
         case: path relative to the export (file or series folder) or UID.
         label: the class; empty where each voxel has its own.
         split: None where none is given.
         mask: path of the label file relative to the export; empty where it is found without (see ``voxels``); None
             where the case is labeled as a whole.
-        source: where this is said.
+        source: where the row comes from, for messages.
     """
 
     line: int
@@ -85,10 +85,14 @@ def match(rows: Sequence[LabelRow], cases: Iterable[Case], refused: Iterable[str
 
 
 def refuse_conflicts(rows: Iterable[LabelRow], keys_of: Callable[[LabelRow], list[str]]) -> None:
-    """Raise when rows of one key say different things.
+    """Make sure that rows of the same case agree.
+
+    Args:
+        rows: of the table.
+        keys_of: which cases a row is of.
 
     Raises:
-        ValueError: With their lines.
+        ValueError: When rows of one case differ; the text has their lines.
     """
     first: dict[str, LabelRow] = {}
     bad: list[LabelRow] = []
@@ -102,7 +106,7 @@ def refuse_conflicts(rows: Iterable[LabelRow], keys_of: Callable[[LabelRow], lis
 
 
 def where(rows: Sequence[LabelRow]) -> str:
-    """Such as ``"lines 3, 4 of the label table"``."""
+    """The lines of some rows, for messages: ``"lines 3, 4 of the label table"``."""
     return f"{_lines([row.line for row in rows])} of {rows[0].source}"
 
 
@@ -112,7 +116,7 @@ def plain(name: str) -> str:
 
 
 def composed(name: str) -> str:
-    """A name in the one form that names are compared in: macOS takes accents apart, tables mostly do not."""
+    """A name in the form in which names are compared (NFC): macOS decomposes accents, tables mostly do not."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -123,7 +127,7 @@ def natural(label: str) -> tuple[bool, int, str]:
 
 
 def alike(labels: Iterable[str]) -> str:
-    """Says which labels differ from others in capital letters alone, or as one number is written; empty if none do.
+    """A warning of labels that differ only in capital letters, or as the same number is written; empty if none do.
 
     Example:
         >>> alike(["Ill", "ill", "1", "1.0", "2"])
@@ -157,17 +161,15 @@ def _parse(text: str) -> list[LabelRow]:
             if not any(cell.strip() for cell in cells):
                 continue
             values = [cell.strip() for cell in cells]
-            problem = _problem(values, len(header), masks)
-            if problem:
+            if problem := _problem(values, len(header), masks):
                 bad[problem].append(reader.line_num)
             else:
                 rows.append(_row(reader.line_num, values, masks))
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} of the label table is not CSV ({error})") from error
     if bad:
-        raise ValueError(
-            "; ".join(f"{problem}: {_lines(lines)}" for problem, lines in bad.items()) + " of the label table"
-        )
+        problems = "; ".join(f"{problem}: {_lines(lines)}" for problem, lines in bad.items())
+        raise ValueError(f"{problems} of the label table")
     if not rows:
         raise ValueError("the label table has no rows; add one for every case")
     return rows
@@ -181,6 +183,7 @@ def _row(line: int, values: Sequence[str], masks: bool) -> LabelRow:
 
 
 def _problem(values: Sequence[str], columns: int, masks: bool) -> str:
+    """What is wrong with a line; empty if nothing is."""
     if len(values) != columns:
         return f"there must be {columns} columns (quote a comma inside a name)"
     if not values[0]:

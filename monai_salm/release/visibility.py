@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How visible each protected image is, kept beside the key: it tells where the perturbation of an image is strong."""
+"""How visible each protected image is. It is kept in ``private/``, for it tells where perturbations are strong."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def read_visibility(output_dir: Path | str) -> list[CaseVisibility]:
 
 
 def summary(output_dir: Path | str) -> str:
-    """A line for the user; empty where nothing was measured."""
+    """A line for the user on all cases; empty where nothing was measured."""
     cases = read_visibility(output_dir)
     seen = sum(not case.less_visible for case in cases)
     return f"visibility: {seen} of {len(cases)} cases change more visibly than by JPEG 2000 at 5:1" if cases else ""

@@ -19,7 +19,7 @@ from monai_salm.release.table import plain
 
 _PAIR = ("image", "label")
 _KEPT = (*LISTS, "labels", "modality", "channel_names")
-"""What keeps its place in a ``dataset.json`` under new names; other lists and objects may name files."""
+"""Lists and objects that a ``dataset.json`` keeps when files get new names; others may hold names of the export."""
 Written = Mapping[str, Sequence[ManifestRow]]
 """Rows of the manifest by ``sample_id``."""
 
@@ -27,7 +27,7 @@ Written = Mapping[str, Sequence[ManifestRow]]
 def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str:
     """``labels.csv``: labels of cases under their new names; empty for archives, which carry their own.
 
-    Sorted by these names, so that nothing is told by the order.
+    Sorted by these names, so that the order tells nothing.
 
     Args:
         cases: what was written.
@@ -60,18 +60,19 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
     if not path.is_file():
         return ""
     names = {name for case in cases for name in case.names}
+    is_renamed = any(files.get(name, name) != name for name in names)
     content = read_dataset(path)
     for key in LISTS:
         if key in content:
             entries = content[key] if key != "test" and isinstance(content[key], list) else []
             kept = [entry for entry in entries if isinstance(entry, dict) and plain(entry["image"]) in names]
-            content[key] = [_renamed(entry, files) for entry in kept]
-    if any(files.get(name, name) != name for name in names):  # whoever renames wants no name of the export to remain
+            pairs = [_renamed(entry, files) for entry in kept]
+            if is_renamed:  # other keys may hold names of the export, and the order would tell theirs
+                pairs = [{part: pair[part] for part in _PAIR if part in pair} for pair in pairs]
+                pairs.sort(key=lambda pair: pair["image"])
+            content[key] = pairs
+    if is_renamed:
         content = {key: value for key, value in content.items() if key in _KEPT or not isinstance(value, list | dict)}
-        for key in LISTS:
-            if key in content:
-                pairs = [{part: entry[part] for part in _PAIR if part in entry} for entry in content[key]]
-                content[key] = sorted(pairs, key=lambda pair: pair["image"])  # theirs would tell the order of the names
     for key, count in (("numTraining", len(content.get("training", cases))), ("numTest", 0)):
         if key in content:
             content[key] = count
@@ -79,6 +80,6 @@ def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) ->
 
 
 def _renamed(entry: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    """A pair under its new names; as it was written where they are the same."""
+    """A pair with the names of the copy; a name that is the same stays as it was written."""
     new = {key: files.get(plain(entry[key])) for key in _PAIR if isinstance(entry.get(key), str)}
     return entry | {key: f"./{name}" for key, name in new.items() if name and name != plain(entry[key])}
