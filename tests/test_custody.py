@@ -146,7 +146,7 @@ def test_threads_of_a_process_hold_one_lock_and_a_full_disk_does_not_keep_it(out
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(lambda _: lock.take(out), range(16))) == [*[False] * 15, True]
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr(lock, "_say", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(lock, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
         lock.give_back(out)
     assert lock.take(out), "it was given back all the same"
     lock.give_back(out)

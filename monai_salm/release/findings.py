@@ -252,6 +252,7 @@ class Findings:
         self._headers.clear()
 
     def _add_instances(self, paths: Sequence[Path]) -> None:
+        """Add the images of a series, each as its own case."""
         for path in paths:
             header = self._headers[path]
             uid = _text(header, "SOPInstanceUID")
@@ -263,7 +264,7 @@ class Findings:
                 self._owners[uid] = pseudonym(uid)
 
     def _add_volumes(self, paths: Sequence[Path]) -> None:
-        """The volumes of a series, mostly one; several where each file holds many frames. All or none are added."""
+        """Add the volumes of a series, all or none: one, or several where each file holds many frames."""
         headers = [self._headers[path] for path in paths]
         uid = _text(headers[0], "SeriesInstanceUID")
         try:
@@ -278,13 +279,14 @@ class Findings:
             return
         for part, order in zip(parts, orders, strict=True):
             own = uid if len(parts) == 1 else _text(self._headers[part[0]], "SOPInstanceUID")
+            sample_id = pseudonym(own)
             files = tuple(part[index] for index in order)
             names = (*self._dicom_names(part, whole=own == uid), own)
-            self.cases.append(Case(pseudonym(own), "dicom", files, names, _patient(headers[0])))
-            self._owners |= {_text(self._headers[path], "SOPInstanceUID"): pseudonym(own) for path in part}
+            self.cases.append(Case(sample_id, "dicom", files, names, _patient(headers[0])))
+            self._owners |= {_text(self._headers[path], "SOPInstanceUID"): sample_id for path in part}
 
     def _dicom_names(self, paths: Sequence[Path], whole: bool = True) -> list[str]:
-        """Paths of the files, their folder where that names them without doubt, and the UID of their study."""
+        """Names of a case: its files, their folders where these hold no other series, and the UID of the study."""
         # The folder of the export itself is no name; it is the parent of the root where the export is one file.
         folders = sorted({path.parent for path in paths} - {self._root, self._root.parent})
         if not whole or self._spatial_dims == 3 and any(len(self._series_in[folder]) > 1 for folder in folders):

@@ -161,7 +161,10 @@ def push(output_dir: Path | str, target: Target | str, ae_title: str = AE_TITLE)
     """
     target = Target.parse(target) if isinstance(target, str) else target
     check_title(ae_title)
-    _require_pynetdicom()
+    try:
+        import pynetdicom  # noqa: F401
+    except ImportError as error:
+        raise ImportError("sending needs pynetdicom; run: pip install monai-salm[pacs]") from error
     found = check(output_dir)
     if found.problems:
         raise IntegrityError(f"{len(found.problems)} problems with the files, nothing is sent; 'verify' tells more")
@@ -179,13 +182,6 @@ def push(output_dir: Path | str, target: Target | str, ae_title: str = AE_TITLE)
         _store(files, target, ae_title)
         _compare(files, target, ae_title)
     return Pushed(len(files), sum(file.image for file in files), len(paths) - len(files))
-
-
-def _require_pynetdicom() -> None:
-    try:
-        import pynetdicom  # noqa: F401
-    except ImportError as error:
-        raise ImportError("sending needs pynetdicom; run: pip install monai-salm[pacs]") from error
 
 
 @contextmanager
