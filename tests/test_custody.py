@@ -305,6 +305,18 @@ def test_parts_that_are_written_at_the_same_time_make_one_release(tmp_path):
     assert not check(out).problems and check(out).files == {"protected": 6, "table": 1}
 
 
+def test_what_a_part_refused_is_where_its_message_says(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "note.txt").write_text("x")
+    cohort, out = nifti_cohort(tmp_path / "in", 6), tmp_path / "out"
+    protect(cohort, bank_of(cohort), out, shard="1/2")
+    said = capsys.readouterr().out.strip().rpartition("see ")[2]
+    assert Path(said).read_text().count("unknown_file") == 1
+    protect(cohort, bank_of(cohort), out, shard="2/2")
+    said = capsys.readouterr().out.strip().rpartition("see ")[2]
+    assert said == f"{out}/private/refusals*.jsonl" and len(list(out.glob("private/refusals*.jsonl"))) == 2
+
+
 # ----------------------------------------------------------------------- hostile
 
 
@@ -386,6 +398,17 @@ def test_a_plan_counts_and_writes_nothing(tmp_path):
     assert 0.8 * written < plan.copy_bytes < 1.3 * written
     text = "\n".join(plan.lines())
     assert "nothing was written" in text and "Fit and study are not in it" in text and str(tmp_path) not in text
+
+
+def test_a_plan_asks_the_disk_of_the_output_folder_itself(tmp_path, monkeypatch):
+    cohort, out = nifti_cohort(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    asked = []
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or real(path))
+    make_plan(cohort, out, spatial_dims=3, window="auto", budget="2 stored", mask_ratio=0.4)
+    make_plan(cohort, out / "deep" / "er", spatial_dims=3, window="auto", budget="2 stored", mask_ratio=0.4)
+    assert asked == [out, out]
 
 
 def test_a_plan_can_be_made_of_unsigned_images_whose_window_reaches_beyond_them(tmp_path):

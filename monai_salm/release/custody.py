@@ -41,6 +41,8 @@ from monai_salm.release.written_tables import dataset_json, labels_table
 
 KEY = f"{door.PRIVATE}/release.key"
 SIGNING_KEY = f"{door.PRIVATE}/signing.key"
+_REFUSALS = f"{door.PRIVATE}/refusals*.jsonl"
+"""Pattern of the lists of what all shards refused."""
 _SOFTWARE = ("numpy", "torch", "pydicom", "nibabel")
 
 
@@ -92,8 +94,7 @@ def start_time(output_dir: Path) -> datetime:
 
 def read_refusals(output_dir: Path | str) -> list[Refusal]:
     """What the release left out, with reasons: refused files, cases without label, cases that did not verify."""
-    paths = sorted((Path(output_dir) / door.PRIVATE).glob("refusals*.jsonl"))
-    return [Refusal(**record) for path in paths for record in read_chain(path)[0]]
+    return [Refusal(**record) for path in sorted(Path(output_dir).glob(_REFUSALS)) for record in read_chain(path)[0]]
 
 
 def refusals_line(output_dir: Path | str) -> str:
@@ -107,7 +108,9 @@ def refusals_line(output_dir: Path | str) -> str:
     names = {refusal.name for refusal in refusals}
     files = sum(row.state == PROTECTED for row in read_manifest(output_dir))
     reasons = tally(refusal.reason for refusal in refusals)
-    return f"{len(names)} refused ({reasons}), {files} files protected: see {Path(output_dir) / door.REFUSALS}"
+    lists = list(Path(output_dir).glob(_REFUSALS))
+    where = lists[0] if len(lists) == 1 else Path(output_dir) / _REFUSALS
+    return f"{len(names)} refused ({reasons}), {files} files protected: see {where}"
 
 
 def close(

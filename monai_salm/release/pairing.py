@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from monai_salm.io.base import Case, Mask, RefusedError
 from monai_salm.io.dicom import SegHeader
 from monai_salm.release.decathlon import DATASET_FILE
 from monai_salm.release.gates import Refused, tally
-from monai_salm.release.table import match
+from monai_salm.release.table import LabelRow, match
 from monai_salm.release.voxels import VoxelLabels
 
 logger = logging.getLogger(__name__)
@@ -94,17 +94,23 @@ def pair(
         logger.warning("%d segmentations have fractions: a voxel counts above half of the maximum", fractional)
     paired, incomplete = _split_incomplete(paired, found, spatial_dims)
     refusals += incomplete
-    # A table may name other label files for all series that a segmentation refers to; that is no mistake.
-    chosen = {name for case in cases if (row := (rows or {}).get(case.sample_id)) and row.mask for name in case.names}
+    refusals += _unused(finder, found, rows or {}, cases, gone)
+    return paired, refusals
+
+
+def _unused(
+    finder: _Finder, found: Found, rows: Mapping[str, LabelRow], cases: Sequence[Case], gone: Collection[str]
+) -> Iterator[Refused]:
+    """Refuse the segmentations that no case has asked for, unless a table names other label files for their series."""
+    chosen = {name for case in cases if (row := rows.get(case.sample_id)) and row.mask for name in case.names}
     for name in sorted(found.segmentations.keys() - finder.seen):
         series = finder.referred(name)
         if series and series <= chosen:
             continue
         detail = "no image of the export uses this segmentation; add its series, or leave it out"
-        if series & gone:
+        if not series.isdisjoint(gone):
             detail = "the images that it refers to were refused; see the reason there"
-        refusals.append(((name,), RefusedError("mask_unused", detail), ""))
-    return paired, refusals
+        yield (name,), RefusedError("mask_unused", detail), ""
 
 
 def _split_incomplete(cases: Sequence[Case], found: Found, spatial_dims: int) -> tuple[list[Case], list[Refused]]:

@@ -123,7 +123,7 @@ def make_plan(
         gate: measures how visible each image would be, as the run would.
         banks: of perturbations, that of the control among them.
     """
-    units = formats.units(cohort.released)
+    out, units = output_dir.absolute(), formats.units(cohort.released)
     by_format: dict[str, list[tuple[Case, ...]]] = defaultdict(list)
     for unit in units:
         by_format[unit[0].format].append(unit)
@@ -144,7 +144,7 @@ def make_plan(
         refused=dict(Counter(refusal.reason for refusal in cohort.refusals)),
         copy_bytes=round(copy_bytes) if known else None,
         bank_bytes=round(bank_bytes),
-        free_bytes=shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free,
+        free_bytes=shutil.disk_usage(next(path for path in (out, *out.parents) if path.is_dir())).free,
         seconds=seconds if known else None,
         tried=(sum(rate.files for rate in rates.values()), sum(rate.size for rate in rates.values())),
         refused_at_writing=dict(sum((rate.refused for rate in rates.values()), Counter())),

@@ -120,7 +120,9 @@ def protect_cohort(
             manifest = close(output_dir, shard, rows, cohort, refusals, writer.uids)
     if units and not rows:
         reasons = ", ".join(sorted({refusal.reason for refusal in refusals}))
-        raise ValueError(f"nothing was protected: every case was refused ({reasons}); see {output_dir / door.REFUSALS}")
+        raise ValueError(
+            f"nothing was protected: every case was refused ({reasons}); see {output_dir / shard.refusals}"
+        )
     if told := custody.refusals_line(output_dir):
         print(told, flush=True)
     return manifest
