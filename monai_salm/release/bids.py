@@ -284,7 +284,7 @@ def _derived(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _description(root: Path) -> dict[str, Any]:
-    """Content of ``dataset_description.json``, empty where that is none of BIDS."""
+    """Content of ``dataset_description.json``, empty where the file is not one of BIDS."""
     path = root / DESCRIPTION
     try:
         content = _read_json(path) if path.is_file() else {}
@@ -302,7 +302,7 @@ def _text(path: Path) -> str:
     """Text of a table or sidecar.
 
     Raises:
-        RefusedError: When it is none, or too long.
+        RefusedError: When it is not text, or too long.
     """
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:

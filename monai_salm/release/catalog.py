@@ -76,7 +76,7 @@ def scan(
 
     Raises:
         ValueError: When the folder is missing, empty, or holds nothing that can be protected; when what tells the
-            voxel labels does not fit it; when the window is none; or when the budget is for another modality.
+            voxel labels does not fit it; when the window is not one; or when the budget is for another modality.
     """
     root = Path(root)
     if spatial_dims not in (2, 3):

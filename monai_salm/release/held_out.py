@@ -49,7 +49,7 @@ def _of_each_class(patients: Mapping[str, Sequence[Case]], seed: int) -> list[st
 def _of_each_voxel_class(
     patients: Mapping[str, Sequence[Case]], seed: int, present: Mapping[str, set[int]]
 ) -> list[str]:
-    """A part of the patients, somebody with each class if that can be, but never the last one who has it."""
+    """A part of the patients: one with each class first, where possible, but never the last one who has a class."""
     has = {
         patient: set().union(*(present[case.sample_id] for case in members)) for patient, members in patients.items()
     }

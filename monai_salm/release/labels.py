@@ -143,7 +143,7 @@ def load_cohort(
         budget: see :py:func:`monai_salm.release.catalog.scan`.
 
     Raises:
-        ValueError: When the window is none, the export holds nothing usable, the table does not fit it, or it names
+        ValueError: When the window is not one, the export holds nothing usable, the table does not fit it, or it names
             classes that the earlier release does not have.
     """
     window = as_window(window)

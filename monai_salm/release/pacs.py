@@ -102,7 +102,7 @@ def check_title(text: str) -> None:
     """Check an AE title.
 
     Raises:
-        ValueError: When it is none.
+        ValueError: When it is not valid.
     """
     if not re.fullmatch(_TITLE, text):
         raise ValueError(f"{text!r} is no AE title; write 1 to 16 letters, digits or signs of ASCII, no @ or backslash")

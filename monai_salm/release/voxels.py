@@ -148,7 +148,7 @@ def class_names(voxels: VoxelLabels, earlier: Sequence[str] = ()) -> tuple[str, 
 
     Raises:
         ValueError: When no label file is there, there are no classes besides the background, or more than 255, or one
-            of them is none of the earlier ones.
+            of them is not among the earlier ones.
     """
     broken: list[RefusedError] = []
     if voxels.names is not None:

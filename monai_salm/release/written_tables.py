@@ -49,7 +49,7 @@ def labels_table(cases: Sequence[Case], written: Written, cohort: Cohort) -> str
 
 
 def dataset_json(cases: Sequence[Case], root: Path, files: Mapping[str, str]) -> str:
-    """``dataset.json`` of the export, with the pairs that were written and no others; empty if there is none.
+    """``dataset.json`` of the export, with the pairs that were written and no others; empty if the export has none.
 
     Args:
         cases: what was written.
