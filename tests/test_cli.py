@@ -140,6 +140,14 @@ def test_answers_without_heavy_imports(arguments, tmp_path):
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, cwd=tmp_path, timeout=60)
 
 
+def test_inspect_needs_no_torch(export):
+    script = (
+        "import sys\nfrom monai_salm import cli\nassert cli.main(sys.argv[1:]) == 0\n"
+        "heavy = {'torch', 'monai', 'matplotlib', 'itk'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script, "inspect", export, "--dim", "3"], check=True, timeout=60)
+
+
 def test_usage_errors_exit_with_2(run, export):
     for arguments in ([], ["fly"], ["protect", export], ["protect", export, "out", "--dim", "4"]):
         assert run(*arguments)[0] == BAD_INPUT
