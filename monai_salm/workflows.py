@@ -239,7 +239,7 @@ def check_study(bundle: str, overrides: Mapping[str, Any], cohort: Cohort) -> No
     _check_settings(config, overrides)
     parser = ConfigParser()
     parser.read_config(str(config))
-    parser.update({**overrides, "cohort": cohort})
+    parser.update({**{key: _as_config(value) for key, value in overrides.items()}, "cohort": cohort})
     try:
         parser.get_parsed_content(CHECK[0])
     except RuntimeError as error:
@@ -312,7 +312,7 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
 
     configs = bundle_path(name) / "configs"
     _check_settings(configs / "train.yaml", overrides, run_ids)
-    given = {key: "$None" if value is None else value for key, value in overrides.items()}  # MONAI drops a plain None
+    given = {key: _as_config(value) for key, value in overrides.items()}
     with warnings.catch_warnings():
         if name in bundle_names():  # ours; of a copy MONAI rightly warns that a config can run any code
             warnings.filterwarnings("ignore", message="parsing config_file")
@@ -333,6 +333,16 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
             if inner is error:
                 raise
             raise inner from inner.__cause__
+
+
+def _as_config(value: Any) -> Any:
+    """A value as MONAI's config keeps it: a plain None is dropped, and in a text, such as a folder's name, ``#``
+    becomes ``::``, and ``@::`` the id of a part."""
+    if value is None:
+        return "$None"
+    if not isinstance(value, str) or value.startswith(("$", "@", "%")) or not re.search("#|[@%]::", value):
+        return value
+    return "$" + re.sub("[#@%:]", lambda sign: f"\\x{ord(sign[0]):02x}", ascii(value))
 
 
 def _check_settings(config_file: Path, overrides: Mapping[str, Any], run_ids: Sequence[str] = ()) -> None:

@@ -364,6 +364,50 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_export_is_read(
     assert_refused(run("protect", export, out, "--dim", 3, *plan), f"no permission to write in {closed}; allow it")
 
 
+@pytest.mark.parametrize(
+    ("place", "environment", "told"),
+    [
+        ("", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "set PYTHONUTF8=1"),
+        ("gone", {}, "current folder is not there any more"),
+    ],
+)
+def test_a_place_that_no_command_can_work_in_is_told_with_the_fix(export, tmp_path, place, environment, told):
+    (tmp_path / "gone").mkdir()
+    script = "import os, sys\nfrom monai_salm import cli\nos.path.exists('../gone') and os.rmdir('../gone')\n"
+    command = [sys.executable, "-c", script + "sys.exit(cli.main(sys.argv[1:]))", "inspect", export, "--dim", "3"]
+    options = {"cwd": tmp_path / place, "env": os.environ | {"PYTHONPATH": str(ROOT)} | environment}
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, **options)
+    assert_refused((done.returncode, done.stdout, done.stderr), told)
+
+
+def test_a_missing_folder_for_temporary_files_is_told_before_the_fit(run, started, export, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "nope")])
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert_refused(run("protect", export, tmp_path / "out", "--dim", "3"), "TMPDIR")
+    assert not started
+
+
+def test_an_export_that_may_not_be_read_is_named(run, export, stub, tmp_path, monkeypatch):
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(export / "Jane Doe"))
+
+    monkeypatch.setattr("monai_salm.release.labels.find_labels", denied)
+    for command in (["inspect", export], ["protect", export, tmp_path / "out", "--bundle", stub]):
+        result = run(*command)
+        assert_refused(result, f"Permission denied: a file or folder in {export}")
+        assert "Jane" not in result[2]
+
+
+def test_names_of_folders_may_have_the_signs_of_configs(run, export, tmp_path, stub):
+    folder = tmp_path / "#1 @::a%::b \\#"
+    folder.mkdir()
+    export, stub = export.rename(folder / "in"), Path(stub).rename(folder / "stub")
+    code, _, err = run("protect", export, folder / "out", "--bundle", stub)
+    assert code == DONE, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+    assert run("verify", folder / "out")[0] == DONE
+
+
 def test_an_unknown_bundle_or_setting_is_told_with_what_there_is(run, export, stub, tmp_path):
     out = tmp_path / "out"
     assert_refused(run("protect", export, out, "--bundle", "nope"), "salm_2d_classification, salm_3d_classification")
@@ -569,6 +613,11 @@ def test_a_fault_of_the_program_says_where_but_not_what_it_read(run, export, stu
         assert "inconsistent tensor size" not in out + err and "Jane" not in out + err
     with pytest.raises(KeyError, match="Jane"):
         cli.main(["--debug", *map(str, arguments), "at_fit=${}['Jane Doe']"])
+
+
+def test_what_could_not_be_imported_is_told(run, export, stub, tmp_path):
+    code, _, err = run("protect", export, tmp_path / "out", "--bundle", stub, "--set", "at_fit=$__import__('no_such')")
+    assert code == FAILED and "No module named 'no_such'" in err
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -58,6 +58,7 @@ def _run(options: argparse.Namespace) -> int:
     umask = os.umask(0o077)
     try:
         with _ending_as_interrupted():
+            _check_place()
             return options.command(options)
     except BrokenPipeError:
         raise
@@ -85,6 +86,16 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _check_place() -> None:
+    """What Python and the libraries need of the place that they are started in, told before they fail without it."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise ValueError(f"names of files are taken for {encoding} here, and are UTF-8; set PYTHONUTF8=1")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder is not there any more; change to another one") from None
 
 
 @contextmanager

@@ -43,13 +43,20 @@ def sentence(error: Exception, options: argparse.Namespace) -> str:
 
 
 def _named(error: OSError, options: argparse.Namespace) -> str:
-    """What may be said of the file of an error; empty where nothing may. Names of released files may be personal."""
+    """What may be said of the file of an error; empty where nothing may.
+
+    Names of files in an export, and of released files, may be personal.
+    """
     if str(error.filename) in {str(value) for value in vars(options).values() if isinstance(value, Path)}:
         return str(error.filename)
-    out = getattr(options, "out", None)
-    if out is None or not isinstance(error.filename, str | os.PathLike):
+    if not isinstance(error.filename, str | os.PathLike):
         return ""
-    path, out = Path(error.filename).absolute(), out.absolute()
+    path, export, out = Path(error.filename).absolute(), getattr(options, "export", None), getattr(options, "out", None)
+    if export is not None and path.is_relative_to(export.absolute()):
+        return f"a file or folder in {export}"
+    if out is None:
+        return ""
+    out = out.absolute()
     inside = path.relative_to(out) if path.is_relative_to(out) else Path()
     if len(inside.parts) < 2 or inside.parts[0] == "private" or getattr(options, "names", False):
         return str(inside) if inside.parts else ""
@@ -66,7 +73,9 @@ def say_where(error: Exception) -> None:
     import traceback
 
     print("Traceback (most recent call last):", *traceback.format_tb(error.__traceback__), file=sys.stderr, sep="\n")
-    say(f"a fault of the program ({type(error).__name__}); its text is kept back, --debug shows it")
+    loading = isinstance(error, ImportError)  # whose text is about the installation
+    kept_back = f": {error}" if loading else "; its text is kept back, --debug shows it"
+    say(f"a fault of the program ({type(error).__name__}){kept_back}")
 
 
 def say(text: str) -> None:

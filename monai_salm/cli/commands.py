@@ -309,8 +309,14 @@ def bundle_copy(options: argparse.Namespace) -> int:
 
 def _run_stages(bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
     """Run stages of a bundle; returns the code that a stage wants to exit with."""
+    import tempfile
+
     from monai_salm.workflows import run_bundle
 
+    try:
+        tempfile.gettempdir()  # which torch and matplotlib cannot do without
+    except FileNotFoundError:
+        raise ValueError("there is no folder for temporary files; let TMPDIR name one that can be written to") from None
     try:
         run_bundle(bundle, stages, overrides)
     except SystemExit as stop:
