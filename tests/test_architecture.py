@@ -17,6 +17,7 @@ PACKAGE = ROOT / "monai_salm"
 ROOMS = (
     "__main__",
     "cli",
+    "run_settings",
     "workflows",
     "verification",
     "engines",

@@ -17,7 +17,7 @@ import torch
 from exports import write_decathlon, write_labels, write_nifti, write_npz, write_series
 from pydicom.data import get_testdata_file
 
-from monai_salm import cli, workflows
+from monai_salm import cli, run_settings, workflows
 from monai_salm.bank import PerturbationBank, Record
 from monai_salm.cli.arguments import setting
 from monai_salm.cli.codes import BAD_INPUT, DONE, FAILED, INTEGRITY, INTERRUPTED, LOCKED, NOT_PROTECTED, UNREAD
@@ -733,14 +733,14 @@ def test_who_may_not_write_into_a_folder_leaves_the_settings_of_who_does(run, ex
     out = tmp_path / "out"
     fail = "at_fit=$[monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir), {}['no']]"
     assert run("protect", export, out, "--bundle", stub, "--set", fail)[0] == FAILED
-    kept = (out / workflows.RUN_CONFIG).read_bytes()
+    kept = (out / run_settings.RUN_CONFIG).read_bytes()
     lock.give_back(out)  # which the end of the process does
     parent = {"pid": os.getppid(), "started": lock._started(os.getppid())}
     (out / "private" / "lock").write_text(json.dumps(lock._myself() | parent))
     assert run("protect", export, out, "--bundle", stub, "--epsilon", "3 stored")[0] == LOCKED
     early = "at_fit=$(_ for _ in ()).throw(KeyboardInterrupt)"
     assert run("protect", export, out, "--bundle", stub, "--set", early)[0] == INTERRUPTED
-    assert (out / workflows.RUN_CONFIG).read_bytes() == kept
+    assert (out / run_settings.RUN_CONFIG).read_bytes() == kept
 
 
 def test_other_settings_for_the_same_folder_are_refused_and_change_nothing(run, export, stub, tmp_path):
@@ -767,7 +767,7 @@ def test_a_fit_with_another_budget_or_mask_ratio_is_told_before_the_scan(run, st
     assert run(*command, "--mask-ratio", 0.2)[0] == DONE
     # No fit is run here.
     perturbed = Record("case", torch.zeros(1, 2, 2, dtype=torch.int32), "digest", 1)
-    PerturbationBank(out / workflows.BANK, create=True).commit([perturbed], round_=1, score=0.0, state=b"")
+    PerturbationBank(out / run_settings.BANK, create=True).commit([perturbed], round_=1, score=0.0, state=b"")
     (out / "manifest.jsonl").touch()
     started.clear()
     assert_refused(run(*command), "mask_ratio was 0.2 and is 0.4", "another output folder")
@@ -782,12 +782,12 @@ def test_settings_are_free_until_a_round_of_the_fit_is_there(run, started, expor
     out = tmp_path / "out"
     command = ("protect", export, out, "--no-verify", "--dim", 3)
     assert run(*command, "--mask-ratio", 0.2)[0] == DONE
-    for name in ("private/run.json", workflows.BANK):  # as a fit leaves them that was killed in its first round
+    for name in ("private/run.json", run_settings.BANK):  # as a fit leaves them that was killed in its first round
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).touch()
-    workflows.save_run(out, "salm_3d_classification", {"mask_ratio": 0.2})
+    run_settings.save_run(out, "salm_3d_classification", {"mask_ratio": 0.2})
     assert run(*command, "--mask-ratio", 0.3)[0] == DONE
-    assert workflows.load_run(out)[1]["mask_ratio"] == 0.3
+    assert run_settings.load_run(out)[1]["mask_ratio"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -809,7 +809,7 @@ def test_settings_that_nothing_was_made_with_are_forgotten(run, export, stub, tm
     command = ("protect", export, tmp_path / "out", "--bundle", stub)
     for seed in (1, 2):
         assert run(*command, "--set", f"at_fit=$[{prepare}, {{}}['no']]", "--set", f"seed={seed}")[0] == FAILED
-    assert workflows.load_run(tmp_path / "out")[1]["seed"] == 2
+    assert run_settings.load_run(tmp_path / "out")[1]["seed"] == 2
 
 
 # ------------------------------------------------------------------ which bundle
@@ -887,5 +887,5 @@ def test_a_patch_that_victims_cannot_take_is_told_before_the_fit(run, tmp_path, 
     size = "spatial_size=[20, 20, 20]"
     command = ("protect", write_decathlon(tmp_path / "in", 4), tmp_path / "out", "--set", size, part)
     assert_refused(run(*command), "victim 'unet' cannot be trained on images of (20, 20, 20)", "must be multiples")
-    assert not (tmp_path / "out" / workflows.BANK).exists()
+    assert not (tmp_path / "out" / run_settings.BANK).exists()
     assert_refused(run(*command, "--set", "spatial_sise=1"), "did you mean 'spatial_size'?")

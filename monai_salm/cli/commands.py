@@ -89,7 +89,7 @@ def _dim(options: argparse.Namespace, voxelwise: bool) -> int:
 
 def protect(options: argparse.Namespace) -> int:
     """Fit, write and verify a protected copy, or parts of that."""
-    from monai_salm import workflows
+    from monai_salm import run_settings, workflows
     from monai_salm.release.labels import find_labels
     from monai_salm.release.voxels import VoxelLabels
 
@@ -97,7 +97,7 @@ def protect(options: argparse.Namespace) -> int:
     voxelwise = isinstance(find_labels(options.export, options.labels), VoxelLabels)
     spatial_dims = _dim(options, voxelwise)
     bundle = options.bundle or workflows.bundle_for(spatial_dims, voxelwise)
-    named = workflows.protect_overrides(
+    named = run_settings.protect_overrides(
         options.export,
         options.out,
         labels=options.labels,
@@ -111,13 +111,13 @@ def protect(options: argparse.Namespace) -> int:
     )
     overrides = _with_set(options, named)
     if options.like:
-        bundle, overrides = workflows.like_overrides(options.like, overrides)
-    workflows.check_same_fit(options.out, bundle, overrides)
+        bundle, overrides = run_settings.like_overrides(options.like, overrides)
+    run_settings.check_same_fit(options.out, bundle, overrides)
     verified = not (options.no_verify or options.like)
     if options.dry_run:
         return _plan(options, bundle, overrides, spatial_dims, verified)
     if options.shard:
-        workflows.check_same_run(options.out, bundle, overrides)
+        run_settings.check_same_run(options.out, bundle, overrides)
         code = _run_stages(bundle, workflows.WRITE, overrides | {"shard": options.shard})
         return _outcome(options.out, code, told=True)
     if options.fit_only:
@@ -134,19 +134,19 @@ def protect(options: argparse.Namespace) -> int:
 
 def _make(out: Path, bundle: str, stages: Sequence[str], overrides: dict[str, Any]) -> int:
     """Run stages, and keep in OUT the settings that what is there was made with; returns the exit code."""
-    from monai_salm import workflows
+    from monai_salm import run_settings
     from monai_salm.release.commit import PROTECTED
 
-    is_new = not (workflows.is_begun(out) or (out / PROTECTED).exists())
+    is_new = not (run_settings.is_begun(out) or (out / PROTECTED).exists())
     if is_new:  # kept settings, if any, are of a run that made nothing
-        workflows.save_run(out, bundle, overrides)
+        run_settings.save_run(out, bundle, overrides)
     try:
         code = _run_stages(bundle, stages, overrides)
     except BaseException as error:
         _name_settings(error, out, bundle, overrides)
-        workflows.save_run(out, bundle, overrides, replace=is_new)
+        run_settings.save_run(out, bundle, overrides, replace=is_new)
         raise
-    workflows.save_run(out, bundle, overrides)
+    run_settings.save_run(out, bundle, overrides)
     return code
 
 
@@ -167,16 +167,16 @@ def _with_set(options: argparse.Namespace, named: dict[str, Any]) -> dict[str, A
 
 def _name_settings(error: BaseException, out: Path, bundle: str, overrides: dict[str, Any]) -> None:
     """Where the error says that OUT was made with other settings, add to its text which those are."""
-    from monai_salm import workflows
+    from monai_salm import run_settings
     from monai_salm.records import OtherSettingsError
 
-    if isinstance(error, OtherSettingsError) and (changed := workflows.changed_settings(out, bundle, overrides)):
+    if isinstance(error, OtherSettingsError) and (changed := run_settings.changed_settings(out, bundle, overrides)):
         error.args = (f"{error}. Of the settings, {', '.join(changed.values())}",)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
     """Check at once what may be a typing error, and not after hours of fitting."""
-    from monai_salm import workflows
+    from monai_salm import run_settings, workflows
     from monai_salm.perturbations.budget import Budget, as_window
     from monai_salm.perturbations.masks import SparsityMask
     from monai_salm.release.commit import check_output
@@ -194,7 +194,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
     check_output(options.export, options.out)
     if options.push and (options.shard or options.fit_only):
         raise ValueError("--push sends a whole release; leave it out and run 'monai-salm push' when all is written")
-    if options.shard and not (options.out / workflows.BANK).is_file():
+    if options.shard and not (options.out / run_settings.BANK).is_file():
         raise ValueError(f"{options.out} has no perturbations yet; run the same command with --fit-only first")
 
 
@@ -250,17 +250,17 @@ def verify(options: argparse.Namespace) -> int:
         return NOT_PROTECTED
     if options.files_only:
         return DONE
-    from monai_salm import workflows
+    from monai_salm import run_settings, workflows
 
     wants_study = options.export or options.labels or options.set or options.defenses
-    if not (wants_study or (options.out / workflows.RUN_CONFIG).is_file()):
-        print(f"only files were checked: a study needs {workflows.RUN_CONFIG} of 'monai-salm protect'")
+    if not (wants_study or (options.out / run_settings.RUN_CONFIG).is_file()):
+        print(f"only files were checked: a study needs {run_settings.RUN_CONFIG} of 'monai-salm protect'")
         return DONE
-    bundle, overrides = workflows.load_run(options.out)
+    bundle, overrides = run_settings.load_run(options.out)
     export = options.export or Path(overrides.get("dataset_dir", ""))
     if not export.exists():
         raise ValueError(f"the export is not at {export}; name its folder with --export")
-    named = workflows.protect_overrides(export, options.out, labels=options.labels)
+    named = run_settings.protect_overrides(export, options.out, labels=options.labels)
     if options.defenses:
         named["defenses"] = options.defenses
     overrides |= _with_set(options, named)
