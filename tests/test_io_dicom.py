@@ -26,6 +26,7 @@ from pydicom.tag import Tag
 from monai_salm.io import dicom, dicom_parse, dicom_pixels, dicom_read, formats
 from monai_salm.io.base import FileCheck, RefusedError
 from monai_salm.io.kept import Kept
+from monai_salm.perturbations.budget import Budget
 
 
 @pytest.fixture
@@ -398,9 +399,9 @@ def test_explicit_window_is_taken_as_it_is() -> None:
         dicom.read(case_of(bundled("CT_small.dcm")), 2, (5, 5))
 
 
-def test_several_modalities_in_one_file_are_an_unknown_one(edited: Callable[..., Path]) -> None:
+def test_several_modalities_in_one_file_pass_no_budget_for_another(edited: Callable[..., Path]) -> None:
     path = edited(SOPClassUID=uid.SecondaryCaptureImageStorage, Modality=["MR", "PT"])
-    assert dicom.read(case_of(path), 2).codec.modality == ""
+    assert reason(lambda: dicom.read(case_of(path), 2).codec.levels(Budget.parse("5 HU"))) == "unreadable"
 
 
 def with_padding(dataset: Dataset) -> None:

@@ -224,10 +224,14 @@ def _codec(
 
 
 def _modality(header: Dataset) -> str:
-    """Modality of a file, if it is a known one; else empty, because the value is shown in messages."""
+    """Modality of a file, if it is a known one; else empty, because the value is shown in messages.
+
+    Raises:
+        RefusedError: ``unreadable`` when there are several: as an unknown one they would pass a budget for another.
+    """
     with refusing("unreadable", "the modality is broken; repair the header"):
-        value = str(header.get("Modality"))  # str: a broken file may have several values there
-    return value if value in _MODALITIES else ""
+        value = header.get("Modality")
+        return str(value) if value in _MODALITIES else ""  # of several values pydicom makes a list, which has no hash
 
 
 def _slice_scaling(headers: Sequence[Dataset], orientation: NDArray[Any] | None) -> SliceScaling | None:
