@@ -144,10 +144,9 @@ def arena(board: Board, level: str) -> None:
             line(f"{row['method']}, by AUC", *gaps, "", "", "")
 
 
-def resistance(board: Board, method: str) -> None:
-    """Closed gaps of a method by victim under each defense and each release, by balanced accuracy and by AUC; "?":
-    clean victims did not learn."""
-    level = board.levels[0]
+def resistance(board: Board, level: str, method: str) -> None:
+    """Closed gaps of a method at one budget, by victim, under each defense and each release, by balanced accuracy and
+    by AUC; "?": clean victims did not learn."""
     found = {name: board.gap(level, method, defense=name) for name in (NO_DEFENSE, *board.defenses)}
     found |= {name: board.gap(level, method, release=name) for name in board.releases}
     found = {name: part for name, part in found.items() if part}
@@ -182,6 +181,7 @@ def main() -> None:
         "arena_more",
         "arena_augmented",
         "arena_bounds",
+        "arena_budget",
         "arena_masked",
         "arena_sizes",
         "arena_psnr",
@@ -196,11 +196,20 @@ def main() -> None:
                 print(f"\n{name}, {data}, {level}")
                 arena(board, level)
     several = ("arena_more", "arena_augmented")
-    for name in ("arena_default", "arena", "arena_releases", *several, "arena_color", "arena_color_hues"):
+    for name in (
+        "arena_default",
+        "arena_budget",
+        "arena",
+        "arena_releases",
+        *several,
+        "arena_color",
+        "arena_color_hues",
+    ):
         for data, board in boards(name):
             for method in [each for each in board.methods if name in several or each in (DEFAULT, UNBOUND)]:
-                print(f"\n{name}, {data}, {method}")
-                resistance(board, method)
+                for level in board.levels:
+                    print(f"\n{name}, {data}, {method}, {level}")
+                    resistance(board, level, method)
 
 
 if __name__ == "__main__":

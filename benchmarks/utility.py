@@ -10,6 +10,7 @@ each method perturbs it, and on their own training images. With a finished fit i
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from monai_salm.verification.training import train_network
 from monai_salm.verification.victims import METRIC
 
 DATA = {"archive": "pneumoniamnist.npz", "size": [28, 28], "train": 1200, "split": "test", "spare": 2}
-METHODS = ("salm_0.4", "salm_0.4_full", "tap")
+METHODS = (
+    ("salm_0.4", "8/255"),
+    ("salm_0.4_full", "8/255"),
+    ("salm_0.4_full", "12/255"),
+    ("salm_0.4_full", "16/255"),
+    ("tap", "8/255"),
+)
+"""Each with its budget."""
 VICTIMS = ("small_cnn", "resnet10")
 SEEDS = 2
 """Fits of each method, and networks of each kind; a network is tested on the images of every fit."""
@@ -48,38 +56,40 @@ def measure(data: Path, work: Path) -> dict[str, Any]:
         for seed in range(SEEDS)
     }
     rows = []
-    for method in METHODS:
+    for method, epsilon in METHODS:
         for of_fit in range(SEEDS):
-            fitted = fit(method, images.train.dataset, len(images.classes), size, of_fit, "8/255", work)
+            fitted = fit(method, images.train.dataset, len(images.classes), size, of_fit, epsilon, work)
             deltas = {"training": fitted.deltas, "test": fitted.perturb(images.test.dataset)}
             for name, part in parts.items():
                 protected = _seen(part, deltas[name])
                 for (victim, seed), network in networks.items():
                     before, after = (task.evaluate(network, shown, 32) for shown in (clean[name], protected))
-                    row = {"method": method, "fit": of_fit, "images": name, "victim": victim, "seed": seed}
+                    row = {"method": method, "budget": epsilon, "fit": of_fit, "images": name}
+                    row |= {"victim": victim, "seed": seed}
                     rows.append(row | {"clean": before[METRIC], "protected": after[METRIC]})
                     rows[-1] |= {"clean_auc": before["auc"], "protected_auc": after["auc"]}
                     print(*rows[-1].values(), flush=True)
-    changes = {
-        method: {
-            name: spread([r["protected"] - r["clean"] for r in rows if (r["method"], r["images"]) == (method, name)])
-            for name in parts
-        }
-        for method in METHODS
-    }
     return {
         "task": "PneumoniaMNIST, test split",
         "metric": METRIC,
-        "budget": "8/255",
         "seeds": {"fits": SEEDS, "victims": SEEDS},
         "victim_recipe": recipe,
-        "change": changes,
+        "change": [
+            {"method": method, "budget": epsilon, **{name: _change(rows, method, epsilon, name) for name in parts}}
+            for method, epsilon in METHODS
+        ],
         "rows": rows,
     }
 
 
 def _seen(part: Part, deltas: Any = None) -> tuple[Tensor, Tensor]:
     return part.seen(deltas), part.labels
+
+
+def _change(rows: Sequence[dict[str, Any]], *of: str) -> dict[str, float | None]:
+    """Protected minus clean, over networks and fits, of a method, a budget and a part of the images."""
+    found = [row for row in rows if (row["method"], row["budget"], row["images"]) == of]
+    return spread([row["protected"] - row["clean"] for row in found])
 
 
 def main() -> None:

@@ -425,7 +425,7 @@ def test_study_of_voxel_labels_end_to_end(released, out, capsys):
         assert words in html, words  # what else such a report shows: test_report.py
     assert html.count("Signed difference of") == 4
     assert html.count("· bright") == len(results["utility"])
-    assert "Segmentation of 12 volumes into 2 classes" in html and "Recall" not in html
+    assert "Segmentation of 2 classes in 12 volumes" in html and "Recall" not in html
     shown = capsys.readouterr().out
     assert "Warning: Where this copy" in shown
     assert "bright" in shown and "dark" in shown

@@ -358,10 +358,11 @@ class VictimStudy:
     # ---------------------------------------------------------------- report
 
     def _heading(self) -> str:
-        images = "volumes" if self.spatial_dims == 3 else "images"
+        images = f"{len(self.cohort.cases)} {'volumes' if self.spatial_dims == 3 else 'images'}"
         count = len(self.learning.learned)
         classes = "1 class" if count == 1 else f"{count} classes"
-        return f"{self.learning.name} of {len(self.cohort.cases)} {images} into {classes}"
+        parts = f"{classes} in {images}" if self.cohort.voxelwise else f"{images} into {classes}"
+        return f"{self.learning.name} of {parts}"
 
     def _describe_cohort(self, released: int, present: Mapping[str, frozenset[int]]) -> dict[str, Any]:
         """``per_class`` counts the cases that have a class; in segmentation only those that were read."""
