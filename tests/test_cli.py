@@ -398,6 +398,31 @@ def test_an_export_that_may_not_be_read_is_named(run, export, stub, tmp_path, mo
         assert "Jane" not in result[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("../out/private/bank.sqlite", "private/bank.sqlite"), ("../out/protected/Jane", "a file in protected/")],
+)
+def test_what_is_beside_the_export_is_not_said_to_be_in_it(run, export, stub, monkeypatch, name, told):
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(Path(name).absolute()))
+
+    monkeypatch.chdir(export)
+    monkeypatch.setattr("monai_salm.release.labels.find_labels", denied)
+    result = run("protect", ".", "../out", "--bundle", stub)
+    assert_refused(result, f"Permission denied: {told}")
+    assert "Jane" not in result[2]
+
+
+def test_an_archive_that_may_not_be_read_is_named(run, tmp_path, monkeypatch):
+    def denied(root: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(root.absolute()))
+
+    monkeypatch.chdir(write_npz(tmp_path / "a.npz").parent)
+    monkeypatch.setattr("monai_salm.release.labels.find_labels", denied)
+    _, _, err = run("inspect", "a.npz")
+    assert err == "monai-salm: Permission denied: a.npz\n"
+
+
 def test_names_of_folders_may_have_the_signs_of_configs(run, export, tmp_path, stub):
     folder = tmp_path / "#1 @::a%::b \\#"
     folder.mkdir()

@@ -51,12 +51,13 @@ def _named(error: OSError, options: argparse.Namespace) -> str:
         return str(error.filename)
     if not isinstance(error.filename, str | os.PathLike):
         return ""
-    path, export, out = Path(error.filename).absolute(), getattr(options, "export", None), getattr(options, "out", None)
-    if export is not None and path.is_relative_to(export.absolute()):
-        return f"a file or folder in {export}"
+    path = Path(os.path.abspath(error.filename))  # takes out "..", so that "../out" is not in "."
+    folders = (getattr(options, name, None) for name in ("export", "out"))
+    export, out = (Path(os.path.abspath(each)) if each else None for each in folders)
+    if export and path.is_relative_to(export):
+        return str(options.export) if path == export else f"a file or folder in {options.export}"
     if out is None:
         return ""
-    out = out.absolute()
     inside = path.relative_to(out) if path.is_relative_to(out) else Path()
     if len(inside.parts) < 2 or inside.parts[0] == "private" or getattr(options, "names", False):
         return str(inside) if inside.parts else ""
