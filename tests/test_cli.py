@@ -690,6 +690,7 @@ def test_parts_are_written_by_themselves_after_a_fit(run, export, stub, tmp_path
     assert_refused(run(*command, "--shard", "1/2"), "no perturbations yet", "--fit-only")
     assert_refused(run(*command, "--fit-only", "--push", "A@localhost:4242"), "--push sends a whole release")
     assert run(*command, "--shard", "3/2")[0] == BAD_INPUT
+    assert "is not I/N" in run(*command, "--shard", "")[2], "a variable that is not set asks for no whole release"
     prepare = "at_fit=$monai_salm.release.protect.prepare_output(@dataset_dir, @output_dir)"
     command = (*command, "--set", prepare)
     assert run(*command, "--fit-only")[0] == DONE

@@ -375,7 +375,7 @@ def test_shards_give_the_same_files_and_a_missing_one_is_told(original, tmp_path
     assert {path.name for path in before if before[path] != after[path]} <= {"lock", "lock-1-of-2", "lock-2-of-2"}
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "a/b", "1", "1/2/3", "-1/2"])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "a/b", "1", "1/2/3", "-1/2", ""])
 def test_a_shard_that_does_not_exist_is_an_error(text):
     with pytest.raises(ValueError, match="shard"):
         Shard.parse(text)

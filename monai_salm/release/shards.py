@@ -34,7 +34,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str | Shard | None) -> Shard:
         """The shard of ``"I/N"``; a shard is returned as it is, and None means the whole release."""
-        if not text:
+        if text is None:  # an empty text, as of a variable that is not set, is no way to ask for all of it
             return cls()
         if isinstance(text, Shard):
             return text
