@@ -180,7 +180,7 @@ def differences(root: Path, expected: Mapping[str, str], *, thorough: bool = Fal
             if not thorough:
                 raise
             yield "unreadable", name
-    for name in present.keys() - expected.keys():
+    for name in sorted(present.keys() - expected.keys()):
         yield "unreadable" if present[name] is None else "added", name
 
 
