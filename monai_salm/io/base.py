@@ -21,7 +21,7 @@ MAX_RASTER_BYTES = 2**31
 """Largest unpacked PNG or TIFF image that is read."""
 
 MAX_NOTES_BYTES = 2**14
-"""Most bytes of notes, or of unknown data, that any file may hold."""
+"""Most bytes of notes, or of unknown data, beside an image of any size; see :py:func:`room_for_notes`."""
 DEFLATE_RATIO = 1032
 """Most bytes that one byte of a deflate stream can become; a header that promises more lies (zlib's notes)."""
 
