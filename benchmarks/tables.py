@@ -195,16 +195,8 @@ def main() -> None:
             for level in board.levels:
                 print(f"\n{name}, {data}, {level}")
                 arena(board, level)
-    several = ("arena_more", "arena_augmented")
-    for name in (
-        "arena_default",
-        "arena_budget",
-        "arena",
-        "arena_releases",
-        *several,
-        "arena_color",
-        "arena_color_hues",
-    ):
+    several, color = ("arena_more", "arena_augmented"), ("arena_color", "arena_color_hues")
+    for name in ("arena_default", "arena_budget", "arena", "arena_releases", *several, *color):
         for data, board in boards(name):
             for method in [each for each in board.methods if name in several or each in (DEFAULT, UNBOUND)]:
                 for level in board.levels:
