@@ -20,7 +20,7 @@ from monai_salm import __version__
 from monai_salm.io import dicom, formats, masks, worker
 from monai_salm.io.base import Case, FileCheck, Outline, RefusedError, Window
 from monai_salm.perturbations.budget import Budget
-from monai_salm.records import OtherSettingsError
+from monai_salm.records import OtherSettingsError, smallest_type
 from monai_salm.release import commit as door
 from monai_salm.release.custody import KEY, Journal, clear_key_parts, start_time
 from monai_salm.release.identity import UidMap, keyed_name, load_or_create_key, mask_id, owner_id
@@ -238,6 +238,8 @@ class UnitWriter:
         for file in (*formats.files_of(unit), *([unit[0].mask.file] if unit[0].mask else [])):
             digest.update(door.sha256_of(file).encode())
         for case in unit:
-            for slab in deltas[case].reshape(len(deltas[case]) * deltas[case].shape[1], -1):
-                digest.update(np.ascontiguousarray(slab, dtype=np.int32))
+            delta = deltas[case]
+            kept = smallest_type(max(int(delta.max()), -int(delta.min()))) or delta.dtype
+            for slab in delta.reshape(len(delta) * delta.shape[1], -1):
+                digest.update(np.ascontiguousarray(slab, dtype=kept))
         return digest.hexdigest()
