@@ -29,7 +29,7 @@ import torch
 import yaml
 from arena_cells import Cell, cells, fit_groups
 from arena_data import load
-from arena_field import MEASURED, OF_FIT, Field
+from arena_field import MEASURED, OF_FIT, OF_VOXELS, Field
 from setting import write
 
 from monai_salm.release.progress import track
@@ -96,9 +96,11 @@ def _fit_alone(config: str, data: Path, work: Path, asked: Sequence[tuple[str, s
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One line per training, empty where something does not apply."""
+    """One line per training, empty where something does not apply; columns of voxel labels where there are some."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    known = {name for row in rows for name, value in row.items() if value is not None}
+    columns = [name for name in COLUMNS if name not in OF_VOXELS or name in known]
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(stream.getvalue(), path)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ import torch
 from arena_colors import KINDS, write_colors
 from arena_slices import write_slices
 from monai.data import CacheDataset
+from monai.transforms import Compose
 from torch import Tensor
 
 from monai_salm.cohorts.demo import write_demo_export
-from monai_salm.io.base import Case, StoredImage
+from monai_salm.engines.cases import generator_of
+from monai_salm.io import formats
+from monai_salm.io.base import Case, StoredImage, window_of
 from monai_salm.records import image_digest
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.surrogates import ResizeView
-from monai_salm.transforms import LoadStoredd
-from monai_salm.transforms.meta import codec_of, meta_of, stored_array
+from monai_salm.transforms import LoadMaskd, LoadStoredd
+from monai_salm.transforms.meta import codec_of, meta_of, plain_tensor, stored_array
 from monai_salm.verification.arms import Deltas, perturbed
 
-__all__ = ["DataSet", "Part", "drawn", "load", "part_of", "stratified"]
+__all__ = ["DataSet", "Part", "VoxelPart", "drawn", "load", "part_of", "stratified", "voxelwise"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Part:
         size: of what victims see.
     """
 
-    dataset: CacheDataset
+    dataset: Sequence[Mapping[str, Any]]
     size: tuple[int, ...]
 
     @cached_property
@@ -63,6 +66,47 @@ class Part:
         )
         return torch.cat([resize(unit[None]) for unit in units])
 
+    @property
+    def truths(self) -> Sequence[Any]:
+        """What victims learn of each case, as their task keeps it."""
+        return self.labels.tolist()
+
+    def noise(self, seed: int) -> Tensor:
+        """Uniform noise in place of the images that victims see."""
+        channels = len(next(iter(self.images.values())).stored)
+        return torch.rand(len(self.images), channels, *self.size, generator=generator_of("blind", seed))
+
+
+class VoxelPart(Part):
+    """Some cases with voxel labels, which victims see on their own grids, patch by patch.
+
+    Args:
+        dataset: items ``{"image": stored values, "label": (1, *spatial) class indices, "spacing": mm per axis}``.
+        size: of a patch.
+    """
+
+    @cached_property
+    def truths(self) -> Sequence[tuple[Tensor, tuple[float, ...]]]:
+        """As :py:meth:`monai_salm.verification.segmenters.Segmentation.truth`."""
+        return [(plain_tensor(item["label"]), item["spacing"]) for item in self.dataset]
+
+    def seen(self, deltas: Deltas | None = None) -> list[Tensor]:
+        """(1, *spatial) unit intensities; with perturbations in the window of the written NIfTI file, as in a study."""
+        return [self._read(image, None if deltas is None else deltas[name]) for name, image in self.images.items()]
+
+    def noise(self, seed: int) -> list[Tensor]:
+        """As a study makes it."""
+        generators = ((generator_of(seed, "blind", name), image) for name, image in self.images.items())
+        return [torch.rand(image.stored.shape, generator=generator) for generator, image in generators]
+
+    @staticmethod
+    def _read(image: StoredImage, delta: Any) -> Tensor:
+        stored, codec = image.stored, image.codec
+        if delta is not None:
+            stored = codec.add(stored, np.asarray(delta))
+            codec = replace(codec, window=window_of(stored, "auto", codec.slope, codec.intercept))
+        return codec.to_unit(torch.from_numpy(stored))
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -70,10 +114,11 @@ class DataSet:
 
     Args:
         classes: their names.
-        train: what is protected.
+        train: what is protected, and victims are trained on.
         test: clean, for the test of victims.
         spare: clean cases of the third party's own.
         fit_size: of what the surrogate sees.
+        released: all that is protected together, if that is more than ``train``.
     """
 
     classes: tuple[str, ...]
@@ -81,6 +126,22 @@ class DataSet:
     test: Part
     spare: Part
     fit_size: tuple[int, ...]
+    released: Part | None = None
+
+    @property
+    def fitted(self) -> Part:
+        """What a fit is made to."""
+        return self.train if self.released is None else self.released
+
+    @property
+    def voxelwise(self) -> bool:
+        """Whether each voxel has its own label."""
+        return isinstance(self.train, VoxelPart)
+
+
+def voxelwise(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings are of a data set whose voxels have labels."""
+    return "decathlon" in settings or settings.get("task") == "segmentation"
 
 
 def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
@@ -93,16 +154,21 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
             pixels of a training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data``,
             or ``slices`` a Decathlon folder there, whose slices make ``classes`` classes, or ``colors`` a kind of
             simulated color images (of all three, ``spare_split`` is where spare cases come from), or ``demo`` is the
-            seed of a demo cohort (then they come from the cohort of the next seed).
+            seed of a demo cohort (then they come from the cohort of the next seed; ``patients``: how many each has).
+            Voxel labels are those of a demo cohort with ``task: segmentation``, or of the Decathlon folder in ``data``
+            that ``decathlon`` names. Training and test cases, and what is fitted, are then those of a study; ``spare``
+            may be left out.
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
     Raises:
         ValueError: When a class has too few cases.
     """
+    if voxelwise(settings):
+        return _with_voxel_labels(settings, data, work)
     size, split, spare = tuple(settings["size"]), settings["split"], settings["spare"]
     if "demo" in settings:
-        cohort, others = (_demo(work, len(size), settings["demo"] + offset) for offset in (0, 1))
+        cohort, others = (_demo(work, settings, offset) for offset in (0, 1))
         spare_split = "train"
     else:
         if "archive" in settings:
@@ -111,8 +177,8 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
             archive = _colors(work, settings) if "colors" in settings else _slices(work, data, settings)
         cohort = others = load_cohort(archive, spatial_dims=len(size))
         spare_split = settings["spare_split"]
-    if others is cohort and spare_split in ("train", split):
-        raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
+    if others is cohort:
+        _check_spare(spare_split, split)
     tested = [case for case in cohort.cases if case.split == split]
     train = part_of(drawn(cohort, settings["train"], "train"), size)
     test = part_of(tested, size)
@@ -151,9 +217,37 @@ def drawn(cohort: Cohort, count: int, split: str, without: Set[str] = frozenset(
     return [case for case in cohort.cases if case.sample_id in chosen]
 
 
-def _demo(work: Path, dims: int, seed: int) -> Cohort:
-    folder = work / f"demo-{dims}d-{seed}"
-    write_demo_export(folder, dims, seed, progress=False)
+def _check_spare(spare_split: str, split: str) -> None:
+    if spare_split in ("train", split):
+        raise ValueError(f"spare_split is {spare_split!r}; the third party's cases must be none of train and {split}")
+
+
+def _with_voxel_labels(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
+    size, split, spare = tuple(settings["size"]), settings["split"], settings.get("spare", 0)
+    if "demo" in settings:
+        cohort = _demo(work, settings, 0)
+        own = _demo(work, settings, 1).train if spare else ()
+    else:
+        cohort = load_cohort(data / settings["decathlon"], spatial_dims=len(size))
+        if spare:
+            _check_spare(settings["spare_split"], split)
+        own = cohort.tested(settings["spare_split"]) if spare else ()
+    if len(own) < spare:
+        raise ValueError(f"there are {len(own)} spare cases, {spare} are asked for; ask for fewer")
+    chosen = sorted(np.random.default_rng(0).permutation(len(own))[:spare])
+    kept = {case.sample_id for case in cohort.train}
+    released = _voxel_part(cohort.released, size)
+    train = VoxelPart([item for item in released.dataset if meta_of(item["image"], "sample_id") in kept], size)
+    test, others = _voxel_part(cohort.tested(split), size), _voxel_part([own[at] for at in chosen], size)
+    return DataSet(tuple(cohort.classes), train, test, others, tuple(settings.get("fit_size", size)), released)
+
+
+def _demo(work: Path, settings: Mapping[str, Any], offset: int) -> Cohort:
+    dims, seed, task = len(settings["size"]), settings["demo"] + offset, settings.get("task", "classification")
+    options = {name: settings[key] for name, key in (("task", "task"), ("n_patients", "patients")) if key in settings}
+    name = f"{'lesions' if task == 'segmentation' else 'demo'}-{dims}d-{seed}"
+    folder = work / (f"{name}-{settings['patients']}" if "patients" in settings else name)
+    write_demo_export(folder, dims, seed, progress=False, **options)
     return load_cohort(folder, spatial_dims=dims)
 
 
@@ -182,6 +276,14 @@ def part_of(cases: Sequence[Case], size: tuple[int, ...]) -> Part:
     items = [{"image": case, "label": case.label} for case in cases]
     dataset = CacheDataset(items, LoadStoredd("image", spatial_dims=len(size)), copy_cache=False, progress=False)
     return Part(dataset, size)
+
+
+def _voxel_part(cases: Sequence[Case], size: tuple[int, ...]) -> VoxelPart:
+    """Some cases and their masks, read once."""
+    dims = len(size)
+    items = [{"image": case, "label": case, "spacing": formats.read_spacing(case, dims)} for case in cases]
+    read = Compose([LoadStoredd("image", spatial_dims=dims), LoadMaskd("label", spatial_dims=dims)])
+    return VoxelPart(CacheDataset(items, read, copy_cache=False, progress=False) if items else [], size)
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> np.ndarray:

@@ -14,33 +14,35 @@ from typing import Any
 import numpy as np
 import torch
 from arena_cells import AGAIN, ELSEWHERE, NO_DEFENSE, WITHOUT_FIT, Cell
-from arena_data import DataSet, Part
-from methods import METHODS, UNBOUNDED, Fitted, fit, trained, victims
+from arena_data import DataSet, Part, VoxelPart
+from methods import UNBOUNDED, Fitted, fit, methods_of, trained, victims
 from releases import RELEASES, TURNED, Copies, separable, turned
 from setting import versions
 from torch import Tensor
 
-from monai_salm.engines.cases import generator_of
 from monai_salm.io.base import StoredImage
-from monai_salm.verification.arms import Arm, ArmWriter
+from monai_salm.verification.arms import Arm, Deltas, VolumeArm
 from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.description import described
 from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 from monai_salm.verification.jobs import Job, Ledger, run_jobs
+from monai_salm.verification.leakage import LEAKAGE_CASES, Leakage
 from monai_salm.verification.training import Recipe, victim_digest
 
-__all__ = ["MEASURED", "OF_FIT", "Field", "fidelity"]
+__all__ = ["MEASURED", "OF_FIT", "OF_VOXELS", "Field", "fidelity"]
 
 BASE_255THS = 8
 """Budget that the search for a PSNR starts from."""
 PSNR_FITS = 4
 """Most fits of one search."""
-MEASURED = ("balanced_accuracy", "auc", "accuracy", "seconds")
+MEASURED = ("balanced_accuracy", "auc", "accuracy", "dice", "hd95", "dice_per_class", "seconds")
 """Columns of a training."""
-OF_FIT = ("epsilon", "psnr", "ssim", "changed", "fit_seconds", "passes", "linear_images", "linear_delta")
+OF_FIT = ("epsilon", "psnr", "ssim", "changed", "fit_seconds", "passes", "linear_images", "linear_delta", "leakage")
 """Columns of the fit that a training saw. ``linear_*``: how well a logistic regression reads classes off one half of
 the training cases after it was fitted to the other half: from the protected images (clean ones for the clean method),
-and from the perturbations alone."""
+and from the perturbations alone. ``leakage``: Dice of the best simple guess of the labels from these."""
+OF_VOXELS = ("dice", "hd95", "dice_per_class", "leakage")
+"""Those of data sets with voxel labels; their others are empty."""
 
 
 class Field:
@@ -58,7 +60,7 @@ class Field:
         self.device = str(config.get("device", "cpu"))
         self._fits: dict[tuple[str, str, int], tuple[Fitted, str]] = {}
         self._described: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self.task, recipe = trained(data.classes, data.train.size)
+        self.task, recipe = trained(data.classes, data.train.size, data.voxelwise)
         self.recipe = recipe | {"epochs": config["epochs"][name]}
 
     # -------------------------------------------------------------------- fits
@@ -69,7 +71,7 @@ class Field:
         Args:
             level: a budget, or a mean PSNR such as ``"36 dB"``: methods with the setting ``psnr`` keep it in each
                 image, for others the budget is chosen.
-            method: of ``methods.METHODS``.
+            method: of ``methods.methods_of``.
             seed: of the fit; with ``AGAIN`` the same images once more, with ``ELSEWHERE`` the spare images, both at
                 the budget of the seed without it.
         """
@@ -79,19 +81,19 @@ class Field:
         return self._fits[key]
 
     def _fit(self, level: str, method: str, seed: int) -> tuple[Fitted, str]:
-        part = self.data.spare if seed >= ELSEWHERE else self.data.train
+        part = self.data.spare if seed >= ELSEWHERE else self.data.fitted
         wanted = float(level.removesuffix("dB")) if level.endswith("dB") else None
-        own = METHODS[method].overrides or {}
-        shared = {**self.config["fit"], **({} if wanted is None else {"psnr": wanted})}
+        own, voxelwise = methods_of(self.data.voxelwise)[method].overrides, self.data.voxelwise
+        shared = {**self.config["fit"], **({} if wanted is None or voxelwise else {"psnr": wanted})}
         shared = {name: value for name, value in shared.items() if name not in own}
 
         def at(epsilon: str) -> Fitted:
             overrides = {**shared, "device": self.device}
-            size = self.data.fit_size
-            return fit(method, part.dataset, len(self.data.classes), size, seed, epsilon, self.work, overrides)
+            given = part.dataset, len(self.data.classes), self.data.fit_size, seed, epsilon, self.work
+            return fit(method, *given, overrides, voxelwise)
 
         if method in UNBOUNDED:
-            epsilon = METHODS[method].overrides["epsilon"]
+            epsilon = own["epsilon"]
             return at(epsilon), epsilon
         if seed >= AGAIN:
             epsilon = self.fitted(level, method, seed % AGAIN)[1]
@@ -112,20 +114,22 @@ class Field:
     # -------------------------------------------------------------------- arms
 
     @cached_property
-    def _clean(self) -> Tensor:
+    def _clean(self) -> Tensor | list[Tensor]:
         return self.data.train.seen()
 
-    def _released(self, cell: Cell) -> Tensor:
+    def _released(self, cell: Cell) -> Tensor | list[Tensor]:
         """What a cell's third party trains on, before its defense."""
         if cell.method == "clean":
             return self._clean
         if cell.method == "blind":
-            return torch.rand(self._clean.shape, generator=generator_of("blind", self._seed(cell)))
+            return self.data.train.noise(self._seed(cell))
         seed = self._seed(cell)
 
         def seen(part: Part, offset: int) -> Tensor:
             return part.seen(self.fitted(cell.level, cell.method, seed + offset)[0].deltas)
 
+        if self.data.voxelwise:  # images of a size of their own, which are released as they are
+            return seen(self.data.train, 0)
         copies = Copies(
             self._clean,
             seen(self.data.train, 0),
@@ -140,18 +144,25 @@ class Field:
     def _seed(self, cell: Cell) -> int:
         return cell.seed % self.config["fits"]
 
-    def _arm(self, cell: Cell, path: Path) -> Arm:
+    def _arm(self, cell: Cell, path: Path) -> Arm | VolumeArm:
         if cell.method == "own_clean":
-            return _write(path, self.data.spare.seen(), self.data.spare.labels)
-        images, labels = self._released(cell), self.data.train.labels
-        return _write(path, *(turned(images) if cell.release == TURNED else (images, labels)))
+            return self._write(path, cell.release, (self.data.spare.seen(), self.data.spare.truths))
+        return self._write(path, cell.release, (self._released(cell), self.data.train.truths))
 
-    def _test(self, release: str, path: Path) -> Arm:
+    def _test(self, release: str, path: Path) -> Arm | VolumeArm:
         """Test cases, then the third party's own clean ones."""
-        parts = [(part.seen(), part.labels) for part in (self.data.test, self.data.spare)]
-        if release == TURNED:
-            parts = [turned(images) for images, _ in parts]
-        return _write(path, *(torch.cat(each) for each in zip(*parts, strict=True)))
+        return self._write(path, release, *((part.seen(), part.truths) for part in (self.data.test, self.data.spare)))
+
+    def _write(self, path: Path, release: str, *parts: tuple[Any, Sequence[Any]]) -> Arm | VolumeArm:
+        """An arm of (images, what is kept beside each)."""
+        writer = self.task.writer(path)
+        for images, truths in parts:
+            if release == TURNED:
+                images, labels = turned(images)
+                truths = labels.tolist()
+            for image, truth in zip(images, truths, strict=True):
+                writer.add(image, truth)
+        return writer.close()
 
     # --------------------------------------------------------------- trainings
 
@@ -169,18 +180,18 @@ class Field:
         print(f"{self.name}: {_estimate(jobs, done, workers)}", flush=True)
         run_jobs(list(jobs.values()), done, workers)
         return [
-            asdict(cell) | {name: done[job].get(name) for name in MEASURED} | self._of_fit(cell)
+            asdict(cell) | {name: _plain(done[job].get(name)) for name in MEASURED} | self._of_fit(cell)
             for cell, job in jobs.items()
         ]
 
     def _jobs(self, asked: Sequence[Cell], folder: Path) -> dict[Cell, Job]:
-        channels, kinds = self._clean.shape[1], dict[str, str]()
-        makers = victims(len(self.data.classes), self.data.train.size, channels)
+        channels, kinds = len(self._clean[0]), dict[str, str]()
+        makers = victims(len(self.data.classes), self.data.train.size, channels, self.data.voxelwise)
         recipes: dict[str, Callable[..., Recipe]] = {each.name: each.recipe for each in DEFENSES}
         recipes[NO_DEFENSE] = Recipe
-        arms: dict[tuple[Any, ...], Arm] = {}
-        tests: dict[bool, Arm] = {}
-        n_test = len(self.data.test.labels)
+        arms: dict[tuple[Any, ...], Arm | VolumeArm] = {}
+        tests: dict[bool, Arm | VolumeArm] = {}
+        n_test = len(self.data.test.images)
         found = {}
         for cell in asked:
             shown = (cell.level, cell.method, cell.release, self._seed(cell))
@@ -193,7 +204,7 @@ class Field:
             spare = tuple(range(n_test, test.count))
             if cell.victim not in kinds:
                 probe = torch.zeros(2, channels, *self.data.train.size)
-                kinds[cell.victim] = victim_digest(make, probe, len(self.data.classes))
+                kinds[cell.victim] = victim_digest(make, probe, *self.task.output)
             training = self.recipe | self.config.get("recipes", {}).get(cell.victim, {})
             decisive = [arm.digest, test.digest, spare, kinds[cell.victim], cell.seed, training, self.task.describe()]
             decisive += [described(recipe), versions(), torch.device(self.device).type]
@@ -210,23 +221,26 @@ class Field:
         return self._described[key]
 
     def _measured(self, level: str, method: str, seed: int) -> dict[str, Any]:
-        part = self.data.train
-        if method == "clean":
+        part, voxelwise = self.data.train, self.data.voxelwise
+        if method == "clean" and not voxelwise:
             return {"linear_images": separable(self._clean, part.labels)}
         if method in WITHOUT_FIT:
             return {}
         found, epsilon = self.fitted(level, method, seed)
-        kept, protected = fidelity(part, found), part.seen(found.deltas)
-        return {
+        kept = fidelity(self.data.fitted, found)
+        row = {
             "epsilon": epsilon,
             "psnr": kept["psnr"]["mean"],
             "ssim": kept["ssim"]["mean"],
             "changed": kept["mask_fraction"]["mean"],
             "fit_seconds": found.seconds,
             "passes": found.passes.get("total"),
-            "linear_images": separable(protected, part.labels),
-            "linear_delta": separable(protected - self._clean, part.labels),
         }
+        if voxelwise:
+            return row | {"leakage": leakage(part, found.deltas)}
+        protected = part.seen(found.deltas)
+        linear = {"images": separable(protected, part.labels), "delta": separable(protected - self._clean, part.labels)}
+        return row | {f"linear_{name}": accuracy for name, accuracy in linear.items()}
 
 
 class Rows(Ledger):
@@ -272,8 +286,17 @@ def fidelity(part: Part, fitted: Fitted, *, ssim: bool = True) -> dict[str, Any]
     return kept.result()
 
 
-def _write(path: Path, images: Tensor, labels: Tensor) -> Arm:
-    writer = ArmWriter(path)
-    for image, label in zip(images, labels.tolist(), strict=True):
-        writer.add(image, label)
-    return writer.close()
+def leakage(part: VoxelPart, deltas: Deltas) -> float | None:
+    """What perturbations give away of the labels, as a study measures it: Dice, mean over a sample of the cases."""
+    found, sample = Leakage(), ssim_sample(part.images, LEAKAGE_CASES)
+    for name, (label, _) in zip(part.images, part.truths, strict=True):
+        if name in sample:
+            found.add("all", deltas[name], label.numpy() > 0)
+    return found.result()["all"]["best"]["mean"]
+
+
+def _plain(value: Any) -> Any:
+    """A cell of the table; one value per class is ``name=value;name=value``."""
+    if not isinstance(value, Mapping):
+        return value
+    return ";".join(f"{name}={each:.4f}" for name, each in value.items() if each is not None)

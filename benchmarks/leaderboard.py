@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import html
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,22 +21,28 @@ from releases import TURNED
 
 from monai_salm.verification.defenses import DEFENSES
 from monai_salm.verification.results import write_atomically
-from monai_salm.verification.strength import closed_gap, closed_gap_auc, mean_of, values_of
+from monai_salm.verification.segmenters import Segmentation
+from monai_salm.verification.strength import closed_gap, closed_gap_auc, closed_gap_per_class, mean_of, values_of
 from monai_salm.verification.verdict import VerdictRules, learning_checks
 from monai_salm.verification.victims import METRIC
 
 Row = Mapping[str, Any]
 TEXT = ("data", "level", "method", "release", "defense", "victim", "epsilon")
+DICE, BY_CLASS = Segmentation.metric, f"{Segmentation.metric}_per_class"
 RANKING = {
     "level": "budget",
     "method": "method",
     "epsilon": "bound",
     METRIC: "balanced accuracy",
     "auc": "AUC",
+    DICE: "Dice",
+    BY_CLASS: "Dice by class",
+    "hd95": "HD95",
     "gap": "closed gap",
     "low": "low",
     "high": "high",
     "gap_auc": "closed gap, AUC",
+    "gap_by_class": "closed gap by class",
     "n": "pairs",
     "standard": "mean over standard defenses",
     "worst": "least over all defenses",
@@ -46,8 +53,9 @@ RANKING = {
     "fit_seconds": "seconds",
     "linear_images": "linear, images",
     "linear_delta": "linear, noise",
+    "leakage": "leakage",
 }
-"""Columns and their heads."""
+"""Columns and their heads; but for the gap, those without a value are left out."""
 _SCRIPT = """
 for (const head of document.querySelectorAll("th")) head.onclick = () => {
   const body = head.closest("table").tBodies[0], at = [...head.parentNode.children].indexOf(head);
@@ -72,12 +80,16 @@ td { border-bottom: 1px solid #e5e8ec; padding: 3px 9px 3px 0; white-space: nowr
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of the table; numbers are numbers, what is empty is None."""
+    """Rows of the table; numbers are numbers, what is empty is None, values by class are a dictionary."""
+
+    def value(name: str, text: str) -> Any:
+        if name == BY_CLASS:
+            pairs = (part.rsplit("=", 1) for part in text.split(";") if part)
+            return {which: float(number) for which, number in pairs}
+        return text if name in TEXT else float(text) if text else None
+
     with path.open(newline="") as stream:
-        return [
-            {name: value if name in TEXT else float(value) if value else None for name, value in row.items()}
-            for row in csv.DictReader(stream)
-        ]
+        return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(stream)]
 
 
 class Board:
@@ -88,7 +100,7 @@ class Board:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
+        self.rows, self.metric = rows, DICE if any(row.get(DICE) is not None for row in rows) else METRIC
         fitted = [row for row in rows if row["method"] not in WITHOUT_FIT]
         self.methods = list(dict.fromkeys(row["method"] for row in fitted))
         self.levels = list(dict.fromkeys(row["level"] for row in fitted))
@@ -136,11 +148,12 @@ class Board:
         parts = {"clean": clean, "protected": mine, "blind": [] if other else self.of(method="blind")}
         rows = [{**row, "arm": arm} for arm, part in parts.items() for row in part if row["victim"] in victims]
         chance = 0.5 if other else None  # turned or not; other labels have blind victims
-        found = closed_gap(rows, METRIC, chance=chance)
-        checks = learning_checks(rows, METRIC, list(found["by_victim"]), chance, VerdictRules())
+        found = closed_gap(rows, self.metric, chance=chance)
+        checks = learning_checks(rows, self.metric, list(found["by_victim"]), chance, VerdictRules())
         known = found["mean"] is not None and all(check.passed for check in checks)
-        arm = mean_of(values_of(rows, METRIC, "protected"))
-        return {**found, "conclusive": known, "arm": arm, "by_auc": closed_gap_auc(rows)}
+        arm = mean_of(values_of(rows, self.metric, "protected"))
+        by_class = {name: part["mean"] for name, part in closed_gap_per_class(rows, self.metric).items()}
+        return {**found, "conclusive": known, "arm": arm, "by_auc": closed_gap_auc(rows), "by_class": by_class}
 
     @cached_property
     def ranking(self) -> list[dict[str, Any]]:
@@ -162,6 +175,7 @@ class Board:
                 standard = [told[d.name] for d in DEFENSES if d.standard and d.name in told]
                 row = {name: gap[name] for name in ("low", "high", "n")}
                 row |= {"gap": gap["mean"], "gap_auc": gap["by_auc"].get("mean"), "conclusive": gap["conclusive"]}
+                row |= {"gap_by_class": _by_class(gap["by_class"]) if len(gap["by_class"]) > 1 else None}
                 row |= {"standard": _mean(standard), "worst": min(told.values(), default=None)}
                 each = {victim: self.gap(level, method, victims=[victim]) for victim in self.victims}
                 row |= {f"gap_{victim}": part["mean"] for victim, part in each.items() if part}
@@ -172,14 +186,16 @@ class Board:
 
     def _described(self, level: str, method: str, rows: Sequence[Row]) -> dict[str, Any]:
         plain = [row for row in rows if row["defense"] == NO_DEFENSE]
-        names = ("psnr", "ssim", "changed", "passes", "fit_seconds", "linear_images", "linear_delta")
-        values = {name: [row[name] for row in plain if row[name] is not None] for name in (METRIC, "auc")}
+        names = ("psnr", "ssim", "changed", "passes", "fit_seconds", "linear_images", "linear_delta", "hd95", "leakage")
+        values = {name: [row[name] for row in plain if row.get(name) is not None] for name in (self.metric, "auc")}
         spread = {
             f"{name}_std": float(np.std(each, ddof=1)) if len(each) > 1 else None for name, each in values.items()
         }
-        means = {name: _mean([row[name] for row in plain]) for name in (METRIC, "auc", *names)}
+        means = {name: _mean([row.get(name) for row in plain]) for name in (self.metric, "auc", *names)}
         bounds = ", ".join(dict.fromkeys(row["epsilon"] for row in rows))
-        return {"level": level, "method": method, "epsilon": bounds, **means, **spread}
+        parts = [row.get(BY_CLASS) or {} for row in plain]
+        dice = {name: _mean([part.get(name) for part in parts]) for name in dict.fromkeys(itertools.chain(*parts))}
+        return {"level": level, "method": method, "epsilon": bounds, **means, **spread, BY_CLASS: _by_class(dice)}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -187,11 +203,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _by_class(values: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {'?' if value is None else f'{value:.2f}'}" for name, value in values.items())
+
+
 def _shown(row: Row, name: str) -> str:
     value = row.get(name)
     if value is None or isinstance(value, str):
         return value or ""
-    digits = {"psnr": 1, "passes": 1, "fit_seconds": 1, "n": 0, "low": 2, "high": 2}.get(name, 3)
+    digits = {"psnr": 1, "hd95": 1, "passes": 1, "fit_seconds": 1, "n": 0, "low": 2, "high": 2}.get(name, 3)
     digits = 2 if name.startswith("gap") else digits
     std = row.get(f"{name}_std")
     return f"{value:.{digits}f}" + (f" ± {std:.3f}" if std is not None else "")
@@ -200,6 +220,8 @@ def _shown(row: Row, name: str) -> str:
 def table_html(board: Board) -> str:
     """The ranking."""
     columns = RANKING | {f"gap_{victim}": f"gap, {victim}" for victim in board.victims}
+    told = {"gap", *(name for row in board.ranking for name, value in row.items() if value not in (None, ""))}
+    columns = {name: text for name, text in columns.items() if name in told}
     heads = "".join(f"<th>{html.escape(text)}</th>" for text in columns.values())
     lines = []
     for row in board.ranking:
@@ -252,10 +274,10 @@ def page(rows: Sequence[Row]) -> str:
     parts = [
         "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>monai_salm: the arena</title>",
         f"<style>{_STYLE}</style><h1>The arena</h1><p>Closed gap: (clean − protected) / (clean − blind) in balanced "
-        "accuracy, or in AUC with 0.5 as floor, clean with the same defense; 0 is no protection, at 1 the images teach "
-        "as little as noise. Intervals: 95 %, two-level bootstrap of paired seeds. In italics, or “?”: the clean "
-        "victims did not learn, so nothing can be said. Methods are ranked over the networks that all of them were "
-        "tried on; the last columns are of one network each. Click a head to sort.</p>",
+        "accuracy (of voxel labels: Dice), or in AUC with 0.5 as floor, clean with the same defense; 0 is no "
+        "protection, at 1 the images teach as little as noise. Intervals: 95 %, two-level bootstrap of paired seeds. "
+        "In italics, or “?”: the clean victims did not learn, so nothing can be said. Methods are ranked over the "
+        "networks that all of them were tried on; the last columns are of one network each. Click a head to sort.</p>",
     ]
     for name in dict.fromkeys(row["data"] for row in rows):
         board = Board([row for row in rows if row["data"] == name])
@@ -265,7 +287,7 @@ def page(rows: Sequence[Row]) -> str:
             defenses = plain + [(name, PLAIN, name) for name in board.defenses]
             releases = [(PLAIN, PLAIN, NO_DEFENSE)] + [(name, name, NO_DEFENSE) for name in board.releases]
             for title, columns in (("defenses", defenses), ("releases", releases)):
-                for by_auc in (False, True):
+                for by_auc in (False, True) if board.metric == METRIC else (False,):
                     found = heat_html(board, level, columns, by_auc)
                     head = f"{html.escape(level)}, {title}{', by AUC' if by_auc else ''}"
                     parts.append(f"<h3>{head}</h3>{found}" if found else "")

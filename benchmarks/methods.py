@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that benchmarks compare, how each is fitted to a classification data set, and the victims."""
+"""The methods that benchmarks compare, how each is fitted to a data set, and the victims."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from monai.networks.nets import DenseNet
 from monai.utils import set_determinism
 from networks import SmallViT, small_densenet121
 from setting import configured
-from torch import nn
+from torch import Tensor, nn
 
 import monai_salm
 from monai_salm.records import image_digest
 from monai_salm.surrogates import small_resnet
-from monai_salm.transforms.meta import codec_of, meta_of, stored_array
+from monai_salm.transforms.meta import codec_of, meta_of, plain_array, stored_array
 from monai_salm.verification.arms import Deltas
+from monai_salm.verification.segmenters import Segmentation
+from monai_salm.verification.training import Task
 from monai_salm.verification.victims import Classification
 from monai_salm.workflows import bundle_path
 
@@ -126,9 +128,63 @@ METHODS: dict[str, Method] = {
 }
 """What each is: docs/rivals.md. ``clean`` and ``blind`` (uniform noise with the true labels) are no perturbations."""
 FITTED = tuple(name for name, method in METHODS.items() if method.overrides is not None)
-"""Names that :py:func:`fit` takes."""
+"""Names that :py:func:`fit` takes for images with one class each."""
 UNBOUNDED = tuple(name for name in FITTED if "epsilon" in METHODS[name].overrides)
 """Of these, the names whose budget is their own, as published."""
+
+ALTERNATING = {
+    "transplant": False,
+    "guard_weight": 0.0,
+    "rounds": 8,
+    "surrogate_steps": 40,
+    "perturbation_steps": 10,
+    "halo": 16,
+    "network_def::network": {
+        "_target_": "monai_salm.surrogates.PaddedNetwork",
+        "multiple": 4,
+        "network": {
+            "_target_": "monai.networks.nets.UNet",
+            "spatial_dims": "@spatial_dims",
+            "in_channels": 1,
+            "out_channels": "@num_classes",
+            "channels": [8, 16, 32],
+            "strides": [2, 2],
+            "num_res_units": 1,
+            "norm": "BATCH",
+        },
+    },
+}
+"""Setting of rivals for voxel labels: a U-Net is trained on the protected images, in turn with the perturbations."""
+
+
+def _marker(name: str, **options: Any) -> dict[str, Any]:
+    return {"perturbation": _target(f"markers.{name}", **options)}
+
+
+VOXEL_METHODS: dict[str, Method] = {
+    "random_noise": Method({**METHODS["random_noise"].overrides, "guard_weight": 0.0}),
+    "label_marker": Method({**NO_SURROGATE, "guard_weight": 0.0, **_marker("LabelMarker", cell=2)}),
+    "random_mask": Method({"mask_criterion": "random"}),
+    "salm": Method({}),
+    "em": Method({**ALTERNATING, "mask_ratio": 1.0, "perturbation::step_size": 0.1, "perturbation::momentum": 0.0}),
+    "contour_interior": Method({**ALTERNATING, **_marker("ContourInterior", steps="@perturbation_steps")}),
+    "slice_spectrum": Method({**ALTERNATING, **_marker("SliceSpectrum", steps="@perturbation_steps")}),
+}
+"""The same for voxel labels; ``salm`` is the shipped fit."""
+VOLUMES_ONLY = ("slice_spectrum",)
+"""Of these, the names that slices cannot be fitted by."""
+
+
+def methods_of(voxelwise: bool) -> dict[str, Method]:
+    """Methods that make perturbations, of images with one class each or with voxel labels."""
+    return VOXEL_METHODS if voxelwise else {name: METHODS[name] for name in FITTED}
+
+
+def bundle_of(spatial_size: Sequence[int], voxelwise: bool) -> tuple[str, dict[str, Any]]:
+    """Name of the bundle, and what images of two or three axes need of its settings."""
+    if voxelwise:
+        return "salm_3d_segmentation", {"spatial_dims": len(spatial_size), "spatial_size": list(spatial_size)}
+    return f"salm_{len(spatial_size)}d_classification", {}
 
 
 @dataclass(frozen=True)
@@ -150,28 +206,31 @@ def fit(
     epsilon: str,
     work: Path,
     overrides: Mapping[str, Any] | None = None,
+    voxelwise: bool = False,
 ) -> Fitted:
-    """Perturbations of a classification data set; a finished fit of the same configuration is read from ``work``.
+    """Perturbations of a data set; a finished fit of the same configuration is read from ``work``.
 
     Args:
-        name: of :py:data:`METHODS`.
-        dataset: items ``{"image": stored values from LoadStoredd, "label": class index}``.
+        name: of :py:func:`methods_of`.
+        dataset: items ``{"image": stored values from LoadStoredd, "label": class index, or mask from LoadMaskd}``.
         classes: number of classes.
-        spatial_size: what the surrogate sees; two sizes take the 2D bundle, three the 3D bundle.
+        spatial_size: what the surrogate sees, two or three sizes; with voxel labels, of a patch.
         seed: of everything random in the fit.
         epsilon: budget of every method but those that are published without one, which have theirs in ``METHODS``.
         work: folder of the fits, one folder each.
         overrides: more values by config id, such as ``{"device": "cuda"}``; they win.
+        voxelwise: each voxel has its own label.
 
     Raises:
         ValueError: When the method is none that makes perturbations.
     """
-    method = METHODS.get(name, Method())
-    if method.overrides is None:
-        raise ValueError(f"{name!r} makes no perturbations; use one of {', '.join(FITTED)}")
-    values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed}
-    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **method.overrides, **(overrides or {})}
-    bundle = f"salm_{len(spatial_size)}d_classification"
+    known = methods_of(voxelwise)
+    if name not in known:
+        raise ValueError(f"{name!r} makes no perturbations; use one of {', '.join(known)}")
+    bundle, given = bundle_of(spatial_size, voxelwise)
+    values = {"device": "cpu", "spatial_size": list(spatial_size), "num_classes": classes, "seed": seed, **given}
+    values |= {"epsilon": epsilon, "in_channels": len(dataset[0]["image"]), **known[name].overrides}
+    values |= overrides or {}
     shipped = (bundle_path(bundle) / "configs/train.yaml").read_text()
     decisive = json.dumps([shipped, values, _digest(dataset), _code()], sort_keys=True)
     folder = work / hashlib.sha256(decisive.encode()).hexdigest()[:16]
@@ -198,39 +257,54 @@ def _digest(dataset: CacheDataset) -> str:
     for item in dataset:
         image = item["image"]
         content = image_digest(stored_array(image, codec_of(image, None)))
-        digest.update(repr((meta_of(image, "sample_id"), int(item["label"]), content)).encode())
+        label = item["label"]
+        told = image_digest(plain_array(label)) if isinstance(label, Tensor) else int(label)
+        digest.update(repr((meta_of(image, "sample_id"), told, content)).encode())
     return digest.hexdigest()
 
 
-def trained(classes: Sequence[str], spatial_size: tuple[int, ...]) -> tuple[Classification, dict[str, Any]]:
+def trained(
+    classes: Sequence[str], spatial_size: tuple[int, ...], voxelwise: bool = False
+) -> tuple[Task, dict[str, Any]]:
     """What victims learn and how they are trained: as in the shipped study, from images of another size.
 
     Args:
         classes: their names.
-        spatial_size: of the images, two or three sizes.
+        spatial_size: of the images, two or three sizes; with voxel labels, of a patch.
+        voxelwise: each voxel has its own label.
 
     Returns:
         The task, and its arguments of :py:func:`monai_salm.verification.training.train_network`.
     """
-    shipped = configured(f"salm_{len(spatial_size)}d_classification", {"num_classes": len(classes)})
+    bundle, given = bundle_of(spatial_size, voxelwise)
+    shipped = configured(bundle, {**given, "num_classes": len(classes)})
     names = ("epochs", "batch_size", "learning_rate", "weight_decay")
     recipe = {name: shipped.get_parsed_content(f"study::{name}") for name in names}
+    if voxelwise:
+        return Segmentation(tuple(classes), spatial_size, shipped.get_parsed_content("study::transforms")), recipe
     return Classification(tuple(classes), shipped.get_parsed_content("study::augment"), spatial_size), recipe
 
 
-def victims(classes: int, spatial_size: Sequence[int], channels: int = 1) -> dict[str, Callable[[], nn.Module]]:
-    """Networks that learn from scratch: those of the shipped study, a small DenseNet, and what the field compares with:
-    ResNet-18, DenseNet-121 and a small vision transformer.
+def victims(
+    classes: int, spatial_size: Sequence[int], channels: int = 1, voxelwise: bool = False
+) -> dict[str, Callable[[], nn.Module]]:
+    """Networks that learn from scratch: those of the shipped study, and for images with one class each a small DenseNet
+    and what the field compares with: ResNet-18, DenseNet-121 and a small vision transformer.
 
     Args:
         classes: number of classes.
-        spatial_size: of the images, two or three sizes.
+        spatial_size: of the images, two or three sizes; with voxel labels, of a patch.
         channels: of the images, 3 of color.
+        voxelwise: each voxel has its own label.
     """
+    bundle, own = bundle_of(spatial_size, voxelwise)
+    parser = configured(bundle, {**own, "num_classes": classes, "in_channels": channels})
+    shipped = {name: parser.get_parsed_content(f"study::victims::{name}") for name in parser["study::victims"]}
+    if voxelwise:
+        return shipped
     given = {"spatial_dims": len(spatial_size), "in_channels": channels, "out_channels": classes}
-    parser = configured(f"salm_{len(spatial_size)}d_classification", {"num_classes": classes, "in_channels": channels})
     return {
-        **{name: parser.get_parsed_content(f"study::victims::{name}") for name in parser["study::victims"]},
+        **shipped,
         "densenet": partial(DenseNet, **given, init_features=16, growth_rate=8, block_config=(2, 2, 2)),
         "resnet18": partial(small_resnet, **given, width=64, blocks=(2, 2, 2, 2)),
         "densenet121": partial(small_densenet121, **given),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from keep_report import write
+from methods import VOXEL_METHODS
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from setting import configured, machine, versions
@@ -32,43 +33,9 @@ from monai_salm.release.protect import prepare_output
 from monai_salm.verification.fidelity import SSIM_CASES, Fidelity, ssim_sample
 
 BUNDLE = "salm_3d_segmentation"
-ALTERNATING = {
-    "transplant": False,
-    "guard_weight": 0.0,
-    "rounds": 8,
-    "surrogate_steps": 40,
-    "perturbation_steps": 10,
-    "halo": 16,
-    "network_def::network": {
-        "_target_": "monai_salm.surrogates.PaddedNetwork",
-        "multiple": 4,
-        "network": {
-            "_target_": "monai.networks.nets.UNet",
-            "spatial_dims": "@spatial_dims",
-            "in_channels": 1,
-            "out_channels": "@num_classes",
-            "channels": [8, 16, 32],
-            "strides": [2, 2],
-            "num_res_units": 1,
-            "norm": "BATCH",
-        },
-    },
-}
-"""The rivals' setting: a U-Net is trained on the protected images, in turn with the perturbations."""
-
-
-def _rival(name: str) -> dict[str, Any]:
-    """A class of ``perturbations/markers.py`` in the rivals' setting."""
-    target = f"monai_salm.perturbations.markers.{name}"
-    return {**ALTERNATING, "perturbation": {"_target_": target, "steps": "@perturbation_steps"}}
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "protected": {},
-    "random_mask": {"mask_criterion": "random"},
-    "em": {**ALTERNATING, "mask_ratio": 1.0, "perturbation::step_size": 0.1, "perturbation::momentum": 0.0},
-    "contour_interior": _rival("ContourInterior"),
-    "slice_spectrum": _rival("SliceSpectrum"),
+METHODS: dict[str, Mapping[str, Any]] = {
+    "protected": VOXEL_METHODS["salm"].overrides,
+    **{name: VOXEL_METHODS[name].overrides for name in ("random_mask", "em", "contour_interior", "slice_spectrum")},
 }
 """What differs from the bundle's configuration in the fit of an arm."""
 

@@ -132,7 +132,7 @@ def arena(board: Board, level: str) -> None:
     victims = list(dict.fromkeys(row["victim"] for row in clean))
     print()
     head("method", *victims, "PSNR", "passes", "seconds")
-    learned = [[row[METRIC] for row in clean if row["victim"] == victim] for victim in victims]
+    learned = [[row[board.metric] for row in clean if row["victim"] == victim] for victim in victims]
     shown = (spread({"mean": mean(each), "std": stdev(each)}) for each in learned)
     line("clean", *shown, "", "", "")
     for row in board.ranking:
@@ -140,6 +140,8 @@ def arena(board: Board, level: str) -> None:
             gaps = (gap(found["by_victim"].get(victim)) for victim in victims)
             took = median({each["fit_seconds"] for each in board.of(level=level, method=row["method"], release=PLAIN)})
             line(row["method"], *gaps, f"{row['psnr']:.1f}", f"{row['passes']:.1f}", f"{took:.0f}")
+            if board.metric != METRIC:
+                continue
             gaps = (gap(found["by_auc"].get("by_victim", {}).get(victim)) for victim in victims)
             line(f"{row['method']}, by AUC", *gaps, "", "", "")
 
@@ -155,18 +157,19 @@ def resistance(board: Board, level: str, method: str) -> None:
     if not victims:
         return
     print()
-    head("third party", *victims, *(f"{victim}, AUC" for victim in victims))
+    named = {name: (part, part["by_auc"]) if board.metric == METRIC else (part,) for name, part in found.items()}
+    head("third party", *victims, *(f"{victim}, AUC" for victim in victims if board.metric == METRIC))
     for name, part in found.items():
         unsure = "" if part["conclusive"] else "?"
-        gaps = [kind["by_victim"][victim] for kind in (part, part["by_auc"]) for victim in victims]
+        gaps = [kind["by_victim"][victim] for kind in named[name] for victim in victims]
         line(name, *(unsure + gap(each) for each in gaps))
-    standard = [found[each.name] for each in DEFENSES if each.standard and each.name in found]
+    standard = [named[each.name] for each in DEFENSES if each.standard and each.name in found]
     if standard:
         means = (
             mean(kind["by_victim"][v]["mean"] for kind in kinds for v in victims)
-            for kinds in zip(*((part, part["by_auc"]) for part in standard), strict=True)
+            for kinds in zip(*standard, strict=True)
         )
-        print("mean over standard defenses: {:.2f}, by AUC {:.2f}".format(*means))
+        print(f"mean over standard defenses: {', by AUC '.join(f'{each:.2f}' for each in means)}")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from exports import write_labels, write_nifti
+from exports import write_decathlon, write_labels, write_nifti
 
 from monai_salm.verification.training import victim_digest
 
@@ -47,6 +47,21 @@ CONFIG = {
     },
 }
 CONFIG["data"]["tiny"]["spare_split"] = "val"
+VOXELS = {
+    "data": {"noise": {"decathlon": "Task", "size": [8, 8, 8], "split": "test"}},
+    "epochs": {"noise": 1},
+    "fits": 1,
+    "fit": {"surrogate_steps": 2, "perturbation_steps": 2},
+    "grids": {
+        "one": {
+            "methods": ["salm", "label_marker", "random_noise"],
+            "levels": ["8/255"],
+            "defenses": ["blur_1"],
+            "victims": ["attention_unet"],
+            "seeds": 1,
+        },
+    },
+}
 
 
 @pytest.fixture
@@ -142,6 +157,8 @@ def test_the_shipped_grid_asks_for_what_there_is(load):
     assert {cell.method for cell in found} <= {*methods.FITTED, "clean", "blind", "own_clean"}
     assert {cell.victim for cell in found} <= set(methods.victims(2, (28, 28)))
     assert {cell.data for cell in found} == set(config["data"]) == set(config["epochs"])
+    voxels = load("arena_cells").cells(yaml.safe_load((BENCHMARKS / "arena_voxels.yaml").read_text()))
+    assert {cell.method for cell in voxels} == {*methods.VOXEL_METHODS, "clean", "blind", "own_clean"}
 
 
 def test_a_run_trains_every_cell_once_and_shows_it(load, data, tmp_path, monkeypatch, capsys):
@@ -153,7 +170,7 @@ def test_a_run_trains_every_cell_once_and_shows_it(load, data, tmp_path, monkeyp
     said = capsys.readouterr().out
     assert "9 of 23 trainings to do, about 0 min" in said and len(rows) == 23
     table = board.read(output)
-    assert [[row[name] or 0 for name in arena.COLUMNS] for row in table] == [
+    assert [[row.get(name) or 0 for name in arena.COLUMNS] for row in table] == [
         [row.get(name) or 0 for name in arena.COLUMNS] for row in rows
     ]
     noise = next(row for row in table if row["method"] == "random_noise" and row["level"] == "8/255")
@@ -243,8 +260,8 @@ def test_the_subset_is_balanced_and_tested_on_the_images_of_its_split(load, data
 
 
 def test_three_sizes_ask_for_volumes(load, tmp_path, monkeypatch):
-    def written(folder: Path, dims: int, seed: int, *, progress: bool) -> None:
-        assert dims == 3 and not progress
+    def written(folder: Path, dims: int, seed: int, *, progress: bool, **options: object) -> None:
+        assert dims == 3 and not progress and not options
         names = [write_nifti(folder / f"{at}.nii.gz", 100 * seed + at).name for at in range(12)]
         write_labels(
             folder, [f"{name},{'ab'[at % 2]},{'test' if at < 4 else 'train'}" for at, name in enumerate(names)]
@@ -333,6 +350,116 @@ def test_a_victim_with_a_recipe_of_its_own_is_trained_by_it_and_others_are_not_t
         jobs.append(field._jobs([cell], tmp_path)[cell])
     assert [job.options["learning_rate"] == 0.5 for job in jobs] == [False, True, False]
     assert jobs[0].key == jobs[2].key != jobs[1].key
+
+
+# ---------------------------------------------------------------- voxel labels
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Path:
+    return write_decathlon(tmp_path_factory.mktemp("volumes") / "Task", 8).parent
+
+
+@pytest.fixture
+def voxels(load, volumes, tmp_path):
+    loaded = load("arena_data").load(VOXELS["data"]["noise"], volumes, tmp_path)
+    return load("arena_field").Field("noise", VOXELS, loaded, tmp_path)
+
+
+def test_voxel_labels_go_through_the_arena_and_onto_the_page(load, volumes, tmp_path, monkeypatch):
+    arena, board, output = load("arena"), load("leaderboard"), tmp_path / "voxels.csv"
+    rows = arena.Arena(VOXELS, volumes, tmp_path / "work", output).run()
+    assert sorted((row["method"], row["defense"]) for row in rows) == sorted(
+        [(name, each) for name in ("clean", "salm", "label_marker", "random_noise") for each in ("none", "blur_1")]
+        + [("blind", "none")]
+    )
+    table = board.read(output)
+    assert all(0 <= row["dice"] <= 1 and row["hd95"] >= 0 and row["balanced_accuracy"] is None for row in table)
+    assert all(row["dice"] == pytest.approx(sum(row["dice_per_class"].values()) / 2, abs=1e-4) for row in table)
+    assert set(table[0]["dice_per_class"]) == {"Core", "Rim"}
+    leaks = {row["method"]: row["leakage"] for row in table}
+    assert leaks["label_marker"] > 0.98 > leaks["random_noise"]
+    assert leaks["clean"] is None and all(row["linear_images"] is None for row in table)
+    page = board.page(table)
+    assert all(text in page for text in ("Dice by class", "HD95", "leakage", "blur_1")) and "by AUC" not in page
+    monkeypatch.setattr("monai_salm.verification.jobs.train_network", None)  # would fail if it were called
+    assert arena.Arena(VOXELS, volumes, tmp_path / "work", output).run() == rows
+
+
+def test_a_table_without_voxel_labels_has_no_columns_of_them(load, tmp_path):
+    load("arena").write_table([{"data": "tiny", "auc": 0.5, "dice": None}], tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().splitlines()[0] == (
+        "data,level,method,release,defense,victim,seed,balanced_accuracy,auc,accuracy,seconds,epsilon,psnr,ssim,"
+        "changed,fit_seconds,passes,linear_images,linear_delta"
+    )
+
+
+def test_arms_with_voxel_labels_are_those_of_a_study(load, voxels, volumes, tmp_path):
+    module, bank = load("segmentation"), tmp_path / "out/private/bank.sqlite"
+    settings = {"dataset_dir": str(volumes / "Task"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
+    settings |= {"spatial_size": [8, 8, 8], "visibility": "none", **VOXELS["fit"]}
+    module.prepare_output(settings["dataset_dir"], settings["output_dir"])
+    module.fit("protected", settings, bank)
+    parser = module.configured(module.BUNDLE, settings)
+    parser["study::victims"] = {"attention_unet": parser["study::victims"]["attention_unet"]}
+    parser.get_parsed_content("protect_cohort")()
+    study = parser.get_parsed_content("study")
+    (tmp_path / "arms").mkdir()
+    theirs = study._material(study._twins(), {}, None, tmp_path / "arms")
+    cell = load("arena_cells").Cell
+    for arm, level, method in (("clean", "", "clean"), ("protected", "8/255", "salm"), ("blind", "", "blind")):
+        one = cell("noise", level, method, "all", "none", "attention_unet", 0)
+        (job,) = voxels._jobs([one], tmp_path).values()
+        assert job.train.digest == theirs.arms[arm].digest, arm
+        assert job.test.digest == theirs.test.digest
+        assert job.task.describe() == study.learning.describe()
+        assert {name: job.options[name] for name in study.recipe} == study.recipe | {"epochs": 1}
+    mine = load("arena_field").leakage(voxels.data.train, voxels.fitted("8/255", "salm", 0)[0].deltas)
+    assert mine == pytest.approx(theirs.leakage.result()["protected"]["best"]["mean"])
+
+
+@pytest.mark.parametrize("name", ["random_mask", "em", "contour_interior", "slice_spectrum"])
+def test_every_method_for_voxel_labels_can_be_fitted_by_name(load, voxels, name):
+    quick = {"rounds": 1, "surrogate_steps": 1, "perturbation_steps": 1}
+    part, methods = voxels.data.fitted, load("methods")
+    found = methods.fit(name, part.dataset, 3, (8, 8, 8), 0, "8/255", voxels.work, quick, voxelwise=True)
+    assert all(found.deltas[each].any() for each in part.images)
+    with pytest.raises(ValueError, match="'lsp' makes no perturbations; use one of random_noise"):
+        methods.fit("lsp", part.dataset, 3, (8, 8, 8), 0, "8/255", voxels.work, voxelwise=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "grid", "words"),
+    [
+        ({}, {"releases": ["all", "averaged"]}, r"releases of grid one \(voxel labels, 3D\): averaged; there are all"),
+        ({}, {"methods": ["salm_0.4"]}, "unknown methods of grid one .*salm_0.4"),
+        ({}, {"victims": ["small_cnn"]}, "unknown victims of grid one .*small_cnn"),
+        ({}, {"defenses": ["mixup"]}, "unknown defenses of grid one .*mixup"),
+        ({}, {"defenses": "standard"}, "need clean cases: clean_20; say with 'spare'"),
+        ({"train": 100}, {}, r"unknown setting of data set noise \(voxel labels\): train"),
+        ({"size": [10, 10, 10]}, {}, "victim 'attention_unet' cannot be trained on images of"),
+        ({"size": [32, 32]}, {"methods": ["slice_spectrum"]}, "voxel labels, 2D.*: slice_spectrum"),
+    ],
+)
+def test_what_does_not_go_with_voxel_labels_is_named_before_anything_is_done(load, data, grid, words):
+    config = VOXELS | {"data": {"noise": VOXELS["data"]["noise"] | data}}
+    config["grids"] = {"one": VOXELS["grids"]["one"] | grid}
+    with pytest.raises(ValueError, match=words):
+        load("arena_cells").cells(config)
+
+
+def test_a_third_party_may_have_cases_with_voxel_labels_of_its_own(load, volumes, tmp_path):
+    module, settings = load("arena_data"), VOXELS["data"]["noise"] | {"spare": 2}
+    with pytest.raises(ValueError, match="must be none of train and test"):
+        module.load(settings | {"spare_split": "test"}, volumes, tmp_path)
+    given = {"demo": 5, "task": "segmentation", "patients": 6, "size": [32, 32], "split": "test", "spare": 4}
+    found = module.load(given, tmp_path, tmp_path)
+    parts = [set(part.images) for part in (found.train, found.test, found.spare)]
+    assert [len(each) for each in parts] == [9, 6, 4] and len(set.union(*parts)) == 19
+    assert parts[0] < set(found.fitted.images), "cases for validation are released too"
+    assert [set(label.unique().tolist()) <= {0, 1} for label, _ in found.train.truths]
+    with pytest.raises(ValueError, match="there are 9 spare cases, 10 are asked for"):
+        module.load(given | {"spare": 10}, tmp_path, tmp_path)
 
 
 # -------------------------------------------------------------------- releases
