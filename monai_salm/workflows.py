@@ -156,10 +156,14 @@ def run_bundle(name: str, run_ids: Sequence[str], overrides: Mapping[str, Any]) 
 
 
 def _as_config(value: Any) -> Any:
-    """A value as MONAI's config keeps it: a plain None is dropped, and in a text, such as a folder's name, ``#``
-    becomes ``::``, and ``@::`` the id of a part."""
+    """A value as MONAI's config keeps it: a plain None is dropped, and in a text, such as a folder's name, alone or in
+    a list, ``#`` becomes ``::``, and ``@::`` the id of a part."""
     if value is None:
         return "$None"
+    if isinstance(value, list):
+        return [_as_config(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _as_config(part) for key, part in value.items()}
     if not isinstance(value, str) or value.startswith(("$", "@", "%")) or not re.search("#|[@%]::", value):
         return value
     return "$" + re.sub("[#@%:]", lambda sign: f"\\x{ord(sign[0]):02x}", ascii(value))

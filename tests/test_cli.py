@@ -537,6 +537,12 @@ def test_a_setting_of_null_is_no_longer_the_one_of_the_bundle(run, export, stub,
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == {"verdict": "None"}
 
 
+@pytest.mark.parametrize("value", [["a#1", None], {"at": "1 @::a%::b", "all": ["#"]}])
+def test_texts_in_lists_and_dictionaries_may_have_the_signs_of_configs(run, export, stub, tmp_path, value):
+    run("protect", export, tmp_path / "out", "--bundle", stub, "--set", f"verdict={json.dumps(value)}")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {"verdict": str(value)}
+
+
 def test_verify_hands_the_defenses_to_the_study(run, export, stub, tmp_path, monkeypatch):
     out, given = tmp_path / "out", []
     assert run("protect", export, out, "--bundle", stub, "--no-verify")[0] == DONE
