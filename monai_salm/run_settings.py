@@ -61,14 +61,15 @@ def save_run(output_dir: Path, bundle: str, overrides: Mapping[str, Any], *, rep
         replace: whether to replace what was kept before.
     """
     from monai_salm.release import lock
-    from monai_salm.release.commit import RUN, write
+    from monai_salm.release.commit import RUN, clear_staging, write
 
     if not (output_dir / RUN).is_file():
         return
     with suppress(lock.LockedError), lock.holding(output_dir):
         if replace or not (output_dir / RUN_CONFIG).is_file():
             kept = {"schema_version": 1, "bundle": _full_name(bundle), "overrides": dict(overrides)}
-            write(output_dir, {RUN_CONFIG: json.dumps(kept, indent=2) + "\n"})
+            write(output_dir, {RUN_CONFIG: json.dumps(kept, indent=2) + "\n"}, "settings")
+            clear_staging(output_dir, "settings")  # and nothing of shards that are being written
 
 
 def load_run(output_dir: Path) -> tuple[str, dict[str, Any]]:

@@ -524,7 +524,8 @@ def test_protect_writes_and_verify_alone_works_from_what_it_kept(run, export, st
     monkeypatch.chdir(tmp_path)
     code, said, err = run("protect", "in", "out", "--bundle", "stub", "--no-verify", "--set", "seed=7")
     assert code == DONE, err
-    assert (out / "protected" / "labels.csv").is_file() and not (out / "report.json").exists()
+    assert (out / "protected" / "labels.csv").is_file()
+    assert {path.stem for path in out.iterdir()} == {"manifest", "private", "protected", "release"}
     kept = json.loads((out / "private" / "run-config.json").read_text())
     assert kept["overrides"] == {"seed": 7, "dataset_dir": str(export), "output_dir": str(out)}
     monkeypatch.chdir("/")
