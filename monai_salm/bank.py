@@ -306,6 +306,8 @@ class PerturbationBank(Mapping[str, Tensor]):
     def _create(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        if self._one("SELECT 1 FROM sqlite_master"):
+            return  # a session that may write changes the file's header
         with self._session(write=True) as db:
             if db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 return

@@ -286,6 +286,13 @@ def test_the_file_is_for_its_owner_only_and_the_name_may_be_odd(tmp_path: Path) 
     assert [entry.name for entry in bank.path.parent.iterdir()] == [bank.path.name]
 
 
+def test_opening_a_bank_again_changes_no_byte_of_it(bank: PerturbationBank) -> None:
+    bank.commit(cohort(1), round_=0, score=0, state=b"", final=True)
+    content = bank.path.read_bytes()
+    PerturbationBank(bank.path, fingerprint="config", create=True)
+    assert bank.path.read_bytes() == content
+
+
 # -------------------------------------------------------------------- processes and threads
 
 
