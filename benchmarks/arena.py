@@ -32,9 +32,9 @@ from arena_data import load
 from arena_field import MEASURED, OF_FIT, OF_VOXELS, Field
 from setting import write
 
+from monai_salm.release.commit import write_atomically
 from monai_salm.release.progress import track
 from monai_salm.verification.jobs import default_workers, start_worker
-from monai_salm.verification.results import write_atomically
 
 COLUMNS = (*Cell.__dataclass_fields__, *MEASURED, *OF_FIT)
 

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from monai_salm.verification.results import build_results, write_atomically
+from monai_salm.release.commit import write_atomically
+from monai_salm.verification.results import build_results
 from monai_salm.verification.verdict import VerdictRules
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from arena_cells import NO_DEFENSE, PLAIN, WITHOUT_FIT
 from releases import TURNED
 
+from monai_salm.release.commit import write_atomically
 from monai_salm.verification.defenses import DEFENSES
-from monai_salm.verification.results import write_atomically
 from monai_salm.verification.segmenters import Segmentation
 from monai_salm.verification.strength import closed_gap, closed_gap_auc, closed_gap_per_class, mean_of, values_of
 from monai_salm.verification.verdict import VerdictRules, learning_checks

@@ -13,7 +13,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from monai_salm.verification.results import write_atomically
+from monai_salm.release.commit import write_atomically
 from monai_salm.verification.setting import machine, versions
 from monai_salm.workflows import bundle_path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_salm.release.commit import write_atomically
+
 __all__ = ["UnfinishedRound", "load_weights", "save_weights"]
+
+_OWNER_ONLY = 0o600
+"""Permissions of all that is kept: whoever has it can undo a protection."""
 
 
 class UnfinishedRound:
@@ -69,7 +73,8 @@ class UnfinishedRound:
     def _add(self, part: Mapping[str, Any]) -> None:
         blob = io.BytesIO()
         torch.save(dict(part), blob)
-        _write(hashlib.sha256(blob.getvalue()).digest() + blob.getvalue(), self.folder / f"{self._parts}.pt")
+        content = hashlib.sha256(blob.getvalue()).digest() + blob.getvalue()
+        write_atomically(content, self.folder / f"{self._parts}.pt", _OWNER_ONLY)
         self._parts += 1
 
     def _part(self, number: int, device: torch.device | str = "cpu") -> dict[str, Any] | None:
@@ -84,10 +89,9 @@ class UnfinishedRound:
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
     """Write a network's weights: all of them or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     blob = io.BytesIO()
     torch.save(network.state_dict(), blob)
-    _write(blob.getvalue(), path)
+    write_atomically(blob.getvalue(), path, _OWNER_ONLY)
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
@@ -104,13 +108,3 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
         raise ValueError(
             f"the weights at {path} are not of this network; use the bundle and the settings of the fit that made them"
         ) from error
-
-
-def _write(content: bytes, path: Path) -> None:
-    part = path.with_suffix(".part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # whoever has it can undo a protection
-    with os.fdopen(handle, "wb") as stream:  # on disk before anything says that it is there
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)

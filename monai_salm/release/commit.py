@@ -150,6 +150,28 @@ def write(output_dir: Path, texts: Mapping[str, str | bytes], part: str = "") ->
         commit(output_dir, [Staged(PurePosixPath(name), contents[name], lambda _: None) for name in new], part)
 
 
+def write_atomically(content: str | bytes, path: Path | str, mode: int = 0o666) -> None:
+    """Write one file, without a check: ``path`` holds its old content, or all of the new one, which is on disk then.
+
+    Args:
+        content: bytes, or a text that is written as UTF-8.
+        path: file to create or replace; its folder is created if needed.
+        mode: permissions of the file, less those that the process takes away (umask).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def append_line(output_dir: Path, name: str, lines: str) -> None:
     """Append whole lines to a journal and flush them; on failure the journal is as it was.
 

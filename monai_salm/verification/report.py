@@ -17,8 +17,8 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from rich.table import Table
 from rich.text import Text
 
+from monai_salm.release.commit import write_atomically
 from monai_salm.verification import figures
-from monai_salm.verification.results import write_atomically
 from monai_salm.verification.strength import arms_of, victims_of
 
 __all__ = ["Example", "verdict_table", "write_report"]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from monai_salm.release.commit import write_atomically
 from monai_salm.verification.leakage import leakage_warnings
 from monai_salm.verification.strength import Row, arms_of, closed_gap, closed_gap_auc, closed_gap_per_class, summarize
 from monai_salm.verification.verdict import INCONCLUSIVE, NOT_PROTECTED, PROTECTED, VerdictRules, decide
 
-__all__ = ["SCHEMA_VERSION", "build_results", "validate_results", "write_atomically", "write_json"]
+__all__ = ["SCHEMA_VERSION", "build_results", "validate_results", "write_json"]
 
 SCHEMA_VERSION = "2.0"
 _NUMBER = (int, float, type(None))
@@ -227,27 +226,6 @@ def validate_results(results: Mapping[str, Any]) -> None:
         if training in seen:
             raise ValueError(f"report.json: arms[{index}] repeats (arm, victim, seed) = {training}; keep one row.")
         seen.add(training)
-
-
-def write_atomically(text: str, path: str | Path) -> None:
-    """Write UTF-8 text so that ``path`` holds either its old content or all of the new one.
-
-    Args:
-        text: What to write.
-        path: File to create or replace; its folder is created if needed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(results: Mapping[str, Any], path: str | Path) -> None:
