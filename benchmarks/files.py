@@ -33,7 +33,8 @@ from monai_salm.io import worker
 from monai_salm.release.catalog import scan
 from monai_salm.release.commit import write_atomically
 from monai_salm.release.labels import Cohort
-from monai_salm.release.protect import ManifestRow, protect_cohort
+from monai_salm.release.manifest import ManifestRow
+from monai_salm.release.protect import protect_cohort
 
 CODECS: dict[str, tuple[str, dict[str, str]]] = {
     "native": (uid.ExplicitVRLittleEndian, {}),

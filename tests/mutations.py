@@ -29,9 +29,10 @@ from pydicom.filereader import dcmread
 from monai_salm.io import formats
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import Catalog, scan
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.labels import Cohort
 from monai_salm.release.manifest import PROTECTED, ManifestRow
-from monai_salm.release.protect import protect_cohort, read_refusals
+from monai_salm.release.protect import protect_cohort
 
 MAX_BYTES = 200_000
 """Larger files are left out: they take longer and break in no other way."""

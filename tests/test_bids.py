@@ -22,9 +22,9 @@ from monai_salm.io.base import RefusedError
 from monai_salm.release import bids, integrity
 from monai_salm.release.catalog import scan
 from monai_salm.release.labels import load_cohort
-from monai_salm.release.manifest import COMPANION, TABLE
+from monai_salm.release.manifest import COMPANION, TABLE, read_manifest
 from monai_salm.release.plan import make_plan
-from monai_salm.release.protect import read_manifest, read_protected
+from monai_salm.release.protect import read_protected
 
 SUBJECTS = [f"{number:02d}" for number in range(1, 7)]
 GROUPS = {"01": "control", "02": "patient", "03": "control", "04": "patient", "05": "control", "06": "patient"}

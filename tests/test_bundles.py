@@ -39,8 +39,10 @@ from monai_salm.io import formats
 from monai_salm.io.masks import read_mask
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release import lock
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.labels import load_cohort
-from monai_salm.release.protect import read_manifest, read_protected, read_refusals
+from monai_salm.release.manifest import read_manifest
+from monai_salm.release.protect import read_protected
 from monai_salm.verification.results import validate_results
 from monai_salm.verification.setting import fit_settings
 

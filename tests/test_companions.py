@@ -22,13 +22,13 @@ from test_protect import bank_of, protect, tree
 from monai_salm.io import dicom
 from monai_salm.release.catalog import scan
 from monai_salm.release.companions import REFERENCES, reference_summary
+from monai_salm.release.custody import KEY, read_refusals
 from monai_salm.release.identity import UidMap, load_or_create_key
 from monai_salm.release.integrity import check
 from monai_salm.release.labels import Cohort, load_cohort
 from monai_salm.release.listing import counts_line
 from monai_salm.release.manifest import COMPANION
 from monai_salm.release.plan import make_plan
-from monai_salm.release.protect import KEY, read_refusals
 from monai_salm.release.shards import Shard
 
 CLASSES = {

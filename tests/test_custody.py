@@ -32,8 +32,9 @@ from monai_salm.release.catalog import scan
 from monai_salm.release.integrity import check
 from monai_salm.release.labels import find_labels, load_cohort
 from monai_salm.release.lock import LockedError
+from monai_salm.release.manifest import read_manifest
 from monai_salm.release.plan import make_plan
-from monai_salm.release.protect import prepare_output, read_manifest
+from monai_salm.release.protect import prepare_output
 from monai_salm.release.shards import Shard
 
 

@@ -31,8 +31,9 @@ from monai_salm.io import dicom, formats, nifti, worker
 from monai_salm.io.dicom_parse import LARGE_PRIVATE_BYTES, MAX_DEPTH
 from monai_salm.release import pixel_check
 from monai_salm.release.catalog import scan
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.manifest import PROTECTED
-from monai_salm.release.protect import protect_cohort, read_refusals
+from monai_salm.release.protect import protect_cohort
 
 DATA = os.environ.get("MONAI_SALM_DATA")
 MUTANTS = 2000

@@ -27,10 +27,10 @@ from monai_salm.cli import main
 from monai_salm.cli.codes import BAD_INPUT, DONE, NOT_PROTECTED
 from monai_salm.io.masks import read_mask
 from monai_salm.release.catalog import scan
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.earlier import CLASSES
 from monai_salm.release.labels import label_cases, load_cohort
 from monai_salm.release.manifest import read_manifest
-from monai_salm.release.protect import read_refusals
 from monai_salm.release.table import LabelRow
 
 SETTINGS = ["surrogate_steps=6", "perturbation_steps=2", "spatial_size=[16,16]", "batch_size=4"]

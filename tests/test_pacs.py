@@ -36,10 +36,11 @@ from test_protect import DATA, bank_of
 from monai_salm.cli import main
 from monai_salm.cli.codes import BAD_INPUT, DONE, INTEGRITY, NOT_PROTECTED
 from monai_salm.release import pacs
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.labels import load_cohort
 from monai_salm.release.manifest import PROTECTED, IntegrityError, read_manifest
 from monai_salm.release.pacs import PushError, Target, push
-from monai_salm.release.protect import protect_cohort, read_refusals
+from monai_salm.release.protect import protect_cohort
 
 SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.5")
 

@@ -27,15 +27,10 @@ from monai_salm.perturbations.budget import Budget
 from monai_salm.records import Record, image_digest
 from monai_salm.release import commit as door
 from monai_salm.release.commit import OutputError, Staged, check_output, commit
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.labels import Cohort, load_cohort
-from monai_salm.release.protect import (
-    IntegrityError,
-    ManifestRow,
-    protect_cohort,
-    read_manifest,
-    read_protected,
-    read_refusals,
-)
+from monai_salm.release.manifest import IntegrityError, ManifestRow, read_manifest
+from monai_salm.release.protect import protect_cohort, read_protected
 
 BUDGET = "2 stored"
 DATA = Path(os.environ.get("MONAI_SALM_DATA", ""))

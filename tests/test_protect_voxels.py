@@ -25,8 +25,10 @@ from monai_salm.io import dicom, formats, masks
 from monai_salm.io.base import Case, RefusedError
 from monai_salm.io.masks import read_mask
 from monai_salm.release import commit as door
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.labels import Cohort, load_cohort
-from monai_salm.release.protect import IntegrityError, read_manifest, read_protected, read_refusals
+from monai_salm.release.manifest import IntegrityError, read_manifest
+from monai_salm.release.protect import read_protected
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from monai_salm.io import formats
 from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort, load_cohort
-from monai_salm.release.manifest import link
-from monai_salm.release.protect import IntegrityError, protect_cohort
+from monai_salm.release.manifest import IntegrityError, link
+from monai_salm.release.protect import protect_cohort
 from monai_salm.release.visibility import CaseVisibility, VisibilityLog, WindowVisibility
 from monai_salm.surrogates import RandomView, SmallCNN
 from monai_salm.verification.results import validate_results

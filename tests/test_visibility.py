@@ -18,8 +18,9 @@ from monai_salm.io.base import Case, Outline, RefusedError, StoredImage
 from monai_salm.io.dicom import read
 from monai_salm.perturbations.budget import Budget
 from monai_salm.release.catalog import scan
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.labels import Cohort, load_cohort
-from monai_salm.release.protect import protect_cohort, read_refusals
+from monai_salm.release.protect import protect_cohort
 from monai_salm.release.visibility import VISIBILITY, WindowVisibility, read_visibility, summary
 from monai_salm.stored import SliceScaling, StoredCodec
 from monai_salm.verification.visibility import CROP, VisibilityGate, measure_visibility

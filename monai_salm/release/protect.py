@@ -26,27 +26,18 @@ from monai_salm.io.base import Case, RefusedError, Window
 from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import bids, custody, lock
 from monai_salm.release import commit as door
-from monai_salm.release.custody import KEY, close, read_refusals, start_time
+from monai_salm.release.custody import close, start_time
 from monai_salm.release.earlier import CLASSES, FOLLOWED, PATIENTS
 from monai_salm.release.gates import Refusal
 from monai_salm.release.identity import mask_id, owner_id
 from monai_salm.release.labels import Cohort
-from monai_salm.release.manifest import IntegrityError, ManifestRow, read_manifest, sweep
+from monai_salm.release.manifest import ManifestRow, read_manifest, sweep
 from monai_salm.release.progress import track
 from monai_salm.release.shards import Shard
 from monai_salm.release.visibility import Gate
 from monai_salm.release.writer import UnitWriter
 
-__all__ = [
-    "KEY",
-    "IntegrityError",
-    "ManifestRow",
-    "prepare_output",
-    "protect_cohort",
-    "read_manifest",
-    "read_protected",
-    "read_refusals",
-]
+__all__ = ["prepare_output", "protect_cohort", "read_protected"]
 
 _WAIT_S = 600.0
 """How long a shard waits while another one opens or closes the output folder."""
@@ -81,7 +72,8 @@ def protect_cohort(
         rename: give keyed names to files that would keep those of the export, see ``identity.keyed_name``.
 
     Returns:
-        One row per released file, in the cohort's order. What was refused is in :py:func:`read_refusals`.
+        One row per released file, in the cohort's order; :py:func:`monai_salm.release.custody.read_refusals` tells what
+        was refused.
 
     Raises:
         ValueError: When the fit is not finished, the output folder cannot be used, holds a release made from other

@@ -23,9 +23,9 @@ from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.records import image_digest
 from monai_salm.release import commit
 from monai_salm.release.catalog import Catalog
+from monai_salm.release.custody import KEY
 from monai_salm.release.identity import UidMap, load_or_create_key, pseudonym
 from monai_salm.release.labels import Cohort
-from monai_salm.release.protect import KEY
 from monai_salm.transforms.meta import affine_of, check_same_shape, meta_of, stored_array
 
 __all__ = ["LoadMask", "LoadStored", "SaveStored", "case_of"]

@@ -23,9 +23,11 @@ from monai_salm.engines import PerturbationTrainer
 from monai_salm.io.base import Case, Window
 from monai_salm.perturbations.budget import Budget, as_window
 from monai_salm.release import commit as door
+from monai_salm.release.custody import read_refusals
 from monai_salm.release.identity import owner_id
 from monai_salm.release.labels import Cohort
-from monai_salm.release.protect import IntegrityError, read_protected, read_refusals
+from monai_salm.release.manifest import IntegrityError
+from monai_salm.release.protect import read_protected
 from monai_salm.release.visibility import read_visibility
 from monai_salm.surrogates import RandomView
 from monai_salm.verification.arms import Arm, Deltas, VolumeArm
@@ -249,8 +251,7 @@ class VictimStudy:
         if not twins:
             raise ValueError(f"{self.output_dir} holds no protected case; run protect first")
         found = {*twins, *(refusal.name for refusal in read_refusals(self.output_dir))}
-        lost = [case for case in self.cohort.released if not found & {case.sample_id, owner_id(case)}]
-        if lost:
+        if lost := [case for case in self.cohort.released if not found & {case.sample_id, owner_id(case)}]:
             raise IntegrityError(
                 f"{len(lost)} released cases have no protected file and no refusal (first: {lost[0].sample_id}); "
                 "the cohort changed or protect did not finish, run protect again"
@@ -284,8 +285,7 @@ class VictimStudy:
 
     def _check_classes(self, cases: Sequence[Case], present: Mapping[str, frozenset[int]]) -> None:
         found = frozenset().union(*(present[case.sample_id] for case in cases))
-        missing = [self.cohort.classes[index] for index in self.learning.learned if index not in found]
-        if missing:
+        if missing := [self.cohort.classes[index] for index in self.learning.learned if index not in found]:
             raise ValueError(
                 f"there are no training cases that were protected of class {', '.join(missing)} ({len(cases)} cases in "
                 "all); add cases, or leave the class out of the labels"
