@@ -33,6 +33,7 @@ from monai_salm.io.base import (
 )
 from monai_salm.io.kept import while_unchanged
 from monai_salm.io.nifti_layout import (
+    HEADER_BYTES,
     LABEL_TYPES,
     SUPPORTED_TYPES,
     Axes,
@@ -65,8 +66,6 @@ __all__ = [
     "volume_names",
 ]
 
-_HEADER_BYTES = 544
-"""Of NIfTI-2. NIfTI-1's is shorter, so up to 192 bytes of its extensions are not counted as notes."""
 MAX_TRAILING_BYTES = 2**20
 """Most bytes after the last voxel; fewer are kept."""
 
@@ -316,7 +315,7 @@ def _load(path: Path, spatial_dims: int | None, types: Sequence[str] = SUPPORTED
         raise RefusedError("truncated_file", f"the file has {len(content)} bytes, its header promises {layout.end}")
     if len(trailing) > MAX_TRAILING_BYTES:
         raise RefusedError("trailing_data", "the file goes on after the last voxel; save it again without the rest")
-    notes = content[_HEADER_BYTES : layout.offset] + trailing
+    notes = content[HEADER_BYTES : layout.offset] + trailing
     found = len(notes.strip(b"\0"))
     if found > room_for_notes(layout.end - layout.offset):
         raise RefusedError(

@@ -30,6 +30,8 @@ LABEL_TYPES = (*SUPPORTED_TYPES, "int64", "uint64")
 """Of label files, which are never changed."""
 MAX_BYTES = 2**32
 """Largest decompressed file that is read."""
+HEADER_BYTES = 544
+"""Of NIfTI-2. NIfTI-1's is shorter, so up to 192 bytes of its extensions are not counted as notes."""
 _GZIP = b"\x1f\x8b"
 _HEAD_BYTES = 1 << 16
 _CHUNK_BYTES = 1 << 24
@@ -110,8 +112,8 @@ def _is_analyze(head: bytes) -> bool:
     return len(head) == 348 and 348 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
 
 
-def read_head(path: Path, count: int = 544) -> bytes:
-    """First ``count`` decompressed bytes, fewer if the file is shorter or its compression broken.
+def read_head(path: Path) -> bytes:
+    """First decompressed bytes, as long as a header; fewer if the file is shorter or its compression broken.
 
     Reads no more than the first 64 KiB of the file, whatever is in there, and unpacks them in the child.
 
@@ -120,17 +122,17 @@ def read_head(path: Path, count: int = 544) -> bytes:
     """
     with path.open("rb") as stream:
         if stream.peek(2)[:2] != _GZIP:
-            return stream.read(count)
+            return stream.read(HEADER_BYTES)
         try:
-            return _unpacked(stream.read(_HEAD_BYTES), count)
+            return _unpacked(stream.read(_HEAD_BYTES))
         except RefusedError:
             return b""
 
 
 @isolated
-def _unpacked(packed: bytes, count: int) -> bytes:
+def _unpacked(packed: bytes) -> bytes:
     try:
-        return zlib.decompressobj(wbits=31).decompress(packed, count)
+        return zlib.decompressobj(wbits=31).decompress(packed, HEADER_BYTES)
     except zlib.error:
         return b""
 
