@@ -70,12 +70,13 @@ def check_size(name: str, value: object, dims: int | None = None) -> list[int]:
 
     Args:
         name: what the value is called.
-        value: anything.
+        value: anything; numbers may be those of an array or a tensor.
         dims: number of axes; default: 2 or 3 are allowed.
 
     Raises:
         ValueError: When it is no such size.
     """
+    value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in ((dims,) if dims else (2, 3)):
         raise ValueError(f"{name} is {value!r}; it must have {dims or '2 or 3'} numbers")
     for side in value:

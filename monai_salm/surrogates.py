@@ -14,7 +14,7 @@ from monai.networks.nets import ResNet
 from torch import Tensor, nn
 
 from monai_salm.convolution import Filters, mean_nearby, mean_of_means
-from monai_salm.errors import check_size
+from monai_salm.errors import check_number, check_size
 
 
 def resize_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
@@ -196,6 +196,7 @@ class TextureReader(nn.Module):
         self, spatial_dims: int, in_channels: int, out_channels: int, features: int | None = None, kernel_size: int = 7
     ) -> None:
         super().__init__()
+        check_number("out_channels", out_channels, least=1, whole=True)
         features = features or max(16, 4 * out_channels)
         filters = Filters(spatial_dims, in_channels, features, kernel_size)
         norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
@@ -215,8 +216,10 @@ class TextureReader(nn.Module):
             generator: decides the pieces.
 
         Raises:
-            ValueError: When there is no texture, or they are smaller than a filter.
+            ValueError: When there is no texture, or they are smaller than a filter or more than the classes.
         """
+        if len(textures) > len(self.bias):
+            raise ValueError(f"out_channels is {len(self.bias)} and there are {len(textures)} classes; set num_classes")
         textures = textures[textures.flatten(1).any(1)]
         weight = self.filters[0].weight
         if not len(textures) or textures.ndim != weight.ndim or min(textures.shape[2:]) < max(weight.shape[2:]):

@@ -466,10 +466,11 @@ def test_a_word_for_a_setting_that_takes_none_is_told_with_what_it_takes(run, ex
     [
         ("learning_rate=-1", "AdamW does not take the settings that it is given: Invalid learning rate: -1"),
         ("learning_rate=null", "AdamW does not take the settings that it is given"),
-        ("learning_rate=0", "learning_rate is 0; it must be a number, above 0"),
+        ("learning_rate=0", "learning_rate is 0.0; it must be a number, above 0"),
         ("learning_rate=1e300", "learning_rate is 1e+300; it must be a number, above 0"),
         ("seed=null", "seed is None; it must be a whole number"),
         ("surrogate_steps=-3", "surrogate_steps is -3; it must be a whole number, 0 or more"),
+        ("num_classes=1", "out_channels is 1 and there are 2 classes; set num_classes"),
         ("mask_ratio=2", "mask_ratio is 2; it must be a number, above 0 and at most 1"),
         ("spatial_size=-1", "spatial_size is -1; it must have 2 or 3 numbers"),
     ],

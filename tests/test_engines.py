@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,11 +62,9 @@ def trainer(folder, dataset=None, rounds=3, steps=2, **options) -> PerturbationT
         "perturbation": SALM(mask=SparsityMask(ratio=0.4), steps=steps),
         "budget": "8/255",
     } | options
+    given.setdefault("optimizer", torch.optim.Adam(given["objective"].network.parameters(), 1e-2))
     return PerturbationTrainer(
-        dataset=cases() if dataset is None else dataset,
-        optimizer=torch.optim.Adam(given["objective"].network.parameters(), 1e-2),
-        bank_file=folder / "bank.sqlite",
-        **given,
+        dataset=cases() if dataset is None else dataset, bank_file=folder / "bank.sqlite", **given
     )
 
 
@@ -446,6 +445,21 @@ def test_numbers_out_of_range_are_told_before_anything_is_written(tmp_path, opti
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_may_be_those_of_an_array_or_a_tensor(tmp_path):
+    plain = {"seed": 3, "batch_size": 4, "surrogate_steps": 3, "rounds": 2}
+    size, rate = np.array([12, 12]), torch.tensor(1e-2)
+    fits = [trainer(tmp_path / "plain", **plain)]
+    network = Surrogate(SmallCNN(2, 1, 2, (4, 8)), size)
+    network.load_state_dict(fits[0].objective.network.state_dict())
+    objective = Objective(network, nn.CrossEntropyLoss(reduction="none"), view=RandomView(2))
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    options = {name: np.int64(value) for name, value in plain.items()}
+    fits.append(trainer(tmp_path / "array", objective=objective, optimizer=optimizer, **options))
+    for fit in fits:
+        fit.run()
+    assert fits[0].bank.revision == fits[1].bank.revision
+
+
 class TestVoxelLabels:
     """The same trainer, where every voxel has a label."""
 
@@ -461,7 +475,7 @@ class TestVoxelLabels:
                 of_class = delta[label == index] != 0
                 assert 0 < int(of_class.sum()) <= max(1, round(0.3 * len(of_class)))
 
-    @pytest.mark.parametrize("change", [{"tile": 6}, {"halo": 1}, {"patch_size": (7, 7)}, {"guard": 0.1}])
+    @pytest.mark.parametrize("change", [{"tile": 6}, {"halo": 1}, {"patch_size": np.array([7, 7])}, {"guard": 0.1}])
     def test_another_setting_of_voxel_labels_on_the_same_bank_is_refused(self, tmp_path, change):
         voxel_trainer(tmp_path).run()
         with pytest.raises(ValueError, match="configuration"):

@@ -158,6 +158,13 @@ class TestTextureReader:
             with pytest.raises(ValueError, match="no smaller than kernel_size"):
                 TextureReader(2, 1, 2, kernel_size=5).look_for(textures, torch.Generator())
 
+    def test_a_number_of_classes_that_is_none_or_too_small_is_told(self):
+        for classes in (0, -1, 1.5):
+            with pytest.raises(ValueError, match=f"out_channels is {classes}; it must be a whole number, 1 or more"):
+                TextureReader(2, 1, classes)
+        with pytest.raises(ValueError, match="out_channels is 2 and there are 3 classes; set num_classes"):
+            TextureReader(2, 1, 2).look_for(torch.randn(3, 1, 9, 9), torch.Generator())
+
     def test_flat_pieces_of_a_texture_leave_filters_as_they_were(self):
         network = TextureReader(2, 1, 2, kernel_size=3)
         before = network.filters[0].weight.detach().clone()

@@ -300,8 +300,9 @@ def samples_of(
         size = tile_size if patch_size is None else patch_size
         if size is None:
             raise ValueError("voxel labels need the objective that works tile by tile, VoxelObjective, or a patch_size")
-        for name, given in (("patch_size", size), ("tile_size", tile_size or size)):
-            check_size(name, given, len(cases.facts[0].shape) - 1)
+        dims = len(cases.facts[0].shape) - 1
+        size = check_size("patch_size", size, dims)
+        check_size("tile_size", tile_size or size, dims)
         return Patches(cases, size, coded=coded, seed=seed)
     view = objective.network.view
     if not hasattr(view, "spatial_size"):

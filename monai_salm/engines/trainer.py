@@ -112,12 +112,13 @@ class PerturbationTrainer(Trainer):
             check_number(name, value, least=1, most=1e9, whole=True)
         check_number("surrogate_steps", surrogate_steps, least=0, most=1e9, whole=True)
         check_number("seed", seed, whole=True)
+        max_epochs, batch_size, surrogate_steps, seed = map(int, (max_epochs, batch_size, surrogate_steps, seed))
         self.untrained = copy.deepcopy((objective, optimizer))
         self.objective, self.optimizer, self.perturbation = objective, optimizer, perturbation
         self.budget, self.batch_size, self.seed = Budget.parse(budget), batch_size, seed
         self.model_file, self.transplant, self.patch_size = model_file, transplant, patch_size
         self.surrogate_steps = surrogate_steps
-        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         check_number("learning_rate", min(self.base_rates), above=0, most=1000)
         self._compute_device, self.surrogate_file = _usable(device), surrogate_file
         self.trains = surrogate_steps > 0 and surrogate_file is None
