@@ -178,8 +178,14 @@ def test_a_fit_that_is_killed_within_a_round_goes_on_with_the_other_cases(tmp_pa
     monkeypatch.setattr(
         PerturbationTrainer, "_perturb", lambda self, *given: seen.append(given[-1]) or perturb(self, *given)
     )
-    again = trainer(tmp_path / "killed")
+    again, told = trainer(tmp_path / "killed"), []
+    for event in (Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):
+        again.add_event_handler(event, lambda event: told.append((event, len(again.scores))), event.name)
     again.run()
+    rounds = [
+        ("EPOCH_" + name, at - (name == "STARTED")) for at in range(round_, 4) for name in ("STARTED", "COMPLETED")
+    ]
+    assert told == [("STARTED", round_ - 1), *rounds, ("COMPLETED", 3)], "handlers see the round that goes on too"
     assert again.bank.revision == whole.bank.revision and not folder.exists()
     batches = len(whole.cases.batches(4))
     assert seen.count(("round", round_)) == batches - {None: 2, "2.pt": 1, "1.pt": 0, "0.pt": 0}[damaged]

@@ -77,7 +77,7 @@ class PerturbationTrainer(Trainer):
         surrogate_file: weights of an earlier fit, as ``model_file`` has them. The surrogate is then used as it is, with
             ``surrogate_steps`` or not: each round only makes perturbations, so that further cases are protected alike.
         train_handlers: ignite handlers; every iteration puts ``[{"loss": ...}]`` in ``state.output``, 0 where the
-            surrogate is not trained.
+            surrogate is not trained, or an earlier run has done it.
 
     Raises:
         ValueError: When a number is out of range, the dataset is empty or random, an id occurs twice, the budget does
@@ -148,7 +148,7 @@ class PerturbationTrainer(Trainer):
         self._initial: dict[str, Any] = {}
         self._restore()
         self.add_event_handler(Events.EPOCH_STARTED, self._begin_round)
-        self.add_event_handler(Events.EPOCH_COMPLETED, lambda: self._end_round({}, {}))
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_round)
         self._register_handlers(train_handlers or ())  # after ours, so that they see the round's loss
 
     def run(self) -> None:  # type: ignore[override]  # as in MONAI's trainers
@@ -167,21 +167,15 @@ class PerturbationTrainer(Trainer):
             self._restore()
         else:
             self._initial = copy.deepcopy(self._state())
-        kept = self._unfinished.read(self.state.epoch + 1, self._compute_device)
-        self._bar = track(range(self._ticks_left() - (self.state.epoch_length if kept else 0)), "fitting")
-        if kept is not None:
-            self._go_on(*kept)
-        if not self.bank.finished:
-            super().run()
+        self._kept = self._unfinished.read(self.state.epoch + 1, self._compute_device)
+        self._bar = track(range(self._ticks_left() - (self.state.epoch_length if self._kept else 0)), "fitting")
+        if self._kept:
+            self._load(self._kept[0], self.state.epoch)
+        super().run()
         for _ in self._bar:  # a fit that a handler ended leaves ticks
             pass
         if not self.bank.finished and 0 < self.state.epoch == len(self.scores):
             self._commit(final=True)
-
-    def _go_on(self, state: dict[str, Any], deltas: dict[str, Tensor], tally: dict[str, float]) -> None:
-        """The rest of a round whose surrogate is trained, and of whose cases some are perturbed."""
-        self._load(state, self.state.epoch + 1)
-        self._end_round(deltas, tally)
 
     def perturb(self, dataset: Dataset) -> dict[str, Tensor]:
         """Perturbations of other cases by the frozen surrogate, from none in as many calls as a case had in the fit.
@@ -241,8 +235,9 @@ class PerturbationTrainer(Trainer):
 
     def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
         """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
-        if not self.trains:
-            next(self._bar, None)
+        if self._kept or not self.trains:  # an earlier run has trained the surrogate, or nobody does
+            if not self._kept:
+                next(self._bar, None)
             return [{CommonKeys.LOSS: torch.zeros(())}]
         started, before = time.monotonic(), self.objective.passes
         generator = self._generator("step", engine.state.iteration)
@@ -268,8 +263,10 @@ class PerturbationTrainer(Trainer):
         position = (step + 1) / self.state.epoch_length
         return min(1.0, 5 * position) * (0.5 + 0.5 * math.cos(math.pi * max(0.0, position - 0.2) / 0.8))
 
-    def _end_round(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> None:
-        """Perturb all cases but those that are ``done``, of which an earlier run kept ``tally``, and keep the round."""
+    def _end_round(self) -> None:
+        """Perturb all cases but those of which an earlier run kept the perturbations, and keep the round."""
+        _, done, tally = self._kept or ({}, {}, {})
+        self._kept = None
         self.scores.append(self._perturb_all(done, tally))
         self.state.metrics["perturbed_loss"] = self.scores[-1]
         self._commit(final=self.state.epoch == self.state.max_epochs)
