@@ -167,11 +167,14 @@ def _is_open(folder: Path) -> bool:
 
 def _holds_anything(output_dir: Path) -> bool:
     """Whether there is a released file, or a manifest or signature of one."""
-    if any((output_dir / name).exists() for name in (*signature.SIGNED, door.JOURNAL)):
+    if any(os.path.exists(output_dir / name) for name in (*signature.SIGNED, door.JOURNAL)):  # false in a closed folder
         return True
     if any(output_dir.glob(door.MANIFESTS)):
         return True
-    return next(walk(output_dir / door.PROTECTED), None) is not None
+    try:
+        return next(walk(output_dir / door.PROTECTED), None) is not None
+    except OSError:  # which is told when its files are looked for
+        return True
 
 
 def _read_chains(
@@ -253,7 +256,11 @@ def _beside(output_dir: Path, chains: dict[str, signature.Chain]) -> list[Proble
     """What lies beside the protected files and was not written by a release."""
     problems = []
     for path in sorted(output_dir.iterdir()):
-        if path.name == door.STAGING and next(walk(path), None) is None:
+        try:
+            if path.name == door.STAGING and next(walk(path), None) is None:
+                continue
+        except OSError as error:
+            problems.append(_unreadable(path.name, error))
             continue
         # Without a signature it is not known which manifests there should be.
         is_ours = path.name in BESIDE or path.name in chains or (not chains and path.match(door.MANIFESTS))
