@@ -207,6 +207,18 @@ def test_equal_transforms_agree_where_the_nearest_axis_is_undecided(tmp_path, de
     read_mask(pair(tmp_path / "image.nii", tmp_path / "label.nii"), 3)
 
 
+def test_a_label_that_its_header_turns_to_other_axes_is_told_so(tmp_path):
+    """By the rounded numbers of a qform, the nearest axis of a volume that lies at 135 degrees may be another one."""
+    affine, angle = AFFINE.copy(), np.deg2rad(135)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    nib.save(nib.Nifti1Image(class_map().astype(np.int16), affine), tmp_path / "image.nii")
+    label = nib.Nifti1Image(class_map(), affine)
+    label.set_sform(None, 0)
+    label.set_qform(affine, 1)
+    nib.save(label, tmp_path / "label.nii")
+    refused(pair(tmp_path / "image.nii", tmp_path / "label.nii"), "mask_shape", "turn the axes", "header of its image")
+
+
 @pytest.mark.parametrize("angle", [0.2, np.pi / 2])
 @pytest.mark.parametrize("codes", [(1, 1), (2, 1), (4, 1), (1, 4)])
 @pytest.mark.parametrize("torn", ["image", "label"])

@@ -514,6 +514,7 @@ def test_a_segmentation_of_two_series_leaves_with_both_or_not_at_all(tmp_path, s
         assert found == {"mask_shared_with_unreleased": 4 if spatial_dims == 2 else 1}
     else:
         assert found.keys() == {"mask_missing_slices"}
+        assert all("complete the series (each that it labels)" in each.detail for each in cohort.refusals)
 
 
 def move_last_frame(dataset: Any) -> None:

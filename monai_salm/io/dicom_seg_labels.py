@@ -257,6 +257,6 @@ def missing_slices(missing: int, referred: int, apart: float = 0) -> RefusedErro
     lie = f" (frames without a source lie up to {apart:.4g} mm from the nearest one; {tolerated})" if apart else ""
     return RefusedError(
         "mask_missing_slices",
-        f"{missing} of {referred} slices that the segmentation refers to are not in the series{lie}; complete the "
-        "series, or pair the segmentation with the series it was made on",
+        f"{missing} of {referred} slices that the segmentation refers to are missing{lie}; complete the series (each "
+        "that it labels), or pair the segmentation with the series it was made on",
     )

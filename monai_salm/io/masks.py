@@ -145,11 +145,10 @@ def _check_nifti(path: Path) -> None:
 
 def _check_grid(image: nifti.Grid, label: nifti.Grid) -> None:
     if image.shape != label.shape:
-        raise RefusedError(
-            "mask_shape",
-            f"the image has shape {image.shape}, its label {label.shape}; resample the label to the image's grid, or "
-            "pair each image with its own label",
-        )
+        fix = "resample the label to the image's grid, or pair each image with its own label"
+        if image.axes != label.axes and sorted(image.shape) == sorted(label.shape):
+            fix = f"their headers turn the axes differently; save the label with the header of its image, or {fix}"
+        raise RefusedError("mask_shape", f"the image has shape {image.shape}, its label {label.shape}; {fix}")
     torn = next((grid.transforms for grid in (image, label) if len(set(grid.transforms)) > 1), None)
     if torn and image.transforms != label.transforms:
         raise RefusedError(
