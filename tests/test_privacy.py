@@ -18,12 +18,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from cli_runs import STUB
 from exports import edit_dicom, write_labels, write_nifti, write_series
 from pydicom import Dataset
 from pydicom.datadict import DicomDictionary
 from pydicom.tag import Tag
 from pydicom.uid import generate_uid
-from test_cli import STUB
 
 from monai_salm import workflows
 
