@@ -31,7 +31,7 @@ import yaml
 from exports import write_decathlon, write_labels, write_nifti, write_npz, write_series
 from monai.bundle import ConfigParser, ConfigWorkflow
 from pydicom import dcmread
-from test_voxels import write_segmented
+from voxel_exports import write_segmented
 
 from monai_salm import workflows
 from monai_salm.bank import PerturbationBank

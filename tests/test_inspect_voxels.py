@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exports import class_map, write_decathlon, write_label, write_labels
-from test_voxels import SHAPE, edit_dataset, write_segmented
+from voxel_exports import SHAPE, edit_dataset, write_segmented
 
 from monai_salm import cli
 from monai_salm.cli.codes import BAD_INPUT, DONE, NOT_PROTECTED

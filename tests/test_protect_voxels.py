@@ -19,7 +19,7 @@ import pytest
 from exports import class_map, edit_dicom, write_decathlon, write_label, write_labels
 from pydicom import dcmread
 from test_protect import bank_of, protect, tree
-from test_voxels import SHAPE, write_one_for_two_series, write_pairs, write_segmented
+from voxel_exports import SHAPE, write_one_for_two_series, write_pairs, write_segmented
 
 from monai_salm.io import dicom, formats, masks
 from monai_salm.io.base import Case, RefusedError
