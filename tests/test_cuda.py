@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 import torch
 from exports import write_decathlon, write_npz
+from fits import Kill, Killed, trainer, voxel_trainer
 from ignite.engine import Events
 from test_bundles import FLAT, VOXELS, exact_deltas, run
 from test_conformance import Setting, build, each_method, refuses
 from test_defenses import MAKE, QUICK, TASK
 from test_defenses import cases as images
-from test_engines import Kill, Killed, trainer, voxel_trainer
 
 from monai_salm.perturbations.budget import Lattice
 from monai_salm.release.labels import load_cohort

@@ -20,7 +20,7 @@ from exports import (
     write_segmentation,
     write_series,
 )
-from test_engines import cases, trainer
+from fits import cases, trainer
 
 from monai_salm.bank import PerturbationBank
 from monai_salm.cli import main
