@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,30 @@ def data_dir() -> Path:
 def out(released, tmp_path) -> Path:
     """A copy of the module's release, the second part of ``released``: no test sees the trainings of another."""
     return Path(shutil.copytree(released[1], tmp_path / "out"))
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a bundled DICOM file with some attributes changed (None removes)."""
+    import pydicom
+    from dicom_files import bundled
+
+    def edit(
+        name: str = "CT_small.dcm", change: Callable[[pydicom.Dataset], None] | None = None, **attributes: Any
+    ) -> Path:
+        dataset = pydicom.dcmread(bundled(name))
+        for keyword, value in attributes.items():
+            if value is None:
+                del dataset[keyword]
+            else:
+                setattr(dataset, keyword, value)
+        if change:
+            change(dataset)
+        path = tmp_path / "edited.dcm"
+        dataset.save_as(path)
+        return path
+
+    return edit
 
 
 @pytest.fixture

@@ -106,6 +106,4 @@ class Kill:
 
 
 EACH_KIND = {"classes": trainer, "slices": voxel_trainer, "volumes": partial(voxel_trainer, dims=3)}
-
-
 each_kind = pytest.mark.parametrize("make", EACH_KIND.values(), ids=EACH_KIND)

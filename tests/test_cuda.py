@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from bundle_runs import FLAT, VOXELS, exact_deltas, run
 from exports import write_decathlon, write_npz
 from fits import Kill, Killed, trainer, voxel_trainer
 from ignite.engine import Events
-from test_bundles import FLAT, VOXELS, exact_deltas, run
 from test_conformance import Setting, build, each_method, refuses
 from test_defenses import MAKE, QUICK, TASK
 from test_defenses import cases as images
