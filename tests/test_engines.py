@@ -127,6 +127,30 @@ def test_other_cases_get_perturbations_without_touching_bank_or_network(tmp_path
     assert all(torch.equal(delta, deltas[name]) for name, delta in fit.perturb(others).items())
 
 
+def test_progress_tells_the_time_of_surrogate_and_perturbations_apart(tmp_path, monkeypatch):
+    shown, open_bars = [], set()
+
+    def bar(items, doing):
+        assert not open_bars, "a terminal shows one bar at a time"
+        open_bars.add(doing)
+        try:
+            for item in items:
+                shown.append(doing)
+                yield item
+        finally:
+            open_bars.discard(doing)
+
+    monkeypatch.setattr("monai_salm.engines.trainer.track", bar)
+    fit = trainer(tmp_path, rounds=2, steps=3)
+    groups = len(fit.cases.batches(fit.batch_size))
+    fit.run()
+    assert shown == (["training the surrogate"] * 3 + ["perturbing"] * groups) * 2
+    stopped = trainer(tmp_path / "stopped", rounds=2, steps=3)
+    stopped.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: stopped.terminate())
+    stopped.run()
+    assert not open_bars
+
+
 @each_kind
 def test_a_control_is_the_same_fit_from_its_beginning_with_a_random_mask(tmp_path, make):
     fit, options = make(tmp_path), {"ratio": 0.4} if make is trainer else {"ratio": 0.3, "scope": "class"}

@@ -143,6 +143,7 @@ class PerturbationTrainer(Trainer):
         self.scores: list[float] = []
         self.surrogate_passes = self.perturbation_passes = 0
         self.seconds = 0.0
+        self._bar = track(range(0), "")
         self._prime()
         self.perturbation.learned = None  # a method may come from another fit
         self._initial: dict[str, Any] = {}
@@ -168,12 +169,12 @@ class PerturbationTrainer(Trainer):
         else:
             self._initial = copy.deepcopy(self._state())
         self._kept = self._unfinished.read(self.state.epoch + 1, self._compute_device)
-        self._bar = track(range(self._ticks_left() - (self.state.epoch_length if self._kept else 0)), "fitting")
         if self._kept:
             self._load(self._kept[0], self.state.epoch)
-        super().run()
-        for _ in self._bar:  # a fit that a handler ended leaves ticks
-            pass
+        try:
+            super().run()
+        finally:
+            self._bar.close()  # a handler may have ended the round
         if not self.bank.finished and 0 < self.state.epoch == len(self.scores):
             self._commit(final=True)
 
@@ -232,12 +233,11 @@ class PerturbationTrainer(Trainer):
     def _begin_round(self) -> None:
         torch.manual_seed(derive(self.seed, "round", self.state.epoch))  # dropout and the like
         self.objective.network.train()
+        self._bar = track(range(self.state.epoch_length), "training the surrogate")
 
     def _iteration(self, engine: Any, batchdata: list[int]) -> list[dict[str, Tensor]]:
         """One optimizer step on perturbed images; ``batchdata`` are positions in the dataset."""
         if self._kept or not self.trains:  # an earlier run has trained the surrogate, or nobody does
-            if not self._kept:
-                next(self._bar, None)
             return [{CommonKeys.LOSS: torch.zeros(())}]
         started, before = time.monotonic(), self.objective.passes
         generator = self._generator("step", engine.state.iteration)
@@ -273,6 +273,7 @@ class PerturbationTrainer(Trainer):
 
     def _perturb_all(self, done: dict[str, Tensor], tally: Mapping[str, float]) -> float:
         """One call of the perturbation for every case that is not done; returns the mean objective on the way."""
+        self._bar.close()
         if not done:
             self._unfinished.begin(self.state.epoch, self._state())
         started, before = time.monotonic() - tally.get("seconds", 0.0), self.objective.passes
@@ -287,12 +288,10 @@ class PerturbationTrainer(Trainer):
             self.objective.reset_mean(tally["sum"], int(tally["count"]))
         fresh: dict[str, Tensor] = {}
         written = time.monotonic()
-        for batch in self._groups(self.cases):
-            # Case by case: another device has other groups.
-            left = [at for at in batch if self.cases.facts[at].sample_id not in done]
-            if left:
-                fresh |= self._perturb(self.cases, left, self.deltas, ("round", self.state.epoch))
-            next(self._bar, None)
+        groups = self._groups(self.cases)
+        left = [[at for at in batch if self.cases.facts[at].sample_id not in done] for batch in groups]
+        for batch in track([batch for batch in left if batch], "perturbing"):
+            fresh |= self._perturb(self.cases, batch, self.deltas, ("round", self.state.epoch))
             if time.monotonic() - written > KEPT_EVERY_S and fresh:
                 counted = {"passes": self.objective.passes - before, "seconds": time.monotonic() - started}
                 self._unfinished.add(fresh, counted | dict(zip(("sum", "count"), self.objective.tally, strict=True)))
@@ -373,10 +372,6 @@ class PerturbationTrainer(Trainer):
         self.state.epoch = round_
         self.state.iteration = round_ * self.state.epoch_length
         self._steps.start = self.state.iteration
-
-    def _ticks_left(self) -> int:
-        passes = len(self._groups(self.cases))
-        return (self.state.max_epochs - self.state.epoch) * (self.state.epoch_length + passes)
 
 
 def _settings(module: Any) -> str:

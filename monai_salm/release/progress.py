@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 LINE_EVERY_S = 10.0
 
 
-def track(items: Sequence[Item], doing: str) -> Iterator[Item]:
+def track(items: Sequence[Item], doing: str) -> Generator[Item, None, None]:
     """Hand out ``items`` one by one and show on standard error how far they are.
 
     Args:
@@ -26,13 +26,13 @@ def track(items: Sequence[Item], doing: str) -> Iterator[Item]:
     return _bar(items, doing, console) if console.is_terminal else _lines(items, doing)
 
 
-def _bar(items: Sequence[Item], doing: str, console: Console) -> Iterator[Item]:
+def _bar(items: Sequence[Item], doing: str, console: Console) -> Generator[Item, None, None]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=doing)
 
 
-def _lines(items: Sequence[Item], doing: str) -> Iterator[Item]:
+def _lines(items: Sequence[Item], doing: str) -> Generator[Item, None, None]:
     total = len(items)
     start = last = time.monotonic()
     for done, item in enumerate(items):
