@@ -307,3 +307,10 @@ def test_accents_may_be_composed_or_not(tmp_path):
 def test_an_archive_is_known_whatever_its_ending(tmp_path):
     write_npz(tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
     assert count_classes(tmp_path) == len(load_cohort(tmp_path).classes)
+
+
+def test_of_many_classes_without_test_cases_the_first_are_named():
+    scores = [f"{at // 2:02d}" for at in range(80)]  # as ages or scores in place of labels
+    cohort = label_cases(catalog(80), rows(scores, ["train"] * 79 + ["test"]))
+    with pytest.raises(ValueError, match="of class 00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 29 more is held out"):
+        cohort.tested()

@@ -100,7 +100,7 @@ class Cohort:
             )
         missing = set(range(self.voxelwise, len(self.classes))) - self._classes_of(cases)
         nowhere = missing - self._classes_of(self.cases)
-        names = ", ".join(self.classes[label] for label in sorted(nowhere or missing))
+        names = _first([self.classes[label] for label in sorted(nowhere or missing)])
         if nowhere and self.voxelwise:
             raise ValueError(
                 f"no case has a voxel of class {names}; take it out of 'labels' in dataset.json, or (without one) "
@@ -332,6 +332,12 @@ def _check_classes(named: Sequence[tuple[Case, str]], classes: Sequence[str]) ->
     released = {label for case, label in named if case.split != "test"}
     if len(released) < len(classes):
         raise _only_tested(len(classes) - len(released), classes)
+
+
+def _first(names: Sequence[str], most: int = 10) -> str:
+    """Some names, and how many more there are: ages or scores in place of labels make a class of every case."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _only_tested(count: int, classes: Sequence[str]) -> ValueError:
