@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,16 @@ def means(results: dict) -> dict[str, float]:
 
 def untimed(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize(("size", "told"), [(SIZE // 2, False), (SIZE // 2 - 1, True)])
+def test_files_far_finer_than_what_the_networks_saw_are_warned_of(released, tmp_path, size, told):
+    shutil.copytree(released[1], tmp_path / "out")
+    results = study(released[0], tmp_path / "out", spatial_size=(size, size), seeds=1, epochs=1).run()
+    warnings = results.get("warnings", [])
+    assert [f"see images at {size} x {size}, and files have up to {SIZE} x {SIZE}" in each for each in warnings] == (
+        [True] if told else []
+    )
 
 
 # -------------------------------------------------------------------- victims

@@ -89,6 +89,7 @@ class Material:
         self._shown = _spread_over_classes(train)
         self._leaks = ssim_sample(self._train, LEAKAGE_CASES)
         self._limits: list[tuple[int, StoredCodec]] = []
+        self._largest = (0,) * settings.spatial_dims
         self.fidelity, self.leakage = Fidelity(settings.device), Leakage(settings.device)
         self.examples: list[Example] = []
         self.present: dict[str, frozenset[int]] = {}
@@ -105,6 +106,11 @@ class Material:
         self.test = self._test.close()
         complete = self._test_protected.close()
         self.test_protected = complete if complete.count == self.test.count else None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the report must say of these images."""
+        return self._settings.task.warnings(self._largest)
 
     def budget(self) -> dict[str, Any]:
         """The ``budget`` part of ``docs/report.md``, over the released cases."""
@@ -128,6 +134,7 @@ class Material:
         clean = formats.read(case, settings.spatial_dims, settings.window)
         mask = read_mask(case, settings.spatial_dims) if settings.cohort.voxelwise else None
         self.present[name] = frozenset({case.label} if mask is None else np.unique(mask).tolist())
+        self._largest = tuple(map(max, self._largest, clean.stored.shape[1:]))
         unit, truth = _unit(clean), task.truth(case, mask, clean.spacing)
         twin = self._twins.get(name)
         written = None if twin is None else formats.read(twin, settings.spatial_dims, settings.window)

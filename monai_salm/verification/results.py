@@ -103,6 +103,7 @@ def build_results(
     versions: Mapping[str, str] | None = None,
     machine: Mapping[str, Any] | None = None,
     not_tested: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     rules: VerdictRules | None = None,
     created: str | None = None,
 ) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def build_results(
         created: ISO 8601 time; now, in UTC, if not given.
         metric, classes, chance, fidelity, budget, utility, defenses, leakage, passes_per_image, timing, cohort, config,
             versions, machine, not_tested, rules: As in ``docs/report.md``.
+        warnings: Besides those that follow from ``leakage``.
 
     Returns:
         Plain JSON types only; NaN and infinity have become ``None``.
@@ -135,7 +137,7 @@ def build_results(
         "closed_gap_controls_per_class": {arm: gaps for arm, gaps in per_class.items() if gaps},
         "defenses": defenses,
         "leakage": leakage,
-        "warnings": leakage_warnings(leakage),
+        "warnings": [*warnings, *leakage_warnings(leakage)],
     }
     results = {
         "schema_version": SCHEMA_VERSION,

@@ -216,6 +216,7 @@ class VictimStudy:
             versions=versions(),
             machine=machine(self.device),
             not_tested=self._not_tested(utility, resisted, controls),
+            warnings=material.warnings,
             rules=self.rules,
         )
         write_json(self.results, self.output_dir / "report.json")
@@ -349,8 +350,7 @@ class VictimStudy:
         costs = {defense.name: defense.cost for defense in self.defenses}
         count, seconds = expected_seconds(todo, jobs, ledger, costs, self.workers)
         print(f"{len(todo)} defenses: {count} trainings to do, about {seconds / 60:.0f} min", flush=True)
-        left_out = [name for name in costs if name not in todo]
-        if left_out:
+        if left_out := [name for name in costs if name not in todo]:
             print(f"left out, too few held-out patients: {', '.join(left_out)}", flush=True)
         run_jobs([job for mine in todo.values() for job in mine.values()], ledger, self.workers)
         return {name: _rows(mine, ledger) for name, mine in todo.items()}

@@ -91,6 +91,10 @@ class Task(ABC):
     def view(self, unit: Tensor) -> Tensor:
         """(C, *) image that is kept, of a (C, *spatial) unit-intensity image on its native grid."""
 
+    def warnings(self, shape: Sequence[int]) -> list[str]:
+        """What the report must say of images whose largest spatial size is ``shape``: here nothing."""
+        return []
+
     @abstractmethod
     def truth(self, case: Case, mask: np.ndarray | None, spacing: tuple[float, ...]) -> Any:
         """What is kept beside the image.

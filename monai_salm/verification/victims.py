@@ -25,6 +25,8 @@ __all__ = ["METRIC", "Classification", "evaluate", "scores"]
 
 METRIC = "balanced_accuracy"
 """Headline metric of classification."""
+MEASURED_FINER = 2
+"""Networks that see images at up to this many times the surrogate's size were measured (``docs/limits.md``)."""
 
 Labeled = tuple[Tensor, Tensor]
 """(N, C, *spatial) unit intensities and (N,) class indices."""
@@ -69,6 +71,15 @@ class Classification(Task):
 
     def view(self, unit: Tensor) -> Tensor:
         return ResizeView(self.spatial_size)(unit[None])[0]
+
+    def warnings(self, shape: Sequence[int]) -> list[str]:
+        if all(length <= MEASURED_FINER * seen for length, seen in zip(shape, self.spatial_size, strict=True)):
+            return []
+        seen, native = (" x ".join(map(str, size)) for size in (self.spatial_size, shape))
+        return [
+            f"The networks of this study see images at {seen}, and files have up to {native}: it says nothing of "
+            "networks that see them finer. Set spatial_size to what a third party would train at, and fit again."
+        ]
 
     def truth(self, case: Case, mask: np.ndarray | None, spacing: tuple[float, ...]) -> int:
         return case.label
