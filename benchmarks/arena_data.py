@@ -153,10 +153,11 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
             class; ``split`` that is tested on; ``spare``: how many clean cases the third party has; those with the
             pixels of a training or test case are passed over. Either ``archive`` names a MedMNIST archive in ``data``,
             or ``slices`` a Decathlon folder there, whose slices make ``classes`` classes, or ``colors`` a kind of
-            simulated color images (of all three, ``spare_split`` is where spare cases come from), or ``demo`` is the
-            seed of a demo cohort (then they come from the cohort of the next seed; ``patients``: how many each has).
-            Voxel labels are those of a demo cohort with ``task: segmentation``, or of the Decathlon folder in ``data``
-            that ``decathlon`` names. Training and test cases, and what is fitted, are then those of a study; ``spare``
+            simulated color images (of all three, ``spare_split`` is where spare cases come from, and with ``reversed``
+            the classes are in reverse order), or ``demo`` is the seed of a demo cohort (then spare cases come from the
+            cohort of the next seed; ``patients``: how many each has). Voxel labels are those of a demo cohort with
+            ``task: segmentation``, or of the Decathlon folder in ``data`` that ``decathlon`` names. Training and test
+            cases, and what is fitted, are then those of a study; ``spare``
             may be left out.
         data: folder of the archives.
         work: folder where demo cohorts are written.
@@ -175,7 +176,8 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
             archive = data / settings["archive"]
         else:
             archive = _colors(work, settings) if "colors" in settings else _slices(work, data, settings)
-        cohort = others = load_cohort(archive, spatial_dims=len(size))
+        cohort = load_cohort(archive, spatial_dims=len(size))
+        cohort = others = _reversed(cohort) if settings.get("reversed") else cohort
         spare_split = settings["spare_split"]
     if others is cohort:
         _check_spare(spare_split, split)
@@ -184,6 +186,12 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
     test = part_of(tested, size)
     own = part_of(drawn(others, spare, spare_split, _seen(others, spare_split, train, test)), size)
     return DataSet(tuple(cohort.classes), train, test, own, tuple(settings.get("fit_size", size)))
+
+
+def _reversed(cohort: Cohort) -> Cohort:
+    last = len(cohort.classes) - 1
+    cases = tuple(replace(case, label=last - case.label) for case in cohort.cases)
+    return replace(cohort, cases=cases, classes=cohort.classes[::-1])
 
 
 def _seen(cohort: Cohort, split: str, *parts: Part) -> set[str]:
