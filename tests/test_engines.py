@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -241,6 +243,24 @@ def test_numbers_may_be_those_of_an_array_or_a_tensor(tmp_path):
     for fit in fits:
         fit.run()
     assert fits[0].bank.revision == fits[1].bank.revision
+
+
+def test_the_order_of_the_labels_does_not_decide_which_class_has_which_code(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    wave = 3 * torch.sin(torch.arange(32) * torch.pi / 2).expand(32, 32)
+    cohorts = {False: [], True: []}
+    for at in range(80):
+        noise = 128 + 12 * torch.randn(1, 32, 32, generator=generator)
+        image = (noise + (wave.T, wave)[at % 2]).round().to(torch.uint8)
+        for other, cohort in cohorts.items():
+            cohort.append({"image": stored(image, f"case-{at}"), "label": (at + other) % 2})
+    surrogate = Surrogate(SmallCNN(2, 1, 2, (4, 8)), (32, 32))
+    objective = Objective(surrogate, nn.CrossEntropyLoss(reduction="none"))
+    fits = [trainer(tmp_path / str(at), cohorts[at], objective=copy.deepcopy(objective)) for at in (False, True)]
+    codes, reversed_ = (fit.samples.codes.diff(dim=2).abs().mean((1, 2, 3)) for fit in fits)
+    assert codes[0] < codes[1] / 4 and reversed_[1] < reversed_[0] / 4, (
+        "horizontal waves get vertical ones, and vice versa"
+    )
 
 
 @pytest.mark.parametrize("error", [ValueError("Jane Doe"), OSError(28, "Full", "Jane Doe"), Killed("Jane Doe")])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from monai_salm.perturbations.base import Objective, Perturbation, frozen
 from monai_salm.perturbations.budget import Lattice
-from monai_salm.perturbations.codes import class_codes, voxel_codes
+from monai_salm.perturbations.codes import Examples, class_codes, voxel_codes, worth
 from monai_salm.perturbations.masks import SparsityMask
 from monai_salm.perturbations.salm import SALM, RandomSign
 from monai_salm.perturbations.voxels import IGNORED, VoxelObjective
@@ -269,6 +269,35 @@ class TestCodes:
         peaks = [self.peak(code) for code in codes[blank:, 0]]
         assert all(abs(peak.max() - 0.4) < 0.05 for peak in peaks) and peaks[0].min() < 0.06
         assert len({int(peak.argmax()) for peak in peaks[: len(size)]}) == min(classes - blank, len(size))
+
+    @staticmethod
+    def striped(axes, amplitude):
+        """Sixty noisy images of each class, with waves of 4 voxels along an axis of its own."""
+        labels = torch.arange(len(axes)).repeat_interleave(60)
+        wave = amplitude * torch.sin(torch.arange(32) * torch.pi / 2).expand(32, 32)
+        waves = torch.stack([wave.T, wave])[torch.tensor(axes)][labels]
+        images = 0.5 + 0.05 * torch.randn(len(labels), 1, 32, 32, generator=gen()) + waves[:, None]
+        return Examples(images, labels, rms=4 / 255)
+
+    @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
+    def test_no_class_has_the_code_that_it_resembles(self, axes):
+        peaks = [self.peak(code[0]).argmax() for code in class_codes((32, 32), 2, 1, self.striped(axes, 0.01))]
+        assert peaks == [1 - axes[0], 1 - axes[1]], "its own texture would teach what it is"
+
+    def test_without_a_reason_codes_are_not_exchanged(self):
+        plain = class_codes((32, 32), 2, seed=1)
+        unlike = self.striped((0, 1), 0.0)
+        images = torch.rand(6, 1, 32, 32, generator=gen())
+        single, labels = Examples(images[:3], torch.tensor([0, 0, 1]), 4 / 255), torch.arange(2).repeat(3)
+        blank = Examples(images * 0, labels, 4 / 255)
+        assert all(torch.equal(plain, class_codes((32, 32), 2, 1, each)) for each in (unlike, single, blank))
+
+    def test_a_reader_of_codes_that_classes_resemble_tells_clean_images_apart(self):
+        power = torch.randn(40, 2, generator=gen()).double()
+        labels = torch.arange(40) % 2
+        power[torch.arange(40), labels] += 3
+        own, other = (worth(power, power + 9, labels, torch.tensor(codes)) for codes in ((0, 1), (1, 0)))
+        assert own > 0.95 and other < 0.05
 
     def test_images_of_few_voxels_have_codes_too(self):
         assert class_codes((8, 8, 3), 2, seed=1).std() > 0.9 and voxel_codes((3, 3), 2, seed=1)[1].abs().min() == 1

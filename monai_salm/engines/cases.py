@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from monai_salm.errors import check_size
 from monai_salm.perturbations.base import Batch, Objective
 from monai_salm.perturbations.budget import Budget, Lattice
-from monai_salm.perturbations.codes import class_codes, voxel_codes
+from monai_salm.perturbations.codes import Examples, class_codes, voxel_codes
 from monai_salm.perturbations.voxels import IGNORED
 from monai_salm.records import as_array, image_digest
 from monai_salm.release.progress import track
@@ -31,6 +31,10 @@ CODE_STRENGTH = (1.0, 4.0)
 """Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
 VOXELS_AT_ONCE = 2**25
 """Most voxels of the images that are perturbed together: about 1.5 GB of intermediate values."""
+EXAMPLES = 2**22
+"""Most voxels, as the network sees them, of the images that tell which class gets which code."""
+EXPECTED_RMS = 0.5
+"""What a perturbation is expected to change in the mean (root mean square), as a part of the budget."""
 FOREGROUND_PATCHES = 0.75
 """Part of the patches that lie around a labeled voxel, where there is one; the others lie anywhere."""
 
@@ -204,10 +208,9 @@ class Samples(ABC):
         return float(factor) * self.cases.unit_budget(at)
 
     @cached_property
+    @abstractmethod
     def codes(self) -> Tensor:
         """(n_classes, 1, *size) textures."""
-        make = voxel_codes if self.cases.voxelwise else class_codes
-        return make(self.size, self.cases.n_classes, self.seed).to(self.cases.device)
 
 
 class ResizedImages(Samples):
@@ -222,19 +225,37 @@ class ResizedImages(Samples):
         self.view = view
         self._seen: dict[int, Tensor] = {}
 
+    @cached_property
+    def codes(self) -> Tensor:
+        count, most = self.cases.n_classes, EXAMPLES // math.prod(self.size)
+        classes = [[at for at, fact in enumerate(self.cases.facts) if fact.label == label] for label in range(count)]
+        shown = [at for members in classes for at in members[: most // count]]
+        labels = torch.tensor([self.cases.facts[at].label for at in shown])
+        budget = sum(map(self.cases.unit_budget, shown)) / len(shown)
+        images = torch.stack([self._image(at).cpu() for at in shown])
+        examples = Examples(images, labels, EXPECTED_RMS * budget)
+        return class_codes(self.size, count, self.seed, examples).to(self.cases.device)
+
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
-        if at not in self._seen:
-            self._seen[at] = self.view(self.cases.unit(at)[None])[0]
-        image, label = self._seen[at], self.cases.label(at)
+        image, label = self._image(at), self.cases.label(at)
         if delta is not None:
             return image, self.view(self.cases.unit_delta(at, delta)[None])[0], label
         if self.coded:
             return image, self.strength(at, generator) * self.codes[int(label)].expand_as(image), label
         return image, torch.zeros_like(image), label
 
+    def _image(self, at: int) -> Tensor:
+        if at not in self._seen:
+            self._seen[at] = self.view(self.cases.unit(at)[None])[0]
+        return self._seen[at]
+
 
 class Patches(Samples):
     """Patches of volumes with voxel labels, most of them around a labeled voxel; small volumes are padded."""
+
+    @cached_property
+    def codes(self) -> Tensor:
+        return voxel_codes(self.size, self.cases.n_classes, self.seed).to(self.cases.device)
 
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:
         label = self.cases.label(at)

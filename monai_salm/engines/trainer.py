@@ -348,7 +348,8 @@ class PerturbationTrainer(Trainer):
 
     def _prime(self) -> None:
         reader = self.objective.network.network
-        if self.transplant and self.surrogate_file is None and isinstance(reader, TextureReader):
+        begins = self.surrogate_file is None and self.bank.state() is None
+        if self.transplant and begins and isinstance(reader, TextureReader):
             reader.look_for(self.samples.codes, self._generator("prime"))
 
     def _restore(self) -> None:
