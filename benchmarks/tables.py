@@ -193,6 +193,8 @@ def main() -> None:
         "arena_volumes",
         "arena_color",
         "arena_color_hues",
+        "arena_order",
+        "arena_order_before",
     ):
         for data, board in boards(name):
             for level in board.levels:

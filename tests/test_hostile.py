@@ -162,7 +162,6 @@ def test_no_more_of_a_file_than_its_beginning_tells_what_it_is(tmp_path):
     assert nifti.read_head(tmp_path / "a") == b""
     image = write_nifti(tmp_path / "b.nii.gz")
     assert nifti.read_head(image) == gzip.decompress(image.read_bytes())[:544]
-    assert nifti.read_head(image, 10) == gzip.decompress(image.read_bytes())[:10]
 
 
 @pytest.mark.parametrize("make", [lambda: bundled("MR_small.dcm"), lambda: bundled("MR_small_RLE.dcm"), None])
