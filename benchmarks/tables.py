@@ -195,6 +195,7 @@ def main() -> None:
         "arena_color_hues",
         "arena_order",
         "arena_order_before",
+        "arena_fits",
     ):
         for data, board in boards(name):
             for level in board.levels:
