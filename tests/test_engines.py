@@ -245,7 +245,10 @@ def test_numbers_may_be_those_of_an_array_or_a_tensor(tmp_path):
     assert fits[0].bank.revision == fits[1].bank.revision
 
 
-def test_the_order_of_the_labels_does_not_decide_which_class_has_which_code(tmp_path):
+@pytest.mark.parametrize("most", [None, 0])
+def test_the_order_of_the_labels_does_not_decide_which_class_has_which_code(tmp_path, monkeypatch, most):
+    if most is not None:  # as of images so large that this many voxels are none of them
+        monkeypatch.setattr("monai_salm.engines.cases.EXAMPLES", most)
     generator = torch.Generator().manual_seed(0)
     wave = 3 * torch.sin(torch.arange(32) * torch.pi / 2).expand(32, 32)
     cohorts = {False: [], True: []}
@@ -261,6 +264,12 @@ def test_the_order_of_the_labels_does_not_decide_which_class_has_which_code(tmp_
     assert codes[0] < codes[1] / 4 and reversed_[1] < reversed_[0] / 4, (
         "horizontal waves get vertical ones, and vice versa"
     )
+
+
+def test_a_cohort_of_one_class_can_be_fitted(tmp_path):
+    fit = trainer(tmp_path, cases(label=lambda at: 0), rounds=1)
+    fit.run()
+    assert fit.bank.finished and len(fit.samples.codes) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("Jane Doe"), OSError(28, "Full", "Jane Doe"), Killed("Jane Doe")])

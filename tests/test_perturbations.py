@@ -292,6 +292,15 @@ class TestCodes:
         blank = Examples(images * 0, labels, 4 / 255)
         assert all(torch.equal(plain, class_codes((32, 32), 2, 1, each)) for each in (unlike, single, blank))
 
+    @pytest.mark.parametrize("classes", [1, 40])
+    def test_images_are_not_read_where_an_exchange_cannot_gain_enough(self, classes):
+        unread = Examples(iter(lambda: pytest.fail("read"), None), torch.arange(classes).repeat(3), rms=4 / 255)
+        assert torch.equal(class_codes((16, 16), classes, 1, unread), class_codes((16, 16), classes, 1))
+
+    def test_images_that_cannot_be_compared_exchange_no_codes(self):
+        nothing = self.striped((0, 1), 0.01)._replace(rms=float("nan"))
+        assert torch.equal(class_codes((32, 32), 2, 1, nothing), class_codes((32, 32), 2, 1))
+
     def test_a_reader_of_codes_that_classes_resemble_tells_clean_images_apart(self):
         power = torch.randn(40, 2, generator=gen()).double()
         labels = torch.arange(40) % 2

@@ -31,8 +31,9 @@ CODE_STRENGTH = (1.0, 4.0)
 """Class codes are shown at random strengths between these multiples of the budget: weak ones alone are not learned."""
 VOXELS_AT_ONCE = 2**25
 """Most voxels of the images that are perturbed together: about 1.5 GB of intermediate values."""
-EXAMPLES = 2**22
-"""Most voxels, as the network sees them, of the images that tell which class gets which code."""
+EXAMPLES, EACH = 2**22, 8
+"""Voxels, as the network sees them, of the images that tell which class gets which code; of each class at least so
+many images, however large."""
 EXPECTED_RMS = 0.5
 """What a perturbation is expected to change in the mean (root mean square), as a part of the budget."""
 FOREGROUND_PATCHES = 0.75
@@ -227,13 +228,13 @@ class ResizedImages(Samples):
 
     @cached_property
     def codes(self) -> Tensor:
-        count, most = self.cases.n_classes, EXAMPLES // math.prod(self.size)
+        count = self.cases.n_classes
+        most = max(EACH, EXAMPLES // math.prod(self.size) // count)
         classes = [[at for at, fact in enumerate(self.cases.facts) if fact.label == label] for label in range(count)]
-        shown = [at for members in classes for at in members[: most // count]]
+        shown = [at for members in classes for at in members[:most]]
         labels = torch.tensor([self.cases.facts[at].label for at in shown])
         budget = sum(map(self.cases.unit_budget, shown)) / len(shown)
-        images = torch.stack([self._image(at).cpu() for at in shown])
-        examples = Examples(images, labels, EXPECTED_RMS * budget)
+        examples = Examples(map(self._image, shown), labels, EXPECTED_RMS * budget)
         return class_codes(self.size, count, self.seed, examples).to(self.cases.device)
 
     def sample(self, at: int, delta: Tensor | None, generator: torch.Generator) -> Sample:

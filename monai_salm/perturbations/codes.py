@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -33,12 +35,12 @@ class Examples(NamedTuple):
     """Images that tell which class gets which code.
 
     Args:
-        images: (N, C, *spatial_size) unit intensities.
+        images: N images (C, *spatial_size) in unit intensities; they are not read where they can tell nothing.
         labels: (N,) class indices.
         rms: root mean square of what a perturbation will change, in unit intensity.
     """
 
-    images: Tensor
+    images: Iterable[Tensor]
     labels: Tensor
     rms: float
 
@@ -55,7 +57,8 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int, examples
         spatial_size: size of the network's input.
         classes: number of codes.
         seed: secret of the release; another seed gives other textures.
-        examples: clean images, two of each class or more.
+        examples: clean images, two of each class or more. They tell nothing of 40 classes or more: no two of them
+            are in enough pairs for an exchange to gain :py:data:`EXCHANGE_GAIN`.
 
     Returns:
         (classes, 1, *spatial_size) float tensor.
@@ -66,8 +69,9 @@ def class_codes(spatial_size: tuple[int, ...], classes: int, seed: int, examples
         (torch.Size([3, 1, 32, 32]), [-1.0, 1.0])
     """
     centers = _far_apart(_leveled(len(spatial_size), classes), classes)
-    if examples is not None and int(examples.labels.bincount(minlength=classes).min()) > 1:
-        centers = centers[_order(centers, examples)]
+    few = 1 < classes and EXCHANGE_GAIN < 4 / classes  # an exchange is of less than 4 / classes of all pairs
+    if few and examples is not None and int(examples.labels.bincount(minlength=classes).min()) > 1:
+        centers = centers[_order(spatial_size, centers, examples)]
     return _textures(spatial_size, centers, BANDWIDTH, seed)
 
 
@@ -120,15 +124,15 @@ def worth(plain: Tensor, own: Tensor, labels: Tensor, codes: Tensor) -> float:
     return float(torch.special.ndtr(gain).mean())
 
 
-def _order(centers: Tensor, examples: Examples) -> Tensor:
+def _order(spatial_size: tuple[int, ...], centers: Tensor, examples: Examples) -> Tensor:
     """(classes,) which of the centers each class gets: exchanges, the best first, as long as one gains enough."""
-    plain, own = _log_powers(centers, examples)
+    plain, own = _log_powers(spatial_size, centers, examples)
     order = torch.arange(len(centers))
     least = worth(plain, own, examples.labels, order)
     while True:
         options = [_exchanged(order, *pair) for pair in itertools.combinations(range(len(order)), 2)]
         found = [worth(plain, own, examples.labels, option) for option in options]
-        if min(found, default=1.0) > least - EXCHANGE_GAIN:
+        if not min(found) <= least - EXCHANGE_GAIN:  # so that NaN is no reason either
             return order
         order, least = options[found.index(min(found))], min(found)
 
@@ -139,16 +143,17 @@ def _exchanged(order: Tensor, first: int, second: int) -> Tensor:
     return other
 
 
-def _log_powers(centers: Tensor, examples: Examples) -> tuple[Tensor, Tensor]:
+def _log_powers(spatial_size: tuple[int, ...], centers: Tensor, examples: Examples) -> tuple[Tensor, Tensor]:
     """(N, n) logarithms of the power of each image around n centers, without and with a code of that frequency."""
-    images = examples.images.double()
-    axes = tuple(range(2, images.ndim))
-    count = images[0, 0].numel()
-    power = torch.fft.fftn(images - images.mean(axes, keepdim=True), dim=axes).abs().square().mean(1) / count
-    size = tuple(images.shape[2:])
-    bands = torch.stack([_band(size, center, BANDWIDTH).square().flatten() for center in centers]).double()
+    axes, count = tuple(range(1, 1 + len(spatial_size))), math.prod(spatial_size)
+    bands = torch.stack([_band(spatial_size, center, BANDWIDTH).square().flatten() for center in centers]).double()
     bands /= bands.sum(1, keepdim=True)
-    plain = power.flatten(1) @ bands.T + 1e-6 * examples.rms**2  # that of a blank image is 0
+    powers = []
+    for image in examples.images:
+        values = image.cpu().double()
+        spectrum = torch.fft.fftn(values - values.mean(axes, keepdim=True), dim=axes)
+        powers.append(bands @ spectrum.abs().square().mean(0).flatten() / count)
+    plain = torch.stack(powers) + 1e-6 * examples.rms**2  # that of a blank image is 0
     return plain.log(), (plain + examples.rms**2 * count * bands.square().sum(1)).log()
 
 
