@@ -266,6 +266,15 @@ def test_the_order_of_the_labels_does_not_decide_which_class_has_which_code(tmp_
     )
 
 
+def test_of_many_cases_those_that_tell_which_class_gets_which_code_are_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("monai_salm.engines.cases.EXAMPLES", 0)
+    fit, read = trainer(tmp_path, cases(60)), []
+    unit = fit.cases.unit
+    monkeypatch.setattr(fit.cases, "unit", lambda at: read.append(at) or unit(at))
+    assert len(fit.samples.codes) == 2
+    assert read == [*range(0, 60, 8), *range(1, 60, 8)], "slices of one patient are neighbors"
+
+
 def test_a_cohort_of_one_class_can_be_fitted(tmp_path):
     fit = trainer(tmp_path, cases(label=lambda at: 0), rounds=1)
     fit.run()

@@ -231,7 +231,8 @@ class ResizedImages(Samples):
         count = self.cases.n_classes
         most = max(EACH, EXAMPLES // math.prod(self.size) // count)
         classes = [[at for at, fact in enumerate(self.cases.facts) if fact.label == label] for label in range(count)]
-        shown = [at for members in classes for at in members[:most]]
+        # Evenly spaced: neighbors may be slices of one patient.
+        shown = [at for members in classes for at in members[:: max(1, math.ceil(len(members) / most))]]
         labels = torch.tensor([self.cases.facts[at].label for at in shown])
         budget = sum(map(self.cases.unit_budget, shown)) / len(shown)
         examples = Examples(map(self._image, shown), labels, EXPECTED_RMS * budget)
