@@ -157,8 +157,7 @@ def load(settings: Mapping[str, Any], data: Path, work: Path) -> DataSet:
             the classes are in reverse order), or ``demo`` is the seed of a demo cohort (then spare cases come from the
             cohort of the next seed; ``patients``: how many each has). Voxel labels are those of a demo cohort with
             ``task: segmentation``, or of the Decathlon folder in ``data`` that ``decathlon`` names. Training and test
-            cases, and what is fitted, are then those of a study; ``spare``
-            may be left out.
+            cases, and what is fitted, are then those of a study; ``spare`` may be left out.
         data: folder of the archives.
         work: folder where demo cohorts are written.
 
