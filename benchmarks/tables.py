@@ -196,6 +196,7 @@ def main() -> None:
         "arena_order",
         "arena_order_before",
         "arena_fits",
+        "arena_large",
     ):
         for data, board in boards(name):
             for level in board.levels:
