@@ -197,6 +197,7 @@ def main() -> None:
         "arena_order_before",
         "arena_fits",
         "arena_large",
+        "arena_voxels",
     ):
         for data, board in boards(name):
             for level in board.levels:
